@@ -1,0 +1,35 @@
+"""What a user can get wrong, and how the program says so.
+
+A :class:`UserError` is a mistake that the user can mend. Its message is one line that names the file,
+the value and the fix. Commands turn it into that one line on stderr and exit status 2; library callers
+may catch it as a ``ValueError``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake of the user's. The message is one line: what is wrong, with its value, and the fix."""
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the known word nearest to ``word``, else the known words."""
+    known = sorted(set(known))
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known: {', '.join(known)}"
+
+
+def check_range(name: str, value: float, low: float, high: float, *, low_open: bool = False) -> None:
+    """Raise :class:`UserError` unless ``low <= value <= high`` (``low < value`` where ``low_open``).
+
+    NaN is outside of every range.
+    """
+    above = value > low if low_open else value >= low
+    if not (above and value <= high):
+        bracket = "(" if low_open else "["
+        raise UserError(f"{name} is {value}; give a value in {bracket}{low}, {high}]")
