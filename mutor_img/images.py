@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from mutor_img.errors import UserError
+from mutor_img.files import write_atomic
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 
@@ -48,12 +49,7 @@ def read_image(path: str | os.PathLike, mode: str = "RGB") -> Image.Image:
 
 def write_png(path: str | os.PathLike, image: Image.Image) -> Path:
     """Write a PNG under its final name only once it is whole; returns the path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    image.save(aside, format="PNG")
-    os.replace(aside, path)
-    return path
+    return write_atomic(path, lambda aside: image.save(aside, format="PNG"))
 
 
 def grid_picture(
