@@ -1,0 +1,133 @@
+"""Who may attend to whom: the rule, written once, and its two backends.
+
+A packed sequence is ``[c, x_1, .., x_{N-1} | r_1, .., r_R]``: N regular inputs, then R registers (paper section 3).
+``SdpaAttention`` runs anywhere; ``FlexAttention`` is for training on GPUs (it has no backward on CPUs).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+BLOCK = 128  # FlexAttention's block of queries and of keys
+
+
+def regular_sees_past(query: Tensor, key: Tensor, length: int) -> Tensor:
+    """A regular input sees regular inputs up to itself, and no register."""
+    return (query < length) & (key <= query)
+
+
+def register_sees_context(query: Tensor, key: Tensor, anchor: Tensor, length: int) -> Tensor:
+    """A register sees the regular inputs up to its anchor."""
+    return (query >= length) & (key < length) & (key <= anchor)
+
+
+def register_sees_itself(query: Tensor, key: Tensor, length: int) -> Tensor:
+    """A register sees itself, and no other register."""
+    return (query >= length) & (key == query)
+
+
+def may_attend(query: Tensor, key: Tensor, anchor: Tensor, length: int) -> Tensor:
+    """Return whether packed position ``query`` may attend to ``key`` (method section 2).
+
+    Regular inputs never see a register; a register never sees a regular input past its anchor, nor another register.
+
+    Args:
+        query, key: int64 positions in the packed sequence, broadcast against each other.
+        anchor: the query's anchor where it is a register; any value where it is not.
+        length: N, the regular inputs.
+    """
+    return (
+        regular_sees_past(query, key, length)
+        | register_sees_context(query, key, anchor, length)
+        | register_sees_itself(query, key, length)
+    )
+
+
+class SdpaAttention:
+    """The rule on ``scaled_dot_product_attention``: regular rows plain causal, only register rows with a mask.
+
+    Attributes:
+        length: N.
+        mask: (B, 1, R, N + R) bool, the rule's register rows, or None without registers.
+    """
+
+    def __init__(self, length: int, anchors: Tensor | None = None):
+        self.length = length
+        self.mask = None
+        if anchors is not None:
+            query = length + torch.arange(anchors.shape[1], device=anchors.device)  # (R,)
+            key = torch.arange(length + anchors.shape[1], device=anchors.device)  # (N + R,)
+            self.mask = may_attend(query[:, None], key, anchors[:, None, :, None], length)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend; q, k, v and the result are (B, H, N + R, head dim)."""
+        n = self.length
+        regular = F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], is_causal=True)
+        if self.mask is None:
+            return regular
+        register = F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=self.mask)  # (B, H, R, head dim)
+        return torch.cat([regular, register], dim=2)
+
+
+class FlexAttention:
+    """The rule on FlexAttention, with one BlockMask for a whole run.
+
+    Dense anchors never change, so that their blocks are exact. Drawn anchors change each step: the blocks are then the
+    union over all draws, every one of them partial, so that the rule is evaluated in each, and the anchors live in one
+    tensor that the rule captures and :meth:`update` overwrites. (A mask made at one draw and used at another is
+    silently wrong; a mask made anew each step recompiles.)
+    """
+
+    def __init__(self, length: int, anchors: Tensor, fixed_anchors: bool):
+        """Build the mask.
+
+        Args:
+            length: N.
+            anchors: (B, R) int64 of the first step, on the training device.
+            fixed_anchors: the anchors are the same for every sequence and step (dense or every k-th).
+        """
+        self.length = length
+        self.anchors = anchors.clone()
+        self.fixed = fixed_anchors
+        last = anchors.shape[1] - 1
+
+        def rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            anchor = self.anchors[batch, (query - length).clamp(0, last)]
+            return may_attend(query, key, anchor, length)
+
+        total = length + anchors.shape[1]
+        if fixed_anchors:
+            self.block_mask = create_block_mask(rule, None, None, total, total, device=str(anchors.device),
+                                                BLOCK_SIZE=BLOCK)
+        else:
+            self.block_mask = _union_block_mask(rule, length, total, anchors.device)
+
+    def update(self, anchors: Tensor) -> None:
+        """Take this step's (B, R) anchors, in place."""
+        self.anchors.copy_(anchors)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend; q, k, v and the result are (B, H, N + R, head dim)."""
+        return flex_attention(q, k, v, block_mask=self.block_mask)
+
+
+def _union_block_mask(rule, length: int, total: int, device: torch.device) -> BlockMask:
+    """Return the blocks that any draw of anchors could touch, all partial.
+
+    A block of queries needs the key blocks of the regular inputs: up to its own diagonal where it holds regular
+    queries only, all of them where it holds a register; and its diagonal block, for registers that see themselves.
+    """
+    blocks = -(-total // BLOCK)
+    first = torch.arange(blocks) * BLOCK  # (blocks,) first position of each block
+    holds_register = (first + BLOCK > length)[:, None]
+    regular_keys = (first < length)[None]
+    diagonal = torch.eye(blocks, dtype=torch.bool)
+    causal = torch.ones(blocks, blocks, dtype=torch.bool).tril()
+    needed = (regular_keys & (causal | holds_register)) | diagonal  # (query blocks, key blocks)
+    counts = needed.sum(dim=1).to(torch.int32)[None, None]  # (1, 1, blocks)
+    indices = needed.to(torch.int8).argsort(dim=1, descending=True, stable=True).to(torch.int32)[None, None]
+    return BlockMask.from_kv_blocks(counts.to(device), indices.to(device), BLOCK_SIZE=BLOCK, mask_mod=rule,
+                                    seq_lengths=(total, total))
