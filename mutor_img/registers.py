@@ -121,7 +121,12 @@ class RegisterLaw:
         Returns:
             anchors and offsets, (B, R) int64 each. A register whose target is dropped at the right edge has the
             offset N + 1, past the end from any anchor.
+
+        Raises:
+            UserError: the kind is ``"none"``, which has nothing to draw.
         """
+        if self.kind == "none":
+            raise UserError("registers.kind is 'none': there are no registers to draw; call the model without them")
         device, count = samples.device, self.registers
         table = torch.tensor(self.offsets, device=device)  # (K,)
         keys = (step, samples[:, None])  # broadcast to (B, 1), or with one key a register to (B, R)
