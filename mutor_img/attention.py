@@ -64,6 +64,9 @@ class SdpaAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend; q, k, v and the result are (B, H, N + R, head dim)."""
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+            # The CPU kernel's backward is several times slower in bf16 than in fp32, conversion included.
+            return self(q.float(), k.float(), v.float()).to(q.dtype)
         n = self.length
         regular = F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], is_causal=True)
         if self.mask is None:

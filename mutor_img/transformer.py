@@ -274,6 +274,15 @@ class Transformer(nn.Module):
         logits = self.output(self.norm(x))  # (B, S + R, V)
         return logits if anchors is None else (logits[:, :length], logits[:, length:])
 
+    def use_flex(self, anchors: Tensor, fixed: bool) -> None:
+        """Attend with FlexAttention from now on, whenever registers are given (training on GPUs).
+
+        Args:
+            anchors: (B, R) int64; every later call has the same B and R.
+            fixed: the anchors are the same in every sequence and call.
+        """
+        self.flex = FlexAttention(self.config.length, anchors, fixed)
+
     def _embed_registers(self, offsets: Tensor) -> Tensor:
         """Return (B, R, dim): the one shared vector, or the row of each offset."""
         if self.config.register_offsets:

@@ -55,7 +55,3 @@ class Task:
     def metadata(self) -> dict[str, Any]:
         """Return what a checkpoint's JSON must say for the model to be built again without this config."""
         raise NotImplementedError(type(self).__name__)
-
-    def plan(self) -> dict[str, Any]:
-        """Return what ``--dry-run`` prints beside the resolved config: parameters, units, FLOPs, memory."""
-        return {}

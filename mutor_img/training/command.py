@@ -1,0 +1,62 @@
+"""The command line of every training command: ``--config FILE``, dotted overrides, ``--dry-run``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mutor_img.cli import Parser, run
+from mutor_img.config import load_config, to_yaml
+from mutor_img.training.generator import GeneratorConfig, GeneratorTask, plan_generator
+from mutor_img.training.loop import Trainer, train
+from mutor_img.training.runtime import Runtime
+from mutor_img.training.task import Task
+
+
+def parse_training(argv: Sequence[str], schema: type, plan: Callable[[Any], dict[str, Any]], *, description: str,
+                   example: str) -> Any | None:
+    """Parse a training command line; returns the config, or None after ``--dry-run`` has printed it and its plan.
+
+    Args:
+        argv: the arguments.
+        schema: the config's dataclass.
+        plan: returns from a config what the dry run prints beside it.
+        description, example: for ``--help``.
+    """
+    parser = Parser(description=description, example=example)
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML config")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and a plan, and stop")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", default=[],
+                        help="dotted overrides, as in optim.lr=1e-4")
+    arguments = parser.parse_intermixed_args(argv)
+    config = load_config(schema, arguments.config, arguments.overrides)
+    if not arguments.dry_run:
+        return config
+    print(to_yaml(config))
+    for name, value in plan(config).items():
+        print(f"{name:<68} {value:,.3f}" if isinstance(value, float) else f"{name:<68} {value:,}")
+    return None
+
+
+def run_task(task: type[Task], config: Any) -> Trainer:
+    """Join the processes of the launch and train ``task(config, runtime)``."""
+    runtime = Runtime.start()
+    return train(task(config, runtime), config, runtime)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Train a generator."""
+    config = parse_training(
+        argv, GeneratorConfig, plan_generator,
+        description="Train a class-conditional transformer on VQ codes, with MuToR's registers or without. "
+                    "To resume, run the same command again.",
+        example="torchrun --nproc-per-node 8 train.py --config configs/imagenet256/mutor2d_b_80.yaml "
+                "data.codes=codes/imagenet256",
+    )
+    if config is not None:
+        run_task(GeneratorTask, config)
+
+
+def entry() -> None:
+    """Console entry."""
+    run(main)

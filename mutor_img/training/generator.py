@@ -1,0 +1,260 @@
+"""The generator as a training task: codes in, MuToR's loss out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mutor_img.codes import Codes
+from mutor_img.config import OptimConfig, TrainConfig
+from mutor_img.data import StatelessOrder
+from mutor_img.errors import UserError, check_range
+from mutor_img.registers import RegisterLaw, count_targets, cross_entropy_sum, register_targets
+from mutor_img.streams import Stream, generator_seed, integers, uniform
+from mutor_img.training.runtime import Runtime
+from mutor_img.training.task import Task
+from mutor_img.transformer import PRESETS, ModelConfig, Transformer
+
+
+@dataclass
+class DataConfig:
+    """Where the codes are."""
+
+    codes: str = "codes/imagenet256"  # a code store made by tokenizer.encode
+    val_codes: str | None = None  # held-out codes for the validation loss; null: no validation
+
+
+@dataclass
+class ModelSection:
+    """The transformer."""
+
+    preset: str = "B"  # mnist, B, L, XL, XXL, 3B
+    grid: tuple[int, int] = (16, 16)  # rows, columns of codes; must be the code store's
+    vocabulary: int = 16384  # number of codes; must be the code store's
+    classes: int = 1000  # number of classes; must be the code store's
+    dropout: float = 0.1  # embedded sequence, attention output, feed-forward
+    drop_path: float = 0.0  # > 0 switches the latter two dropouts off
+    class_dropout: float = 0.1  # share of samples trained with the null class
+
+    def validate(self) -> None:
+        check_range("model.dropout", self.dropout, 0.0, 0.99)
+        check_range("model.drop_path", self.drop_path, 0.0, 0.99)
+        check_range("model.class_dropout", self.class_dropout, 0.0, 1.0)
+        check_range("model.vocabulary", self.vocabulary, 1, 65536)
+        check_range("model.classes", self.classes, 1, 10**6)
+
+
+@dataclass
+class RegistersConfig:
+    """MuToR (method sections 2 to 5)."""
+
+    kind: str = "2d"  # none, 1d, 2d
+    count: int | None = None  # registers a sequence at random anchors; null: one after each input (dense)
+    d_max: int = 4  # largest offset, per axis in 2D
+    loss_weight: float = 0.5  # the registers' share a of the loss
+    every: int | None = None  # one register after each so many inputs; null: off
+    mixed_offsets: bool = False  # one offset a register in place of one a sequence
+    embedding: str = "shared"  # shared: one vector for all; per_offset: one for each offset
+    wrap: bool = True  # a 2D offset past the right edge goes on in the next row; false: no target
+
+    def validate(self) -> None:
+        check_range("registers.loss_weight", self.loss_weight, 0.0, 1.0)
+        if self.embedding not in ("shared", "per_offset"):
+            raise UserError(f"registers.embedding is {self.embedding!r}; give shared or per_offset")
+
+
+@dataclass
+class PicturesConfig:
+    """The sample grids drawn while training."""
+
+    cfg_scale: float = 2.0  # guidance scale
+    per_class: int = 8  # images of each of the first ten classes
+
+    def validate(self) -> None:
+        check_range("pictures.cfg_scale", self.cfg_scale, 1.0, 100.0)
+        check_range("pictures.per_class", self.per_class, 1, 64)
+
+
+@dataclass
+class GeneratorConfig:
+    """A generator's training run."""
+
+    run_dir: str = ""  # empty: the config's path with configs/ read as runs/
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelSection = field(default_factory=ModelSection)
+    registers: RegistersConfig = field(default_factory=RegistersConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    pictures: PicturesConfig = field(default_factory=PicturesConfig)
+
+    def validate(self) -> None:
+        self.law()
+        if self.model.preset not in PRESETS:
+            self.model_config()  # raises, naming the nearest
+
+    def law(self) -> RegisterLaw:
+        """Return the registers' law; raises :class:`UserError` where it cannot be drawn."""
+        r = self.registers
+        return RegisterLaw(r.kind, tuple(self.model.grid), r.d_max, r.count, r.every, r.mixed_offsets, r.wrap)
+
+    def model_config(self) -> ModelConfig:
+        """Return the model's shapes."""
+        m, offsets = self.model, None
+        if self.registers.kind != "none":
+            offsets = self.law().offsets if self.registers.embedding == "per_offset" else ()
+        return ModelConfig.preset(m.preset, grid=tuple(m.grid), vocabulary=m.vocabulary, classes=m.classes,
+                                  dropout=m.dropout, drop_path=m.drop_path, register_offsets=offsets)
+
+
+class GeneratorTask(Task):
+    """Train a :class:`~mutor_img.transformer.Transformer` on a code store, with or without registers."""
+
+    unit = "tokens"
+    headline = ("loss", "next_token", "register", "val_next_token")
+
+    def __init__(self, config: GeneratorConfig, runtime: Runtime):
+        """Open the codes and build the model.
+
+        Raises:
+            UserError: missing or damaged codes, or codes that do not fit the config.
+        """
+        self.config, self.runtime = config, runtime
+        self.law = config.law()
+        self.codes = open_codes(config.data.codes, config)
+        self.val_codes = open_codes(config.data.val_codes, config) if config.data.val_codes else None
+        if self.val_codes and self.val_codes.info.tokenizer_hash != self.codes.info.tokenizer_hash:
+            hashes = [store.info.tokenizer_hash[:12] for store in (self.val_codes, self.codes)]
+            raise UserError(f"{config.data.val_codes}: made by tokenizer {hashes[0]}, but {config.data.codes} by "
+                            f"{hashes[1]}; encode one of them again")
+        self.order = StatelessOrder(len(self.codes), config.seed)
+        torch.manual_seed(generator_seed(config.seed, Stream.INIT))
+        self.model = Transformer(config.model_config())
+        self.units_per_sample = self.law.length  # code tokens; registers are method, not data
+        self.flops_per_sample = 3 * self.model.forward_flops(
+            self.law.length, self.law.registers, attended_pairs(self.law, config.seed))
+
+    def compile(self) -> None:
+        for layer in self.model.layers:
+            layer.compile(dynamic=False)
+
+    def batch(self, step: int, samples: Tensor) -> tuple[Tensor, Tensor]:
+        """Return labels (b,), the null class where dropped, and codes (b, N) of global sample numbers."""
+        numbers = samples.cpu().numpy()
+        images, _ = self.order.items(numbers)
+        seed, views = self.config.seed, len(self.codes.info.views)
+        view = integers(views, seed, Stream.VIEW, torch.from_numpy(numbers)).numpy()
+        codes, labels = (x.to(samples.device, non_blocking=True) for x in self.codes.batch(images, view))
+        dropped = uniform(seed, Stream.CLASS_DROP, step, samples) < self.config.model.class_dropout
+        return torch.where(dropped, self.config.model.classes, labels), codes
+
+    def loss(self, model: nn.Module, step: int, samples: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        labels, codes = self.batch(step, samples)  # (b,), (b, N)
+        total = self.config.train.global_batch * self.law.length
+        if self.law.kind == "none":
+            next_token = cross_entropy_sum(model(labels, codes[:, :-1]), codes) / total
+            return next_token, {"next_token": next_token}
+        anchors, offsets = self.law.draw(self.config.seed, step, samples)  # (b, R) each
+        if self.config.train.attention != "sdpa" and samples.device.type == "cuda" and self.model.flex is None:
+            self.model.use_flex(anchors, fixed=self.law.count is None)
+        logits, register_logits = model(labels, codes[:, :-1], anchors, offsets)
+        next_token = cross_entropy_sum(logits, codes) / total
+        register = cross_entropy_sum(register_logits, register_targets(codes, anchors, offsets))
+        register = register / self._register_count(step, samples.device)
+        weight = self.config.registers.loss_weight
+        return (1 - weight) * next_token + weight * register, {"next_token": next_token, "register": register}
+
+    def _register_count(self, step: int, device: torch.device) -> Tensor | int:
+        """Return how many registers of the whole global batch have a target: a mean over ranks would depend on them."""
+        batch = self.config.train.global_batch
+        if self.law.count is not None:
+            return batch * self.law.count  # anchors are drawn among those with a target
+        everyone = torch.arange(step * batch, (step + 1) * batch, device=device)
+        return count_targets(*self.law.draw(self.config.seed, step, everyone), self.law.length).clamp(min=1)
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """Return the next-token loss on the held-out codes, first view, in nats a token."""
+        if self.val_codes is None:
+            return {}
+        count, size = len(self.val_codes), min(250, self.config.train.global_batch)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
+        for first in range(self.runtime.rank * size, count, self.runtime.world * size):
+            images = torch.arange(first, min(first + size, count)).numpy()
+            codes, labels = self.val_codes.batch(images, images * 0)
+            codes, labels = codes.to(self.runtime.device), labels.to(self.runtime.device)
+            sums[0] += cross_entropy_sum(model(labels, codes[:, :-1]), codes)
+            sums[1] += codes.numel()
+        total, tokens = self.runtime.sum(sums).tolist()
+        return {"val_next_token": total / tokens}
+
+    def draw_pictures(self, model: nn.Module, folder: Path, step: int) -> None:
+        from mutor_img.sampling import draw_training_grid  # the picture needs the tokenizer, training does not
+
+        draw_training_grid(model, self.metadata()["codes"], self.config.pictures, self.config.seed,
+                           folder / f"samples_{step:08d}.png")
+
+    def metadata(self) -> dict[str, Any]:
+        info = self.codes.info
+        return {"kind": "generator", "model": self.model.config.to_json(), "codes": {
+            "path": self.config.data.codes, "hash": self.codes.content_hash(), "class_names": info.class_names,
+            "image_size": info.image_size, "crop": info.crop, "views": info.views, "tokenizer": info.tokenizer,
+            "tokenizer_hash": info.tokenizer_hash}}
+
+
+def open_codes(folder: str, config: GeneratorConfig) -> Codes:
+    """Open a code store and check that it fits the model of ``config``.
+
+    Raises:
+        UserError: naming the key of the config that differs from the store.
+    """
+    codes = Codes(folder)
+    found = {"grid": tuple(codes.info.grid), "vocabulary": codes.info.vocabulary,
+             "classes": len(codes.info.class_names)}
+    for name, value in found.items():
+        wanted = getattr(config.model, name)
+        wanted = tuple(wanted) if name == "grid" else wanted
+        if wanted != value:
+            raise UserError(f"{folder}: the codes have {name} {value}, the config says model.{name}={wanted}")
+    if len(codes) == 0:
+        raise UserError(f"{folder}: holds no images")
+    return codes
+
+
+def attended_pairs(law: RegisterLaw, seed: int) -> float:
+    """Return the query-key pairs of one sequence that the rule allows; over drawn anchors, a mean of 256 draws."""
+    regular = law.length * (law.length + 1) / 2
+    if law.kind == "none":
+        return regular
+    anchors, _ = law.draw(seed, 0, torch.arange(256 if law.count is not None else 1))
+    return regular + (anchors + 2).sum(dim=1).double().mean().item()  # t + 1 regular inputs, and itself
+
+
+def plan_generator(config: GeneratorConfig) -> dict[str, Any]:
+    """Return what ``--dry-run`` prints: parameters, tokens and FLOPs an update, memory a device. Needs no data."""
+    law = config.law()
+    with torch.device("meta"):
+        model = Transformer(config.model_config())
+    parameters = model.parameter_count()
+    sample = 3 * model.forward_flops(law.length, law.registers, attended_pairs(law, config.seed))
+    batch = config.train.global_batch
+    gib = 2.0**30
+    return {
+        "parameters": parameters,
+        "regular inputs a sequence": law.length,
+        "registers a sequence": law.registers,
+        "tokens an update": batch * law.length,
+        "inputs an update": batch * (law.length + law.registers),
+        "FLOPs an update": batch * sample,
+        "updates": config.train.steps,
+        "FLOPs in all": batch * sample * config.train.steps,
+        "memory a device: weights, GiB": 4 * parameters / gib,
+        "memory a device: gradients, GiB": 4 * parameters / gib,
+        "memory a device: optimiser, GiB": 8 * parameters / gib,
+        "memory a device: EMA, GiB": (4 * parameters if config.train.ema else 0) / gib,
+        "memory a sequence: logits, bf16 and fp32 and their gradient, GiB":
+            10 * (law.length + law.registers) * config.model.vocabulary / gib,
+    }

@@ -1,0 +1,69 @@
+"""What a run leaves to look at: metrics as JSON lines, TensorBoard events, a loss-curve picture, log lines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from torch.utils.tensorboard import SummaryWriter
+
+from mutor_img.files import write_atomic
+
+
+class RunLog:
+    """Writes ``metrics.jsonl``, TensorBoard events and ``loss.png`` of one run; used on rank 0 only."""
+
+    def __init__(self, run_dir: Path, start_step: int):
+        """Open the log, forgetting rows of updates past ``start_step``, which a resumed run will do again."""
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.run_dir = run_dir
+        self.rows = [row for row in read_metrics(run_dir) if row["step"] <= start_step]
+        text = "".join(json.dumps(row) + "\n" for row in self.rows)
+        write_atomic(run_dir / "metrics.jsonl", lambda path: path.write_text(text))
+        self.file = open(run_dir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (open for the run)
+        self.events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Record named numbers of update ``step`` everywhere."""
+        row = {"step": step, **values}
+        self.rows.append(row)
+        self.file.write(json.dumps(row) + "\n")
+        for name, value in values.items():
+            self.events.add_scalar(name, value, step)
+
+    def draw(self, names: tuple[str, ...]) -> Path:
+        """Draw the named values over the steps into ``loss.png``; returns its path."""
+        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+        for name in names:
+            points = [(row["step"], row[name]) for row in self.rows if name in row]
+            if points:
+                axes.plot(*zip(*points), label=name, marker="." if len(points) < 30 else None, linewidth=1)
+        axes.set(xlabel="updates", ylabel="loss", title=str(self.run_dir))
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+        path = write_atomic(self.run_dir / "loss.png", lambda aside: figure.savefig(aside, format="png", dpi=120))
+        plt.close(figure)
+        return path
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        self.file.close()
+        self.events.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run's ``metrics.jsonl``; a last row that a kill cut short is left out."""
+    path = run_dir / "metrics.jsonl"
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

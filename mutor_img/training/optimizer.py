@@ -1,0 +1,59 @@
+"""AdamW with weight decay on matrices only, the learning rate as a function of the step, and tensor-only state."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from mutor_img.config import OptimConfig
+from mutor_img.errors import UserError
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """Return fused AdamW: decay on tensors of two or more dimensions, none on norms and biases (LlamaGen's rule)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), fused=True)
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """Return the learning rate of update ``step`` (from 0) of ``steps``.
+
+    A linear warm-up reaches ``lr`` at step ``warmup_steps``; then constant, a half cosine to ``final_lr``, or (wsd)
+    constant until the last ``decay_steps``, which fall linearly to ``final_lr``.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / (config.warmup_steps + 1)
+    if config.schedule == "cosine":
+        progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+        return config.final_lr + (config.lr - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    if config.schedule == "wsd" and config.decay_steps and step >= steps - config.decay_steps:
+        left = max(0, steps - step) / config.decay_steps
+        return config.final_lr + (config.lr - config.final_lr) * left
+    return config.lr
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimiser's state by parameter name: ``exp_avg/<name>``, ``exp_avg_sq/<name>``, ``step/<name>``."""
+    return {f"{key}/{name}": value for name, parameter in model.named_parameters()
+            for key, value in optimizer.state.get(parameter, {}).items()}
+
+
+def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Restore :func:`optimizer_tensors`' output.
+
+    Raises:
+        UserError: a tensor names no parameter of this model or has another shape.
+    """
+    parameters = dict(model.named_parameters())
+    for full_name, tensor in tensors.items():
+        key, _, name = full_name.partition("/")
+        parameter = parameters.get(name)
+        if parameter is None or (key != "step" and tensor.shape != parameter.shape):
+            raise UserError(f"optimizer.safetensors: {full_name} fits no parameter of this model")
+        optimizer.state[parameter][key] = tensor.to(parameter.device)
