@@ -169,7 +169,8 @@ def test_the_largest_count_is_drawn_in_full_and_one_more_is_an_error_that_names_
 
 @pytest.mark.parametrize("mistake", [
     {"kind": "3d"}, {"kind": "none"}, {"d_max": 0}, {"d_max": 1}, {"d_max": 5}, {"count": 0}, {"count": -1},
-    {"every": 0}, {"count": 3, "every": 2}, {"kind": "1d", "wrap": False}, {"kind": "1d", "d_max": 21}, {"grid": (0, 5)}])
+    {"every": 0}, {"count": 3, "every": 2}, {"kind": "1d", "wrap": False}, {"kind": "1d", "d_max": 21},
+    {"grid": (0, 5)}])
 def test_a_law_that_cannot_be_drawn_is_one_clear_line(mistake):
     with pytest.raises(UserError) as error:
         draw(**mistake)
