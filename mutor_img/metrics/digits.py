@@ -1,0 +1,210 @@
+"""A small digit classifier: the feature network for scores of MNIST-like images, and the command that trains it.
+
+Inception's features mean little for 32 x 32 digits, and its 2048 dimensions want tens of thousands of samples.
+These are 64 numbers learnt on the digits themselves, so that a thousand samples suffice for a Frechet distance.
+Such a distance compares runs scored by one classifier; it is no FID.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from mutor_img import cli
+from mutor_img.errors import UserError, check_range
+from mutor_img.files import file_hash, read_json, write_atomic, write_json
+from mutor_img.metrics.features import to_nchw
+from mutor_img.metrics.full_precision import full_precision
+from mutor_img.metrics.image_sets import FolderImages, read_all
+from mutor_img.streams import Stream, bits, generator_seed, integers
+
+DEFAULT_FOLDER = Path("runs/mnist/classifier")
+FEATURES = 64
+IMAGE_SIZE = 32
+WEIGHTS_FILE, ABOUT_FILE = "model.safetensors", "classifier.json"
+_BATCH, _LEARNING_RATE, _SHIFT = 50, 3e-3, 2
+
+
+def grey(images: np.ndarray | Tensor) -> Tensor:
+    """uint8 images in either layout -> (B, 1, H, W) float32 in [0, 1], the mean of the channels."""
+    return to_nchw(images).float().mean(1, keepdim=True) / 255
+
+
+class DigitNet(nn.Module):
+    """Three convolutions of 3 x 3, each normalised and halved in size, then 64 features and the classes."""
+
+    def __init__(self, classes: int = 10):
+        super().__init__()
+        widths = (1, 16, 32, 64)
+        self.blocks = nn.Sequential(*[
+            nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2))
+            for a, b in pairwise(widths)
+        ])
+        self.features = nn.Linear(widths[-1] * (IMAGE_SIZE // 8) ** 2, FEATURES)
+        self.classifier = nn.Linear(FEATURES, classes)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 1, 32, 32) in [0, 1] -> features (B, 64) before their ReLU, logits (B, classes)."""
+        x = self.blocks(images * 2 - 1)  # (B, 64, 4, 4)
+        features = self.features(x.flatten(1))
+        return features, self.classifier(F.relu(features))
+
+
+class DigitFeatures:
+    """A trained :class:`DigitNet` as a feature network: "pool" (B, 64) and "logits" (B, classes)."""
+
+    name = "mnist"
+
+    def __init__(self, net: DigitNet, class_names: Sequence[str], weights_hash: str,
+                 device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
+        self.net = net.eval().requires_grad_(False).to(self.device)
+        self.class_names, self.weights_hash = list(class_names), weights_hash
+        self.dimensions = {"pool": FEATURES, "logits": len(self.class_names)}
+        self.warnings = ["features are those of a digit classifier: scores compare runs scored by the same "
+                         "classifier, not with published ones"]
+
+    @full_precision()
+    def __call__(self, images: np.ndarray | Tensor) -> dict[str, Tensor]:
+        """(B, 32, 32, C) or (B, C, 32, 32) uint8 -> "pool" (B, 64) and "logits" (B, classes), float32."""
+        pixels = grey(torch.as_tensor(images).to(self.device))
+        _check_size("the images", pixels)
+        pool, logits = self.net(pixels)
+        return {"pool": pool, "logits": logits}
+
+
+def load_digits(folder: str | os.PathLike = DEFAULT_FOLDER, device: torch.device | str = "cpu") -> DigitFeatures:
+    """Load the classifier that :func:`train` left in ``folder``, strictly: names, shapes and the file's hash.
+
+    Raises:
+        UserError: no classifier there, or one that is not whole.
+    """
+    folder = Path(folder)
+    if not (folder / ABOUT_FILE).is_file():
+        raise UserError(f"{folder}: no trained digit classifier ({ABOUT_FILE}); train one with python -m "
+                        "mutor_img.metrics.digits, or name its folder with --features-weights")
+    about = read_json(folder / ABOUT_FILE)
+    weights = folder / WEIGHTS_FILE
+    try:
+        digest = file_hash(weights)
+        if digest != about["weights_sha256"]:
+            raise UserError(f"{weights}: sha256 begins {digest[:8]}, {ABOUT_FILE} says {about['weights_sha256'][:8]}; "
+                            "remove the folder and train again")
+        net = DigitNet(len(about["class_names"]))
+        net.load_state_dict(load_file(weights), strict=True)
+    except (OSError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+        raise UserError(f"{folder}: not a whole digit classifier ({error}); remove it and train again") from None
+    return DigitFeatures(net, about["class_names"], digest, device)
+
+
+def train(images: FolderImages, val: FolderImages, out: str | os.PathLike, *, seed: int = 0, epochs: int = 8) -> dict:
+    """Train a classifier on an ImageFolder of 32 x 32 digits and save it; returns what ``classifier.json`` holds.
+
+    Deterministic in ``seed`` (on one number of threads): the initial weights, the order and the shifts of up to
+    2 pixels are draws from it. A finished output of the same recipe is returned as it is.
+
+    Raises:
+        UserError: no class folders, other classes in ``val``, images of another size, or an output of another recipe.
+    """
+    for one in (images, val):
+        if one.class_names is None or len(one.class_names) < 2:
+            raise UserError(f"{one.path}: no class folders; an ImageFolder has one subfolder a class")
+    if images.class_names != val.class_names:
+        raise UserError(f"{val.path} has the classes {', '.join(val.class_names)}, {images.path} "
+                        f"{', '.join(images.class_names)}; they must be the same")
+    check_range("epochs", epochs, 1, 10_000)
+    out = Path(out)
+    recipe = {"images_sha256": images.sha256(), "val_sha256": val.sha256(), "seed": seed, "epochs": epochs}
+    if (out / ABOUT_FILE).exists():
+        about = read_json(out / ABOUT_FILE)
+        if about.get("recipe") != recipe:
+            raise UserError(f"{out} holds a classifier of other images, seed or epochs; remove it or give another "
+                            "--out")
+        load_digits(out)
+        return about
+    begin = time.perf_counter()
+    pixels, targets = grey(read_all(images)), torch.from_numpy(images.labels)  # (N, 1, 32, 32), (N,)
+    val_pixels, val_targets = grey(read_all(val)), torch.from_numpy(val.labels)
+    for one, name in ((pixels, images.path), (val_pixels, val.path)):
+        _check_size(str(name), one)
+    with torch.random.fork_rng():
+        torch.manual_seed(generator_seed(seed, Stream.INIT))
+        net = DigitNet(len(images.class_names))
+    _fit(net, pixels, targets, seed, epochs)
+    with torch.no_grad():
+        guesses = torch.cat([net(part)[1].argmax(1) for part in val_pixels.split(500)])
+    accuracy = (guesses == val_targets).double().mean().item()
+    write_atomic(out / WEIGHTS_FILE, lambda aside: save_file(net.state_dict(), aside))
+    about = {"class_names": images.class_names, "accuracy": accuracy, "image_size": IMAGE_SIZE,
+             "features": FEATURES, "train_images": len(images), "val_images": len(val),
+             "seconds": round(time.perf_counter() - begin, 1), "weights_sha256": file_hash(out / WEIGHTS_FILE),
+             "recipe": recipe}
+    write_json(out / ABOUT_FILE, about)  # last: its presence says that the rest is whole
+    return about
+
+
+def _fit(net: DigitNet, pixels: Tensor, targets: Tensor, seed: int, epochs: int) -> None:
+    """Run the epochs in place: AdamW, one-cycle learning rate, shifted images; leaves the net in eval mode."""
+    count = len(pixels)
+    steps = -(-count // _BATCH)
+    optimiser = torch.optim.AdamW(net.parameters(), lr=_LEARNING_RATE, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, _LEARNING_RATE, total_steps=epochs * steps)
+    padded = F.pad(pixels, [_SHIFT] * 4)  # (N, 1, 36, 36); a digit's background is 0
+    window = torch.arange(IMAGE_SIZE)
+    net.train()
+    with tqdm(total=epochs * steps, desc="digit classifier", unit="step", mininterval=1) as bar:
+        for epoch in range(epochs):
+            order = torch.argsort(bits(seed, Stream.ORDER, epoch, torch.arange(count)))
+            for chosen in order.split(_BATCH):
+                down = integers(2 * _SHIFT + 1, seed, Stream.AUGMENT, epoch, chosen, 0)  # (B,)
+                right = integers(2 * _SHIFT + 1, seed, Stream.AUGMENT, epoch, chosen, 1)
+                rows, columns = down[:, None] + window, right[:, None] + window  # (B, 32)
+                shifted = padded[chosen[:, None, None], 0, rows[:, :, None], columns[:, None, :]][:, None]
+                loss = F.cross_entropy(net(shifted)[1], targets[chosen])
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+                schedule.step()
+                bar.update()
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    net.eval()
+
+
+def _check_size(name: str, pixels: Tensor) -> None:
+    if pixels.shape[2:] != (IMAGE_SIZE, IMAGE_SIZE):
+        raise UserError(f"{name}: {pixels.shape[3]} x {pixels.shape[2]} pixels; the digit classifier takes "
+                        f"{IMAGE_SIZE} x {IMAGE_SIZE}")
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    """The command; see ``--help``. Returns what ``classifier.json`` holds."""
+    parser = cli.Parser(
+        description="Train the digit classifier whose features score MNIST-like samples; a finished one is reused.",
+        example="python -m mutor_img.metrics.digits --images data/mnist/train --val data/mnist/val "
+                f"--out {DEFAULT_FOLDER}")
+    parser.add_argument("--images", required=True, help="ImageFolder of 32 x 32 PNGs to train on")
+    parser.add_argument("--val", required=True, help="ImageFolder of held-out PNGs, for the accuracy")
+    parser.add_argument("--out", default=str(DEFAULT_FOLDER), help="folder to write")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights, the order and the shifts")
+    parser.add_argument("--epochs", type=int, default=8, help="passes over the images")
+    args = parser.parse_args(argv)
+    about = train(FolderImages(args.images), FolderImages(args.val), args.out, seed=args.seed, epochs=args.epochs)
+    print(f"digit classifier: {about['accuracy']:.2%} of {about['val_images']} held-out digits recognised, "
+          f"trained in {about['seconds']:.0f} s -> {args.out}")
+    return about
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,172 @@
+"""Feature networks: what turns images into the numbers that scores are made of.
+
+A feature network is anything with the attributes of :class:`FeatureNetwork`. The evaluator knows no more of it,
+so another network (a digit classifier, say) takes the place of Inception without a branch.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import urllib.error
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+
+from mutor_img.errors import UserError
+from mutor_img.files import file_hash
+from mutor_img.metrics.full_precision import full_precision
+
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_HASH = "6726825d"  # the first digits of the file's sha256
+SPATIAL_CHANNELS = 7
+
+
+class FeatureNetwork(Protocol):
+    """What the evaluator asks of a network.
+
+    Attributes:
+        name: written into every result and every statistics file.
+        weights_hash: sha256 of the weights file, hexadecimal.
+        dimensions: numbers an image for each output, e.g. ``{"pool": 2048, "spatial": 2023, "logits": 1008}``.
+            "pool" feeds the Frechet distance, precision and recall; "spatial" sFID; "logits" the Inception Score.
+        warnings: why scores made with it are not comparable with published ones; empty if they are.
+        device: where it runs.
+    """
+
+    name: str
+    weights_hash: str
+    dimensions: dict[str, int]
+    warnings: list[str]
+    device: torch.device
+
+    def __call__(self, images: np.ndarray | Tensor) -> dict[str, Tensor]:
+        """(B, H, W, C) or (B, C, H, W) uint8, C 1 or 3 -> one (B, dimension) float32 tensor an output."""
+        ...
+
+
+def to_nchw(images: np.ndarray | Tensor) -> Tensor:
+    """Return uint8 images as (B, C, H, W), C being 1 or 3; (B, H, W, C) is recognised by its last size.
+
+    Raises:
+        UserError: not uint8, or no axis of 1 or 3 channels.
+    """
+    images = torch.as_tensor(images)
+    if images.dtype != torch.uint8:
+        raise UserError(f"images are {images.dtype}; features are defined for uint8 in 0..255")
+    if images.ndim == 4 and images.shape[3] in (1, 3):
+        return images.permute(0, 3, 1, 2)
+    if images.ndim == 4 and images.shape[1] in (1, 3):
+        return images
+    raise UserError(f"images have shape {tuple(images.shape)}; give (B, H, W, C) or (B, C, H, W) with 1 or 3 channels")
+
+
+class InceptionGraph(FeatureExtractorInceptionV3):
+    """torch-fidelity's port of the 2015-12-05 TensorFlow graph, which also yields the spatial features of sFID.
+
+    The weights are whatever the initialisation gives until ``load_state_dict``.
+    """
+
+    def __init__(self):
+        nothing = io.BytesIO()
+        torch.save({}, nothing)
+        nothing.seek(0)
+        # The constructor unpickles the weights file itself. It is handed an empty one; ours are loaded safely after.
+        super().__init__("inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=nothing)
+        self.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """Load strictly; the empty dictionary of the constructor is passed over."""
+        return super().load_state_dict(state_dict, *args, **kwargs) if state_dict else None
+
+    def _keep_spatial(self, module, inputs, output: Tensor) -> None:
+        maps = output[:, :SPATIAL_CHANNELS]  # (B, 7, 17, 17), after ReLU
+        # Row, column, channel: the order of the TensorFlow graph. sFID in another order is another number.
+        self.spatial = maps.permute(0, 2, 3, 1).flatten(1).contiguous()  # (B, 2023)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W) uint8 -> pool (B, 2048), spatial (B, 2023), logits without bias (B, 1008), float32."""
+        pool, logits = super().forward(images)
+        return {"pool": pool, "spatial": self.spatial, "logits": logits}
+
+
+class Inception:
+    """The Inception network of ADM's evaluator as a :class:`FeatureNetwork`.
+
+    Args:
+        graph: with its weights.
+        weights_hash: sha256 of the weights file.
+        device: where to run.
+        warnings: carried into every result.
+    """
+
+    name = "inception-v3-compat"
+    dimensions = {"pool": 2048, "spatial": 17 * 17 * SPATIAL_CHANNELS, "logits": 1008}  # noqa: RUF012
+
+    def __init__(self, graph: InceptionGraph, weights_hash: str, device: torch.device | str = "cpu", warnings=()):
+        self.device = torch.device(device)
+        # channels_last is half as fast again on a CPU, and the numbers are the same to rounding.
+        self.graph = graph.eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)
+        self.weights_hash = weights_hash
+        self.warnings = list(warnings)
+
+    @full_precision()
+    def __call__(self, images: np.ndarray | Tensor) -> dict[str, Tensor]:
+        """uint8 images of any size, grey or RGB, in either layout -> pool, spatial and logits, float32."""
+        pixels = to_nchw(images).to(self.device)
+        pixels = pixels.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)  # (B, 3, H, W)
+        return self.graph(pixels)
+
+
+def default_inception_path() -> Path:
+    """Where torch's hub keeps the weights: ``$TORCH_HOME/hub/checkpoints/``, by default under ``~/.cache/torch``."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+
+
+def load_inception(weights: str | os.PathLike | None = None, device: torch.device | str = "cpu") -> Inception:
+    """Load the Inception network.
+
+    Without ``weights`` the file is looked for at :func:`default_inception_path`, then downloaded to there, and
+    must be the published one. With ``weights`` another file is accepted with a warning, which makes the scores
+    not comparable.
+
+    Raises:
+        UserError: no file and no way to download it, a default file with another hash, or no Inception weights.
+    """
+    path = Path(weights) if weights is not None else default_inception_path()
+    if not path.is_file():
+        if weights is not None:
+            raise UserError(f"--inception-weights {path}: no such file")
+        _download(path)
+    digest, warnings = file_hash(path), []
+    if not digest.startswith(INCEPTION_HASH):
+        if weights is None:
+            raise UserError(f"{path}: sha256 begins {digest[:8]}, not {INCEPTION_HASH}; the file is damaged or another "
+                            "network's: remove it, or name it with --inception-weights to use it all the same")
+        warnings.append(f"Inception weights {path} have sha256 {digest[:8]}..., not {INCEPTION_HASH}...: scores are "
+                        "not comparable with published ones")
+    graph = InceptionGraph()
+    try:
+        graph.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # a foreign file can fail in any way while it is unpickled
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path}: no Inception weights ({reason[:160]})") from None
+    return Inception(graph, digest, device, warnings)
+
+
+def _download(path: Path) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(aside), hash_prefix=INCEPTION_HASH)
+        os.replace(aside, path)
+    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        raise UserError(f"no Inception weights: looked at {path}, and {URL_INCEPTION_V3} cannot be downloaded "
+                        f"({error}); put the file there or name it with --inception-weights FILE") from None
+    finally:
+        aside.unlink(missing_ok=True)
+

@@ -1,0 +1,235 @@
+"""Sets of images to score: an npz streamed out of its zip, a folder of PNGs, or an array in memory.
+
+An image set is any iterable of (B, H, W, C) uint8 arrays, with B of its own choice and C 1 or 3, whose ``len``
+is the number of images. It can be iterated more than once. The attributes ``name``, ``labels`` ((N,) int64 or
+None) and ``class_names`` are optional.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from mutor_img.errors import UserError
+from mutor_img.images import IMAGE_SUFFIXES, read_image
+
+_CHUNK = 64  # images read at once
+
+
+class ImageSet(Protocol):
+    """See the module: what the evaluator iterates over."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[np.ndarray]: ...
+
+
+class ArrayImages:
+    """Images in memory: (N, H, W, C) uint8, with (N,) integer labels or None."""
+
+    def __init__(self, images: np.ndarray, labels: Sequence[int] | np.ndarray | None = None, name: str = "memory"):
+        self.images = np.asarray(images)
+        _check_layout(name, self.images.dtype, self.images.shape)
+        self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
+        self.name = name
+        if self.labels is not None and self.labels.shape != (len(self.images),):
+            raise UserError(f"{name}: labels have shape {self.labels.shape} for {len(self.images)} images")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for start in range(0, len(self), _CHUNK):
+            yield self.images[start : start + _CHUNK]
+
+
+class NpzImages:
+    """The images of an npz file, read a chunk at a time: 50 000 at 256 px would take 9.8 GB at once.
+
+    Args:
+        path: the file, ``arr_0`` (N, H, W, C) uint8, ``arr_1`` (N,) integer labels if present.
+
+    Raises:
+        UserError: no readable zip, no ``arr_0``, or an ``arr_0`` that is no uint8 image array. A file whose end is
+            missing, or whose checksum is wrong, is found while it is read.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.name = self.path.name
+        self.members = npz_members(self.path)
+        if "arr_0" not in self.members:
+            raise UserError(f"{path}: no array arr_0 of images; it holds {', '.join(sorted(self.members))}")
+        self.shape = _image_shape(self.path, "arr_0")
+        labels = read_npz_array(self.path, "arr_1") if "arr_1" in self.members else None
+        if labels is not None and (labels.shape != (len(self),) or labels.dtype.kind not in "iu"):
+            raise UserError(f"{path}: arr_1 is {labels.dtype} of shape {labels.shape}; labels are integers, "
+                            f"one for each of the {len(self)} images")
+        self.labels = None if labels is None else labels.astype(np.int64)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        size = int(np.prod(self.shape[1:]))
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as stream:
+                _read_header(stream)
+                for start in range(0, len(self), _CHUNK):
+                    count = min(_CHUNK, len(self) - start)
+                    raw = stream.read(count * size)
+                    if len(raw) < count * size:
+                        raise EOFError(f"{start + len(raw) // size} of {len(self)} images")
+                    yield np.frombuffer(raw, dtype=np.uint8).reshape(count, *self.shape[1:])
+                stream.read(1)  # reaching the end is what checks the checksum
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+            raise UserError(f"{self.path}: damaged or cut off ({error}); write it again") from None
+
+
+def npz_members(path: str | os.PathLike) -> set[str]:
+    """Return the names of the arrays in an npz file.
+
+    Raises:
+        UserError: the file is missing, is no zip, or ends early.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {name.removesuffix(".npy") for name in archive.namelist()}
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (zipfile.BadZipFile, OSError) as error:
+        raise UserError(f"{path}: not a whole npz file ({error}); it may be cut off: write it again") from None
+
+
+def read_npz_array(path: str | os.PathLike, name: str) -> np.ndarray:
+    """Read one array of an npz file into memory; arrays of Python objects are refused, unread."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return archive[name]
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
+        raise UserError(f"{path}: the array {name} cannot be read ({error})") from None
+
+
+def _image_shape(path: Path, name: str) -> tuple[int, ...]:
+    """Return the shape of an image array from its header, after checking it."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as stream:
+            shape, fortran, dtype = _read_header(stream)
+            _check_layout(f"{path}: {name}", dtype, shape)
+            if fortran:
+                raise UserError(f"{path}: {name} is in Fortran order; save it C-contiguous")
+            held = archive.getinfo(f"{name}.npy").file_size - stream.tell()
+            if held != int(np.prod(shape)):
+                raise UserError(f"{path}: {name} announces {shape[0]} images and holds {held} bytes, "
+                                f"not {int(np.prod(shape))}; it is damaged or cut off")
+            return shape
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: {name} cannot be read ({error})") from None
+
+
+def _read_header(stream):
+    """Return (shape, Fortran order, dtype) of the .npy header at the start of a stream."""
+    version = np.lib.format.read_magic(stream)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    if read is None:
+        raise ValueError(f"npy format {version} is not supported")
+    return read(stream)
+
+
+def _check_layout(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    if dtype.hasobject:
+        raise UserError(f"{name} holds Python objects, which are not read because they can run code; save plain uint8")
+    if dtype != np.uint8:
+        raise UserError(f"{name} is {dtype}; images are uint8 in 0..255, rounded as floor(127.5 x + 128)")
+    if len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape:
+        raise UserError(f"{name} has shape {shape}; images are (N, H, W, 3), at least one")
+
+
+class FolderImages:
+    """The PNG images of a folder, or of an ImageFolder tree, whose subfolders in alphabetical order are classes.
+
+    Order: that of the sorted relative paths. ``labels`` and ``class_names`` are None where images lie in the
+    folder itself.
+
+    Raises:
+        UserError: no folder, no images, JPEGs; while reading, an unreadable image or one of another size.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.path = Path(folder)
+        self.name = self.path.name if self.path.name not in ("", "..") else str(self.path.resolve())
+        if not self.path.is_dir():
+            raise UserError(f"{folder}: no such folder")
+        files = sorted(p.relative_to(self.path) for p in self.path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        jpeg = next((p for p in files if p.suffix.lower() in (".jpg", ".jpeg", ".webp")), None)
+        if jpeg is not None:
+            raise UserError(f"{self.path / jpeg}: JPEG compression moves features by 5e-3 and with them every score; "
+                            "give PNGs or an npz written without compression loss")
+        self.files = [p for p in files if not any(part.startswith(".") for part in p.parts)]
+        if not self.files:
+            raise UserError(f"{folder}: no PNG images in it or below it")
+        folders = sorted({p.parts[0] for p in self.files if len(p.parts) > 1})
+        tree = all(len(p.parts) > 1 for p in self.files)
+        self.class_names = folders if tree else None
+        self.labels = np.array([folders.index(p.parts[0]) for p in self.files], np.int64) if tree else None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        expected = None
+        for start in range(0, len(self.files), _CHUNK):
+            images = []
+            for file in self.files[start : start + _CHUNK]:
+                images.append(np.asarray(read_image(self.path / file)))  # (H, W, 3)
+                expected = expected or images[-1].shape
+                if images[-1].shape != expected:
+                    raise UserError(f"{self.path / file} is {images[-1].shape[1]} x {images[-1].shape[0]} pixels, "
+                                    f"the first image {expected[1]} x {expected[0]}; all must be of one size")
+            yield np.stack(images)
+
+    def sha256(self) -> str:
+        """Return one hash over the relative paths and the bytes of all files."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            digest.update(file.as_posix().encode() + b"\0" + hashlib.sha256((self.path / file).read_bytes()).digest())
+        return digest.hexdigest()
+
+
+def rebatch(images: Iterable[np.ndarray], size: int, limit: int) -> Iterator[np.ndarray]:
+    """Yield the first ``limit`` images in batches of exactly ``size`` (the last may be short).
+
+    Fixed batches make the features independent of how the source happens to cut its own.
+    """
+    held: list[np.ndarray] = []
+    count, left = 0, limit
+    for batch in images:
+        part = np.asarray(batch)[:left]
+        left -= len(part)
+        while len(part):
+            take = part[: size - count]
+            held.append(take)
+            count += len(take)
+            part = part[len(take) :]
+            if count == size:
+                yield np.concatenate(held)
+                held, count = [], 0
+        if left == 0:
+            break
+    if held:
+        yield np.concatenate(held)
+
+
+def read_all(images: ImageSet, limit: int | None = None) -> np.ndarray:
+    """Return the first ``limit`` images (all by default) as one (N, H, W, C) uint8 array; for small images only."""
+    limit = len(images) if limit is None else limit
+    return next(rebatch(images, limit, limit))
