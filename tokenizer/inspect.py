@@ -1,0 +1,79 @@
+"""``python -m tokenizer.inspect``: look at a code store, so that a person sees that codes and labels are right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mutor_img.cli import Parser, run
+from mutor_img.codes import Codes
+from mutor_img.errors import UserError, check_range
+from mutor_img.images import grid_picture, to_nhwc, write_png
+from tokenizer.loading import load_tokenizer
+from tokenizer.measures import CodeUse
+from tokenizer.pictures import magnification
+from tokenizer.vq import VQModel
+
+_COLUMNS = 10
+
+
+def check_tokenizer(codes: Codes, vq: VQModel) -> None:
+    """Raise :class:`UserError` unless ``vq`` is the very tokenizer that made ``codes``."""
+    info = codes.info
+    if vq.hash != info.tokenizer_hash:
+        raise UserError(f"{vq.path} is tokenizer {vq.hash[:16]}, but {codes.folder} was made by "
+                        f"{info.tokenizer_hash[:16]} ({info.tokenizer}); give that one with --tokenizer")
+
+
+def decoded_grid(codes: Codes, vq: VQModel, count: int) -> Image.Image:
+    """Return ``count`` images spread evenly over the store, first view, decoded, with class names below."""
+    count = min(count, len(codes))
+    if not count:
+        raise UserError(f"{codes.folder}: holds no images")
+    numbers = np.arange(count) * len(codes) // count
+    rows, labels = codes.batch(numbers, np.zeros_like(numbers))  # (count, N), (count,)
+    images = to_nhwc(vq.decode(rows, codes.info.grid))
+    captions = [codes.info.class_names[label] for label in labels]
+    return grid_picture(images, min(_COLUMNS, count), captions=captions, scale=magnification(images.shape[1]))
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, describe, verify and draw."""
+    parser = Parser(
+        description="Show what a code store holds: its facts, and a grid of decoded codes with class names.",
+        example="python -m tokenizer.inspect --codes codes/imagenet256 --out grid.png --verify",
+        prog="python -m tokenizer.inspect",
+    )
+    parser.add_argument("--codes", required=True, help="code store made by tokenizer.encode")
+    parser.add_argument("--tokenizer", help="tokenizer that made it (the one that it names unless given)")
+    parser.add_argument("--out", metavar="PNG", default="codes.png", help="picture to write")
+    parser.add_argument("--num", type=int, default=100, help="images in the picture, spread evenly over the store")
+    parser.add_argument("--verify", action="store_true", help="read every block and compare its checksum")
+    options = parser.parse_args(argv)
+    check_range("--num", options.num, 1, 10_000)
+    codes = Codes(options.codes)
+    info = codes.info
+    names = ", ".join(info.class_names[:5]) + (", …" if len(info.class_names) > 5 else "")
+    print(f"images       {len(codes)} in {len(info.class_names)} classes ({names})")
+    print(f"views        {', '.join(info.views)}, crop {info.crop}, {info.image_size} pixels")
+    print(f"codes        {info.grid[0]} x {info.grid[1]} of a vocabulary of {info.vocabulary}")
+    print(f"tokenizer    {info.tokenizer} ({info.tokenizer_hash[:16]})")
+    if options.verify:
+        codes.verify()
+        print(f"verified     {len(info.checksums)} blocks: every checksum, code and label is right")
+    vq = load_tokenizer(options.tokenizer or info.tokenizer, "cuda" if torch.cuda.is_available() else "cpu")
+    check_tokenizer(codes, vq)
+    numbers = np.arange(min(10_000, len(codes))) * len(codes) // min(10_000, max(1, len(codes)))
+    use = CodeUse(info.vocabulary)
+    use.add(codes.batch(numbers, np.zeros_like(numbers))[0])
+    scores = use.scores()
+    print(f"codes used   {scores['codes_used']:.1%}, perplexity {scores['perplexity']:.1f} "
+          f"(over {len(numbers)} images)")
+    print(f"picture      {write_png(options.out, decoded_grid(codes, vq, options.num))}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,46 @@
+"""How near reconstructions are to their images, and how well the codebook is used."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch import Tensor
+
+from tokenizer.quantizer import perplexity
+
+
+def psnr(images: np.ndarray, reconstructions: np.ndarray) -> float:
+    """Return the mean over images of the peak signal-to-noise ratio in dB; both (B, H, W, C) uint8.
+
+    Pixels are taken in [0, 1]. An image reproduced exactly counts as 100 dB and not as infinitely many.
+    """
+    values = []
+    for a, b in zip(images, reconstructions):
+        exact = np.array_equal(a, b)
+        values.append(100.0 if exact else peak_signal_noise_ratio(a / 255.0, b / 255.0, data_range=1.0))
+    return float(np.mean(values))
+
+
+def ssim(images: np.ndarray, reconstructions: np.ndarray) -> float:
+    """Return the mean structural similarity, window 7, pixels in [0, 1] with data range 1; both (B, H, W, C) uint8.
+
+    Some published figures use a data range of 2 on such pixels, which reads higher.
+    """
+    return float(np.mean([structural_similarity(a / 255.0, b / 255.0, channel_axis=-1, data_range=1.0)
+                          for a, b in zip(images, reconstructions)]))
+
+
+class CodeUse:
+    """Counts of how often each code is used, and what they say."""
+
+    def __init__(self, vocabulary: int):
+        self.counts = torch.zeros(vocabulary, dtype=torch.int64)
+
+    def add(self, codes: Tensor) -> None:
+        """Count codes of any shape."""
+        self.counts += torch.bincount(codes.flatten().cpu(), minlength=len(self.counts))
+
+    def scores(self) -> dict[str, float]:
+        """Return ``codes_used``, the share of the vocabulary that occurs at all, and ``perplexity``."""
+        return {"codes_used": float((self.counts > 0).double().mean()), "perplexity": perplexity(self.counts)}

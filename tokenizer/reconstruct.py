@@ -1,0 +1,124 @@
+"""``python -m tokenizer.reconstruct``: encode and decode images, and measure what was lost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from mutor_img.cli import Parser, run
+from mutor_img.errors import UserError, check_range
+from mutor_img.images import to_nhwc, write_png
+from tokenizer.crops import crop_rule, to_float
+from tokenizer.encode import Squares
+from tokenizer.folder import list_images
+from tokenizer.loading import load_tokenizer
+from tokenizer.measures import CodeUse, psnr, ssim
+from tokenizer.pictures import before_after
+from tokenizer.vq import VQModel
+
+_PICTURES = 20
+
+
+def reconstruct_folder(vq: VQModel, images: str | Path, *, num_images: int = 0, image_size: int | None = None,
+                       batch_size: int = 32, workers: int = 0,
+                       picture: str | Path | None = None) -> dict[str, Any]:
+    """Reconstruct centre-cropped images and score them.
+
+    Args:
+        vq: the tokenizer.
+        images: folder with one sub-folder of images a class.
+        num_images: how many, spread evenly over the folder; 0: all.
+        image_size: pixels a side; the tokenizer's own unless given.
+        batch_size: images at a time.
+        workers: reading processes; 0 reads in this one.
+        picture: where to write a PNG of 20 images before and after, or None.
+
+    Returns:
+        ``psnr`` in dB, ``ssim`` (pixels in [0, 1], data range 1), ``codes_used`` (share of the vocabulary),
+        ``perplexity`` of the codes, ``num_images``, and what they were measured on.
+
+    Raises:
+        UserError: a folder without classes, an unreadable image, or an image size that does not fit.
+    """
+    image_size = image_size or vq.image_size
+    if image_size is None:
+        raise UserError("the tokenizer does not say its image size; give --image-size")
+    vq.grid_for(image_size)
+    device = vq.quant_conv.weight.device
+    folder = list_images(images)
+    numbers = folder.spread(num_images)
+    loader = DataLoader(Squares(folder, numbers, vq.image_channels, image_size, crop_rule("center")), batch_size,
+                        num_workers=workers)
+    shown = set(folder_positions(len(numbers), _PICTURES))
+    use, sums, kept, place = CodeUse(vq.vocabulary), np.zeros(2), [], 0
+    with tqdm(total=len(numbers), desc="reconstruct", unit="image", mininterval=1.0) as bar:
+        for squares, errors in loader:  # (B, 1, C, H, W) uint8
+            for error in filter(None, errors):
+                raise UserError(error)
+            pixels = to_float(squares[:, 0].to(device))
+            codes = vq.encode(pixels)  # (B, N)
+            before, after = to_nhwc(pixels), to_nhwc(vq.decode(codes))  # (B, H, W, 3) uint8
+            use.add(codes)
+            sums += len(before) * np.array([psnr(before, after), ssim(before, after)])
+            kept += [(before[i], after[i]) for i in range(len(before)) if place + i in shown]
+            place += len(before)
+            bar.update(len(before))
+    if picture:
+        before, after = (np.stack(side) for side in zip(*kept))
+        write_png(picture, before_after(before, after))
+    means = sums / len(numbers)
+    return {"psnr": float(means[0]), "ssim": float(means[1]), **use.scores(), "num_images": len(numbers),
+            "images": str(images), "image_size": image_size, "tokenizer": vq.path, "tokenizer_hash": vq.hash}
+
+
+def folder_positions(count: int, wanted: int) -> list[int]:
+    """Return up to ``wanted`` positions spread evenly over ``count``."""
+    wanted = min(wanted, count)
+    return [i * count // wanted for i in range(wanted)]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, reconstruct and print."""
+    parser = Parser(
+        description="Encode and decode images: PSNR, SSIM, code usage, and a before/after picture.",
+        example="python -m tokenizer.reconstruct --tokenizer runs/mnist/tokenizer --images data/mnist/val "
+                "--out reconstructions.png",
+        prog="python -m tokenizer.reconstruct",
+    )
+    parser.add_argument("--tokenizer", required=True, help="tokenizer run folder, or released LlamaGen .pt")
+    parser.add_argument("--images", required=True, help="folder with one sub-folder of images a class")
+    parser.add_argument("--num-images", type=int, default=0, help="images, spread evenly over the folder; 0: all")
+    parser.add_argument("--image-size", type=int, help="pixels a side (the tokenizer's own unless given)")
+    parser.add_argument("--batch-size", type=int, default=32, help="images at a time")
+    parser.add_argument("--workers", type=int, default=2, help="reading processes; 0: none")
+    parser.add_argument("--out", metavar="PNG", help="before/after picture to write")
+    parser.add_argument("--json", metavar="FILE", help="JSON file to write the scores to")
+    options = parser.parse_args(argv)
+    check_range("--num-images", options.num_images, 0, 10**9)
+    check_range("--batch-size", options.batch_size, 1, 65536)
+    check_range("--workers", options.workers, 0, 256)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    scores = reconstruct_folder(
+        load_tokenizer(options.tokenizer, device), options.images, num_images=options.num_images,
+        image_size=options.image_size, batch_size=options.batch_size, workers=options.workers, picture=options.out)
+    print(f"images       {scores['num_images']}")
+    print(f"PSNR         {scores['psnr']:.2f} dB")
+    print(f"SSIM         {scores['ssim']:.4f}   (data range 1)")
+    print(f"codes used   {scores['codes_used']:.1%}")
+    print(f"perplexity   {scores['perplexity']:.1f}")
+    if options.out:
+        print(f"picture      {options.out}")
+    if options.json:
+        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(options.json).write_text(json.dumps(scores, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)

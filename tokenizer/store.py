@@ -1,0 +1,147 @@
+"""Writing a code store: parts that survive a kill, and their merge into the arrays that count.
+
+While images are encoded, ``<out>/parts/`` fills with one file for each ``PART`` images. A part carries a fingerprint of
+all it was made from, so that a part of another tokenizer, crop or file is made again and never reused. The last
+file to appear is ``codes.json``; without it the folder is no code store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from mutor_img.codes import BLOCK, Codes, CodesInfo, block_checksum
+from mutor_img.errors import UserError
+from mutor_img.files import read_json, write_atomic, write_json
+from tokenizer.folder import ImageFolder, class_names
+
+PART = 1024  # images a part: seconds of work on a GPU
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything but the images that decides what the codes are."""
+
+    tokenizer_hash: str
+    views: tuple[str, ...]
+    crop: str
+    image_size: int  # pixels a side
+
+
+class StoreWriter:
+    """The parts of one code store under ``out``, for images of ``folder`` made by ``recipe``."""
+
+    def __init__(self, out: str | Path, folder: ImageFolder, recipe: Recipe):
+        self.out, self.folder, self.recipe = Path(out), folder, recipe
+        self.parts = self.out / "parts"
+        self.manifest = {"format": "mutor_img encode 1", **asdict(recipe), "views": list(recipe.views),
+                         "images": len(folder), "files_hash": _digest(_listing(folder, slice(None)))}
+
+    def finished(self) -> bool:
+        """Tell whether ``out`` already holds these very codes, complete.
+
+        Raises:
+            UserError: it holds codes made from something else, and what differs.
+        """
+        if not (self.out / "codes.json").is_file():
+            return False
+        made = read_json(self.out / "encode.json") if (self.out / "encode.json").is_file() else {}
+        for name, value in self.manifest.items():
+            if made.get(name) != value:
+                raise UserError(f"{self.out}: holds other codes ({name} is {made.get(name)}, asked for is {value}); "
+                                "give another --out, or remove that folder")
+        Codes(self.out)  # raises where an array is damaged
+        shutil.rmtree(self.parts, ignore_errors=True)  # left by a kill between the last file and this
+        return True
+
+    def count(self) -> int:
+        """Return the number of parts."""
+        return -(-len(self.folder) // PART)
+
+    def range(self, part: int) -> range:
+        """Return the image numbers of a part."""
+        return range(part * PART, min((part + 1) * PART, len(self.folder)))
+
+    def is_done(self, part: int) -> bool:
+        """Tell whether a part is there, is of this recipe and these files, and had no unreadable image."""
+        try:
+            with safe_open(self._path(part), framework="numpy") as file:
+                meta = file.metadata()
+        except (SafetensorError, OSError):
+            return False
+        return meta["fingerprint"] == self._fingerprint(part) and meta["unreadable"] == "{}"
+
+    def write(self, part: int, codes: np.ndarray, unreadable: dict[str, str]) -> None:
+        """Write one part, whole or not at all.
+
+        Args:
+            part: its number.
+            codes: (images, views, N) uint16 of the part's readable images, in order.
+            unreadable: reason by file name of the others.
+        """
+        meta = {"fingerprint": self._fingerprint(part), "unreadable": json.dumps(unreadable)}
+        labels = np.array([self.folder.labels[i] for i in self.range(part) if self.folder.files[i] not in unreadable],
+                          dtype=np.int64)
+        write_atomic(self._path(part), lambda aside: save_file({"codes": codes, "labels": labels}, aside, meta))
+
+    def unreadable(self) -> dict[str, str]:
+        """Return the reason by file name of every image that could not be read, from all parts."""
+        found = {}
+        for part in range(self.count()):
+            with safe_open(self._path(part), framework="numpy") as file:
+                found |= json.loads(file.metadata()["unreadable"])
+        return found
+
+    def merge(self, tokenizer: str, grid: tuple[int, int], vocabulary: int) -> None:
+        """Join all parts into ``codes.npy``, ``labels.npy`` and, last, ``codes.json``; then remove the parts."""
+        unreadable = self.unreadable()
+        count = len(self.folder) - len(unreadable)
+        shape = (count, len(self.recipe.views), grid[0] * grid[1])
+        aside = self.parts / "codes.npy"  # a merge cut short leaves nothing beside the parts
+        codes = np.lib.format.open_memmap(aside, mode="w+", dtype=np.uint16, shape=shape)
+        labels = np.empty(count, np.int64)
+        place = 0
+        for part in range(self.count()):
+            with safe_open(self._path(part), framework="numpy") as file:
+                part_labels = file.get_tensor("labels")
+                codes[place: place + len(part_labels)] = file.get_tensor("codes")
+                labels[place: place + len(part_labels)] = part_labels
+                place += len(part_labels)
+        codes.flush()
+        blocks = [slice(first, first + BLOCK) for first in range(0, count, BLOCK)]
+        info = CodesInfo(grid, vocabulary, class_names(self.folder.classes), list(self.recipe.views), self.recipe.crop,
+                         self.recipe.image_size, tokenizer, self.recipe.tokenizer_hash,
+                         [block_checksum(codes[b], labels[b]) for b in blocks])
+        os.replace(aside, self.out / "codes.npy")
+        write_atomic(self.out / "labels.npy", lambda path: _save_array(path, labels))
+        write_json(self.out / "encode.json", {**self.manifest, "unreadable": unreadable})
+        write_json(self.out / "codes.json", info.to_json())
+        shutil.rmtree(self.parts)
+
+    def _path(self, part: int) -> Path:
+        return self.parts / f"part_{part:06d}.safetensors"
+
+    def _fingerprint(self, part: int) -> str:
+        images = self.range(part)
+        return _digest([asdict(self.recipe), _listing(self.folder, slice(images.start, images.stop))])
+
+
+def _listing(folder: ImageFolder, images: slice) -> list:
+    return [folder.files[images], folder.sizes[images], folder.labels[images].tolist()]
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _save_array(path: Path, array: np.ndarray) -> None:
+    with open(path, "wb") as file:  # np.save adds .npy to a name without it
+        np.save(file, array, allow_pickle=False)
