@@ -1,0 +1,193 @@
+"""Sampling codes from the transformer: guidance, filtering, and one stateless random number a token.
+
+Row j of a batch is a function of (seed, first + j), the label, the settings and the weights, and of nothing else.
+On CPUs in fp32 that holds to the last bit: the network always runs on ``CHUNK`` sequences, and sample i stands
+in row i mod CHUNK of them, whoever its neighbours are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mutor_img.decoder import Decoder, GraphedDecode, decode_one, prefill
+from mutor_img.errors import UserError, check_range
+from mutor_img.guidance import guidance_scales, guide
+from mutor_img.streams import Stream, uniform
+from mutor_img.transformer import Transformer
+
+CHUNK = 16  # sequences the network runs on at a time, on CPUs in fp32; a bit of the result may depend on it
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """What decides the codes of a sample beside its number, its label and the weights.
+
+    Attributes:
+        cfg_scale: guidance scale >= 1; 1: none.
+        cfg_schedule, cfg_parameter: see :func:`~mutor_img.guidance.guidance_scales`.
+        temperature: > 0; divides the logits after guidance.
+        top_k: the k most likely codes only; 0: all.
+        top_p: after top_k, the smallest set of codes whose mass is at least this; 1: all.
+        seed: the random streams'.
+    """
+
+    cfg_scale: float = 2.0
+    cfg_schedule: str = "constant"
+    cfg_parameter: float | None = None
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def validate(self, vocabulary: int) -> None:
+        """Raise :class:`UserError` for a value out of range."""
+        check_range("cfg_scale", self.cfg_scale, 1.0, 1e6)
+        check_range("temperature", self.temperature, 0.0, 1e6, low_open=True)
+        check_range("top_k", self.top_k, 0, vocabulary)
+        check_range("top_p", self.top_p, 0.0, 1.0, low_open=True)
+        guidance_scales(self.cfg_schedule, self.cfg_scale, self.cfg_parameter, 1)
+
+
+def generate(model: Transformer, labels: Tensor | Sequence[int], cfg_scale: float = 2.0, temperature: float = 1.0,
+             top_k: int = 0, top_p: float = 1.0, seed: int = 0, first: int = 0) -> Tensor:
+    """Sample the codes of one image a label.
+
+    Args:
+        model: the transformer, in any mode (dropout is never applied here) and on any device.
+        labels: (B,) in 0 .. classes - 1.
+        cfg_scale, temperature, top_k, top_p, seed: see :class:`SamplingSettings`.
+        first: number of the first sample; row j uses the random stream f(seed, first + j).
+
+    Returns:
+        (B, N) int64 codes on the model's device.
+
+    Raises:
+        UserError: a value or a label out of range, or weights that give logits which are not finite.
+    """
+    labels = torch.as_tensor(labels, dtype=torch.int64)
+    settings = SamplingSettings(cfg_scale, "constant", None, temperature, top_k, top_p, seed)
+    return generate_samples(model, labels, first + torch.arange(len(labels)), settings)
+
+
+def generate_samples(model: Transformer, labels: Tensor, samples: Tensor, settings: SamplingSettings) -> Tensor:
+    """Sample the codes of the given samples; as :func:`generate` for sample numbers that need not be consecutive.
+
+    Args:
+        labels: (B,) int64.
+        samples: (B,) int64 sample numbers, all different.
+
+    Returns:
+        (B, N) int64 codes.
+    """
+    config, weight = model.config, model.output.weight
+    settings.validate(config.vocabulary)
+    if labels.dim() != 1 or labels.shape != samples.shape:
+        raise ValueError(f"labels {tuple(labels.shape)} and samples {tuple(samples.shape)} must both be (B,)")
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < config.classes:
+        wrong = labels[(labels < 0) | (labels >= config.classes)][0]
+        raise UserError(f"label {int(wrong)} is out of range; the model has classes 0 to {config.classes - 1}")
+    labels, samples = labels.to(weight.device), samples.to(weight.device)
+    codes = torch.zeros(len(labels), config.length, dtype=torch.int64, device=weight.device)
+    if not len(labels):
+        return codes
+    scales = guidance_scales(settings.cfg_schedule, settings.cfg_scale, settings.cfg_parameter, config.length)
+    with torch.inference_mode():
+        fixed = weight.device.type == "cpu" and weight.dtype == torch.float32
+        count = CHUNK if fixed else len(labels)
+        sampler = Sampler(model, count, scales, settings)
+        if not fixed:
+            codes.copy_(sampler(labels, samples))
+        else:
+            for group in (samples // CHUNK).unique().tolist():
+                rows = (samples // CHUNK == group).nonzero()[:, 0]  # (b,), b <= CHUNK
+                slots = samples[rows] % CHUNK
+                padded = torch.zeros(CHUNK, dtype=torch.int64).index_copy(0, slots, labels[rows])
+                chunk = sampler(padded, group * CHUNK + torch.arange(CHUNK))  # (CHUNK, N)
+                codes[rows] = chunk[slots]
+    if int(codes.min()) < 0:
+        raise UserError("the model's logits are not finite; its weights are damaged, or too large for their dtype")
+    return codes
+
+
+class Sampler:
+    """Draws images of ``count`` sequences at a time, with one set of prepared weights and one cache."""
+
+    def __init__(self, model: Transformer, count: int, scales: Sequence[float], settings: SamplingSettings):
+        self.count, self.scales, self.settings = count, scales, settings
+        self.classes, device = model.config.classes, model.output.weight.device
+        # Without guidance at any token there is no second half of the batch.
+        self.guided_until = max((token + 1 for token, scale in enumerate(scales) if scale > 1), default=0)
+        rows = 2 * count if self.guided_until else count
+        self.decoder = Decoder(model, rows, masked=device.type == "cuda")
+        self.graphed = GraphedDecode(self.decoder, rows) if device.type == "cuda" else None
+
+    def __call__(self, labels: Tensor, samples: Tensor) -> Tensor:
+        """Return codes (count, N) for labels and sample numbers (count,) int64; -1 where logits were not finite."""
+        length = len(self.scales)
+        places = torch.arange(length, device=labels.device)
+        numbers = uniform(self.settings.seed, Stream.TOKEN, samples[:, None], places).T.contiguous()  # (N, B) float64
+        codes = torch.empty(length, self.count, dtype=torch.int64, device=labels.device)
+        inputs = torch.cat([labels, torch.full_like(labels, self.classes)]) if self.guided_until else labels
+        logits = prefill(self.decoder, inputs)  # (2 B or B, V)
+        for position, scale in enumerate(self.scales):
+            if position:
+                logits = self._decode(codes[position - 1], position)
+            logits = guide(logits.float(), scale) if scale > 1 else logits[: self.count].float()
+            codes[position] = draw(logits, numbers[position], self.settings)
+        return torch.where((codes < 0).any(0), -1, codes).T
+
+    def _decode(self, codes: Tensor, position: int) -> Tensor:
+        """Return logits (2 B or B, V) at ``position``; both halves of a guided batch go on with the same codes."""
+        codes = codes.clamp(min=0)  # not finite: go on with anything, and say so at the end
+        if self.graphed is not None:
+            return self.graphed(codes.repeat(self.decoder.rows // self.count), position)
+        return decode_one(self.decoder, codes.repeat(2) if position < self.guided_until else codes, position)
+
+
+def draw(logits: Tensor, numbers: Tensor, settings: SamplingSettings) -> Tensor:
+    """Draw one code a row by the inverse of the cumulative distribution.
+
+    The sums are float64, and the drawn code is the first whose cumulative mass exceeds the number's share of the
+    total. So a code of probability zero is never drawn, not even at the ends.
+
+    Args:
+        logits: (B, V) fp32.
+        numbers: (B,) float64 in [0, 1).
+
+    Returns:
+        (B,) int64; -1 where the logits are not finite.
+    """
+    logits = logits / settings.temperature
+    if settings.top_k:
+        logits = keep_top_k(logits, settings.top_k)
+    if settings.top_p < 1:
+        logits = keep_top_p(logits, settings.top_p)
+    mass = logits.softmax(-1).cumsum(-1, dtype=torch.float64)  # (B, V)
+    total = mass[:, -1:]  # (B, 1)
+    codes = torch.searchsorted(mass, numbers[:, None] * total, right=True)[:, 0]
+    return torch.where(total[:, 0] > 0, codes, -1)
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Return logits (B, V) with all but the k largest of a row at -inf; of equal ones the first stay."""
+    least = logits.topk(k).values[:, -1:]  # (B, 1), the k-th largest
+    above, equal = logits > least, logits == least
+    room = k - above.sum(-1, keepdim=True)  # (B, 1) how many of the equal ones stay
+    return logits.masked_fill(~(above | (equal & (equal.cumsum(-1) <= room))), -math.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Return logits (B, V) with all but the nucleus at -inf: the fewest largest whose mass is at least p.
+
+    At least one stays; of equal ones the first (Holtzman et al., arXiv 1904.09751).
+    """
+    ordered, places = logits.sort(dim=-1, descending=True, stable=True)  # (B, V) each
+    mass = ordered.softmax(-1).to(torch.float64)
+    before = mass.cumsum(-1) - mass  # the mass of all that are more likely
+    ordered = ordered.masked_fill(before >= p * mass.sum(-1, keepdim=True), -math.inf)
+    return torch.empty_like(logits).scatter_(-1, places, ordered)

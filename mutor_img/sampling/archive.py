@@ -1,0 +1,144 @@
+"""A sample set on disk: ADM's npz, made in parts, so that a killed run goes on and nothing half-written shows.
+
+``x.npz`` grows under ``x.npz.parts/`` as one file for each ``UNIT`` samples and a JSON of everything that decides
+the bytes. When all parts are there they are merged into the npz, the manifest ``x.json`` is written, and the parts go.
+"""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mutor_img.errors import UserError
+from mutor_img.files import read_json, write_atomic, write_json
+
+FORMAT = "mutor_img samples 1"
+UNIT = 64  # samples a part; fixed, so that parts are the same for any number of processes and batch size
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # zip's first moment: the time of writing must not change the bytes
+
+
+class SampleArchive:
+    """The files of one sample set.
+
+    Attributes:
+        out: the npz.
+        manifest: the JSON beside it.
+        parts: the folder of an unfinished run.
+        settings: everything that decides the bytes, as JSON values.
+    """
+
+    def __init__(self, out: str | Path, settings: dict[str, Any]):
+        """Name the files; reads and writes nothing.
+
+        Raises:
+            UserError: ``out`` does not end in ``.npz``.
+        """
+        self.out = Path(out)
+        if self.out.suffix != ".npz":
+            raise UserError(f"--out {out}: the sample file must end in .npz")
+        self.manifest = self.out.with_suffix(".json")
+        self.parts = self.out.with_name(self.out.name + ".parts")
+        self.settings = settings
+        self.count = settings["num_samples"]
+
+    def is_finished(self) -> bool:
+        """Tell whether the npz is there already, of these settings.
+
+        Raises:
+            UserError: the npz, its manifest or the parts are of other settings, or of something else.
+        """
+        started = (self.parts / "settings.json").is_file()
+        if started:
+            self._compare(read_json(self.parts / "settings.json"), self.parts,
+                          "finish that run with its own settings, remove the folder")
+        if not self.out.exists():
+            return False
+        if self.manifest.is_file():
+            self._compare(read_json(self.manifest), self.out, "remove the file")
+            return True
+        if started:  # killed between the npz and its manifest: merge again
+            return False
+        raise UserError(f"{self.out}: exists without its manifest {self.manifest.name}; remove it, or choose another "
+                        "--out")
+
+    def _compare(self, found: Any, path: Path, fix: str) -> None:
+        if not isinstance(found, dict) or found.get("format") != FORMAT:
+            raise UserError(f"{path}: was not made by this program; {fix}, or choose another --out")
+        for key, wanted in self.settings.items():
+            if found.get(key) != wanted:
+                raise UserError(f"{path}: was made with {key} {_short(found.get(key))}, now it is {_short(wanted)}; "
+                                f"{fix}, or choose another --out")
+
+    def start(self) -> None:
+        """Begin, or go on: note the settings in the parts' folder. One process calls this."""
+        write_json(self.parts / "settings.json", self.settings)
+
+    def units(self) -> range:
+        """Return the numbers of all parts."""
+        return range(-(-self.count // UNIT))
+
+    def samples(self, unit: int) -> range:
+        """Return the sample numbers of a part."""
+        return range(unit * UNIT, min((unit + 1) * UNIT, self.count))
+
+    def is_done(self, unit: int) -> bool:
+        """Tell whether a part is written."""
+        return self._part(unit).is_file()
+
+    def done(self) -> int:
+        """Return how many samples are written, by any process."""
+        return sum(len(self.samples(unit)) for unit in self.units() if self.is_done(unit))
+
+    def write(self, unit: int, images: np.ndarray) -> None:
+        """Write a part: (its samples, H, W, 3) uint8."""
+        def save(aside: Path) -> None:
+            with open(aside, "wb") as file:  # given a path, numpy would add its ending
+                np.save(file, images, allow_pickle=False)
+
+        write_atomic(self._part(unit), save)
+
+    def merge(self, labels: np.ndarray, about: dict[str, Any]) -> None:
+        """Join all parts into the npz, write the manifest, remove the parts. One process calls this, once all are done.
+
+        Args:
+            labels: (count,) int64.
+            about: what the manifest says beside the settings.
+        """
+        shape = (self.count, *np.load(self._part(0), mmap_mode="r").shape[1:])
+        parts = (np.load(self._part(unit), allow_pickle=False) for unit in self.units())
+
+        def save(aside: Path) -> None:
+            with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive:
+                write_array(archive, "arr_0.npy", np.dtype(np.uint8), shape, parts)
+                write_array(archive, "arr_1.npy", labels.dtype, labels.shape, [labels])
+
+        write_atomic(self.out, save)
+        write_json(self.manifest, {**self.settings, **about})
+        self.remove_parts()
+
+    def remove_parts(self) -> None:
+        """Remove what an unfinished run leaves."""
+        shutil.rmtree(self.parts, ignore_errors=True)
+
+    def _part(self, unit: int) -> Path:
+        return self.parts / f"part_{unit:06d}.npy"
+
+
+def write_array(archive: zipfile.ZipFile, name: str, dtype: np.dtype, shape: tuple[int, ...],
+                parts: Iterable[np.ndarray]) -> None:
+    """Write one array into a zip as ``numpy.savez`` would, a part at a time; the parts join along the first axis."""
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    with archive.open(zipfile.ZipInfo(name, _EPOCH), "w", force_zip64=True) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in parts:
+            file.write(np.ascontiguousarray(part).data)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else text[:20] + "…"

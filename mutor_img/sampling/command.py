@@ -1,0 +1,208 @@
+"""``sample.py``: class-conditional images from a checkpoint, as an npz for scoring or as a picture."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mutor_img.cli import Parser, run
+from mutor_img.config import check_choice
+from mutor_img.errors import UserError, check_range
+from mutor_img.generate import SamplingSettings
+from mutor_img.guidance import SCHEDULES
+from mutor_img.images import write_png
+from mutor_img.loading import Loaded, load_run
+from mutor_img.sampling.archive import FORMAT, SampleArchive
+from mutor_img.sampling.labels import RULES, make_labels, parse_classes, readable_names
+from mutor_img.sampling.pictures import class_grid, open_tokenizer, sample_images, verified_tokenizer
+from mutor_img.training.runtime import Runtime
+from tokenizer.vq import VQModel
+
+WEIGHTS = {"auto": None, "ema": True, "raw": False}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+GRID_CLASSES = 10  # rows of a grid whose classes are not given
+GRID_COLUMNS = 8
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        description="Sample images from a trained generator: an npz in ADM's format, a labelled grid, or both. A "
+                    "killed run goes on with the same command.",
+        example="sample.py --checkpoint runs/mnist/mutor2d --num-samples 1000 --out samples.npz\n"
+                "sample.py --checkpoint runs/imagenet256/mutor2d_b_80 --classes 207,360,387 --grid grid.png",
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="PATH", help="run folder, checkpoint folder, or LlamaGen .pt")
+    add("--tokenizer", metavar="PATH", help="tokenizer folder or LlamaGen .pt; the one the run names unless given")
+    add("--weights", default="auto", metavar="WHICH", help="ema, raw, or auto: ema where a run has them")
+    add("--out", metavar="FILE", help="npz to write, with a JSON manifest beside it")
+    add("--grid", metavar="FILE", help="png to write: a row for each class")
+    add("--num-samples", type=int, help="images of --out (50000 unless given); with --grid alone, its images, rounded "
+                                        "up to full rows (8 a class unless given)")
+    add("--classes", metavar="LIST", help="numbers or names of classes, comma-separated; all unless given (for a grid "
+                                          "at most ten)")
+    add("--labels", default="random", metavar="RULE", help="random: drawn for each sample; balanced: as many of each")
+    add("--seed", type=int, default=0, help="of labels and random streams")
+    add("--cfg-scale", type=float, default=2.0, help="guidance scale; 1: none")
+    add("--cfg-schedule", default="constant", metavar="NAME", help=f"guidance over the tokens: {', '.join(SCHEDULES)}")
+    add("--cfg-parameter", type=float, help="interval: n, the first n + 2 tokens are guided; power-cosine: the power")
+    add("--temperature", type=float, default=1.0, help="divides the logits")
+    add("--top-k", type=int, default=0, help="the k most likely codes only; 0: all")
+    add("--top-p", type=float, default=1.0, help="the most likely codes that hold this mass; 1: all")
+    add("--batch-size", type=int, default=64, help="images at a time on each device; decides memory, not results")
+    add("--dtype", default="auto", metavar="TYPE", help="of the generator: fp32, bf16, or auto: bf16 on CUDA")
+    add("--device", default="auto", metavar="NAME", help="cpu, cuda, or auto: CUDA when there is one")
+    return parser
+
+
+def main(argv: Sequence[str]) -> Path:
+    """The command; see ``--help``. Returns the npz, or the picture where no npz was asked for.
+
+    Raises:
+        UserError: a mistake in the flags or in the files they name.
+    """
+    args = _parser().parse_args(argv)
+    _check(args)
+    runtime = _runtime(args.device)
+    name = ("bf16" if runtime.device.type == "cuda" else "fp32") if args.dtype == "auto" else args.dtype
+    loaded = load_run(args.checkpoint, ema=WEIGHTS[args.weights], device=runtime.device, dtype=DTYPES[name])
+    settings = SamplingSettings(args.cfg_scale, args.cfg_schedule, args.cfg_parameter, args.temperature, args.top_k,
+                                args.top_p, args.seed)
+    config = loaded.model.config
+    settings.validate(config.vocabulary)
+    run_names = loaded.codes.get("class_names")
+    names = readable_names(run_names, config.classes)
+    classes = parse_classes(args.classes, names, run_names) if args.classes is not None else None
+    tokenizer = _tokenizer(args.tokenizer, loaded, runtime)
+    if args.grid and runtime.is_main:
+        _write_grid(args, loaded, tokenizer, classes, names, settings)
+    if not args.out:
+        return Path(args.grid)
+    count = 50_000 if args.num_samples is None else args.num_samples
+    archive = SampleArchive(args.out, {
+        "format": FORMAT, "weights": loaded.which, "weights_hash": loaded.weights_hash,
+        "tokenizer_hash": tokenizer.hash, **dataclasses.asdict(settings), "labels": args.labels, "classes": classes,
+        "num_samples": count, "dtype": name, "device": runtime.device.type})
+    labels = make_labels(args.labels, classes or range(config.classes), count, args.seed)
+    about = {"checkpoint": str(loaded.path), "step": loaded.meta.get("step"), "tokenizer": tokenizer.path,
+             "class_names": names, "versions": {name: version(name) for name in ("mutor_img", "torch", "numpy")}}
+    write_samples(archive, loaded, tokenizer, labels, settings, about, runtime, args.batch_size)
+    return archive.out
+
+
+def entry() -> None:
+    """Console entry."""
+    run(main)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what cannot be meant before anything is read."""
+    if not args.out and not args.grid:
+        raise UserError("nothing to write; give --out samples.npz, --grid grid.png, or both")
+    for path, ending in ((args.out, ".npz"), (args.grid, ".png")):
+        if path and Path(path).suffix != ending:
+            raise UserError(f"{path}: must end in {ending}")
+    check_choice("--weights", args.weights, tuple(WEIGHTS))
+    check_choice("--labels", args.labels, RULES)
+    check_choice("--dtype", args.dtype, ("auto", *DTYPES))
+    check_choice("--device", args.device, ("auto", "cpu", "cuda"))
+    check_range("--batch-size", args.batch_size, 1, 100_000)
+    if args.num_samples is not None:
+        check_range("--num-samples", args.num_samples, 1, 10**9)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no CUDA device here; leave --device out")
+
+
+def _runtime(device: str) -> Runtime:
+    runtime = Runtime.start()
+    return dataclasses.replace(runtime, device=torch.device("cpu")) if device == "cpu" else runtime
+
+
+def _tokenizer(path: str | None, loaded: Loaded, runtime: Runtime) -> VQModel:
+    """Load the tokenizer: the run's own, verified, or the one that the user insists on."""
+    if path is None:
+        return verified_tokenizer(loaded.codes, runtime.device, loaded.model, loaded.path)
+    vq = open_tokenizer(path, runtime.device, loaded.model, loaded.codes, loaded.path)
+    expected = loaded.codes.get("tokenizer_hash", vq.hash)
+    if vq.hash != expected and runtime.is_main:
+        print(f"warning: {path} has sha256 {vq.hash[:16]}, but the codes of {loaded.path} were made by a tokenizer "
+              f"with {expected[:16]}", file=sys.stderr)
+    return vq
+
+
+def _write_grid(args: argparse.Namespace, loaded: Loaded, tokenizer: VQModel, classes: list[int] | None,
+                names: list[str], settings: SamplingSettings) -> None:
+    if classes is None:  # evenly spread: neighbours in ImageNet look alike
+        total = loaded.model.config.classes
+        rows = min(GRID_CLASSES, total)
+        classes = [row * total // rows for row in range(rows)]
+    columns = GRID_COLUMNS
+    if args.num_samples is not None and not args.out:
+        columns = -(-args.num_samples // len(classes))
+    write_png(args.grid, class_grid(loaded.model, tokenizer, classes, columns, names, settings))
+    print(f"{args.grid}: {len(classes)} classes, {columns} images each")
+
+
+def write_samples(archive: SampleArchive, loaded: Loaded, tokenizer: VQModel, labels: Tensor,
+                  settings: SamplingSettings, about: dict[str, Any], runtime: Runtime, batch_size: int) -> None:
+    """Make a sample set, going on from what an earlier run left, on all processes that call this alike.
+
+    Args:
+        archive: where to.
+        loaded, tokenizer: on ``runtime.device``.
+        labels: (count,) int64 of all samples.
+        about: what the manifest says beside ``archive.settings``.
+        batch_size: images at a time on this device.
+
+    Raises:
+        UserError: the archive holds a run of other settings.
+    """
+    if archive.is_finished():
+        if runtime.is_main:
+            archive.remove_parts()
+            print(f"{archive.out}: holds these {archive.count} samples already; nothing to do")
+        return
+    if runtime.is_main:
+        archive.start()
+    runtime.barrier()
+    todo = [unit for unit in archive.units() if not archive.is_done(unit)]
+    runtime.barrier()  # every process has listed the same parts before the first one is written
+    mine = todo[runtime.rank:: runtime.world]
+    with tqdm(total=archive.count, initial=archive.done(), desc="sample", unit="image", mininterval=1.0,
+              disable=not runtime.is_main) as bar:
+        numbers = torch.tensor([i for unit in mine for i in archive.samples(unit)], dtype=torch.int64)
+        images = _sample(loaded, tokenizer, labels, numbers, settings, batch_size)
+        ahead: list[np.ndarray] = []  # sampled, not yet a part
+        for unit in mine:
+            size = len(archive.samples(unit))
+            while sum(map(len, ahead)) < size:
+                ahead.append(next(images))
+                if runtime.is_main:
+                    bar.update(archive.done() + sum(map(len, ahead)) - bar.n)
+            joined = np.concatenate(ahead)
+            archive.write(unit, joined[:size])
+            ahead = [joined[size:]]
+        runtime.barrier()
+        if runtime.is_main:
+            bar.update(archive.done() - bar.n)
+    if runtime.is_main:
+        archive.merge(labels.numpy(), about)
+        print(f"{archive.out}: {archive.count} images, described in {archive.manifest}")
+    runtime.barrier()
+
+
+def _sample(loaded: Loaded, tokenizer: VQModel, labels: Tensor, numbers: Tensor, settings: SamplingSettings,
+            batch_size: int) -> Iterator[np.ndarray]:
+    """Yield (b, H, W, 3) uint8 images of the given sample numbers, a batch at a time."""
+    for part in numbers.split(batch_size):
+        yield sample_images(loaded.model, tokenizer, labels[part], part, settings)

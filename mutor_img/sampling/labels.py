@@ -1,0 +1,87 @@
+"""Which class each sample is of, and what classes are called."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+from timm.data import ImageNetInfo
+from torch import Tensor
+
+from mutor_img.config import check_choice
+from mutor_img.errors import UserError, suggest
+from mutor_img.streams import Stream, bits, integers
+
+RULES = ("random", "balanced")
+_WORDNET_ID = re.compile(r"n\d{8}")
+
+
+def make_labels(rule: str, classes: Sequence[int], count: int, seed: int) -> Tensor:
+    """Return the labels of samples 0 .. count - 1, as a function of the arguments alone.
+
+    Args:
+        rule: ``"random"``: each label drawn on its own, f(seed, i), whatever ``count`` is (the protocol of LlamaGen and
+            of the paper). ``"balanced"``: every class count / len(classes) times, what is left over given to classes
+            that the seed picks, in an order that the seed permutes.
+        classes: labels to choose from.
+
+    Returns:
+        (count,) int64.
+
+    Raises:
+        UserError: an unknown rule.
+    """
+    check_choice("labels", rule, RULES)
+    table, samples = torch.tensor(classes), torch.arange(count)
+    if rule == "random":
+        return table[integers(len(classes), seed, Stream.LABEL, samples)]
+    # A second key keeps these draws apart from those above: 0 shuffles the classes, 1 the samples.
+    shuffled = table[bits(seed, Stream.LABEL, 0, torch.arange(len(classes))).argsort(stable=True)]
+    order = bits(seed, Stream.LABEL, 1, samples).argsort(stable=True)  # (count,), a permutation
+    return torch.empty_like(order).index_copy(0, order, shuffled[samples % len(classes)])
+
+
+def readable_names(class_names: Sequence[str] | None, classes: int) -> list[str]:
+    """Return a name for each class: WordNet ids become words; 1000 classes without names are ImageNet's."""
+    if class_names is None:
+        if classes != 1000:
+            return [str(label) for label in range(classes)]
+        return [ImageNetInfo().index_to_description(label).split(",")[0] for label in range(classes)]
+    info = ImageNetInfo() if any(map(_WORDNET_ID.fullmatch, class_names)) else None
+    return [info.label_name_to_description(name).split(",")[0] if info and info.has_label(name) else name
+            for name in class_names]
+
+
+def parse_classes(text: str, names: Sequence[str], class_names: Sequence[str] | None = None) -> list[int]:
+    """Return the labels in a comma-separated list of numbers and names.
+
+    Args:
+        text: e.g. ``"207,360,otter"``. A number is always a label; case and ``_`` for a space do not matter.
+        names: a readable name for each class.
+        class_names: as the run calls them, where that differs.
+
+    Raises:
+        UserError: an unknown class (the nearest is named), a name of several, a class given twice.
+    """
+    labels = []
+    for word in (part.strip() for part in text.split(",")):
+        if re.fullmatch(r"-?\d+", word):
+            found = [int(word)] if 0 <= int(word) < len(names) else []
+            hint = f"; the model has classes 0 to {len(names) - 1}"
+        else:
+            found = [i for i, both in enumerate(zip(names, class_names or names)) if _plain(word) in map(_plain, both)]
+            hint = suggest(word, names) if len(names) <= 20 or word else "; give a number or a name"
+        if not found:
+            raise UserError(f"--classes: unknown class {word!r}{hint}")
+        if len(found) > 1:
+            raise UserError(f"--classes: {word!r} is the name of classes {', '.join(map(str, found))}; give a number")
+        labels += found
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UserError(f"--classes: class {label} is given twice")
+    return labels
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", " ").casefold()

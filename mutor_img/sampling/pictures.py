@@ -1,0 +1,119 @@
+"""Images from a generator and its tokenizer, in memory: batches, and grids with a class a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mutor_img.errors import UserError
+from mutor_img.generate import SamplingSettings, generate_samples
+from mutor_img.images import grid_picture, to_nhwc, write_png
+from mutor_img.sampling.labels import readable_names
+from mutor_img.transformer import Transformer
+from tokenizer.loading import load_tokenizer
+from tokenizer.vq import VQModel
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+DECODE = 64  # images the tokenizer decodes at a time; at full resolution they take far more memory than the codes
+PIXELS = 96  # smaller images are magnified to about this in grids
+
+
+def sample_images(model: Transformer, tokenizer: VQModel, labels: Tensor, samples: Tensor,
+                  settings: SamplingSettings) -> np.ndarray:
+    """Sample one image a label.
+
+    Args:
+        model, tokenizer: on one device.
+        labels: (B,) int64.
+        samples: (B,) int64 sample numbers; each has its own random stream, f(settings.seed, number).
+
+    Returns:
+        (B, H, W, 3) uint8.
+
+    Raises:
+        UserError: labels or settings out of range.
+    """
+    codes = generate_samples(model, labels, samples, settings)  # (B, N)
+    parts = [to_nhwc(tokenizer.decode(part, model.config.grid)) for part in codes.split(DECODE)]
+    return np.concatenate(parts)
+
+
+def open_tokenizer(path: str | Path, device: torch.device | str, model: Transformer,
+                   codes: dict[str, Any], origin: str | Path) -> VQModel:
+    """Load the tokenizer at ``path`` and check that it fits the generator.
+
+    Args:
+        codes: what the generator's run says of its codes; {} where nothing does.
+        origin: the generator's path, for errors.
+
+    Raises:
+        UserError: no tokenizer there, or one with another vocabulary or grid.
+    """
+    vq = load_tokenizer(path, device)
+    if vq.vocabulary != model.config.vocabulary:
+        raise UserError(f"{path}: has {vq.vocabulary} codes, but {origin} makes {model.config.vocabulary}; give the "
+                        "tokenizer it was trained with")
+    size = codes.get("image_size")
+    if size is not None and vq.grid_for(size) != model.config.grid:
+        raise UserError(f"{path}: makes {vq.grid_for(size)} codes of {size} pixels, but {origin} makes "
+                        f"{model.config.grid}; give the tokenizer it was trained with")
+    return vq
+
+
+def verified_tokenizer(codes: dict[str, Any], device: torch.device | str, model: Transformer,
+                       origin: str | Path) -> VQModel:
+    """Load the tokenizer that a generator's run names.
+
+    Raises:
+        UserError: it is not named, not there, or not the one that made the codes.
+    """
+    path = codes.get("tokenizer")
+    if not path:
+        raise UserError(f"{origin}: does not name its tokenizer; give --tokenizer")
+    if not Path(path).exists():
+        raise UserError(f"{path}: no such file or folder; {origin} names it as its tokenizer. Give --tokenizer if it "
+                        "has moved")
+    vq = open_tokenizer(path, device, model, codes, origin)
+    if vq.hash != codes.get("tokenizer_hash"):
+        raise UserError(f"{path}: its weights have sha256 {vq.hash[:16]}, but the codes of {origin} were made by a "
+                        f"tokenizer with {str(codes.get('tokenizer_hash'))[:16]}; give that one with --tokenizer")
+    return vq
+
+
+def class_grid(model: Transformer, tokenizer: VQModel, classes: Sequence[int], columns: int, names: Sequence[str],
+               settings: SamplingSettings) -> Image:
+    """Return a picture with a row of ``columns`` samples for each of ``classes`` and the class's name beside it.
+
+    The image in row r, column c is sample number r * columns + c. Small images are magnified.
+    """
+    labels = torch.tensor(classes).repeat_interleave(columns)  # (rows * columns,)
+    images = sample_images(model, tokenizer, labels, torch.arange(len(labels)), settings)
+    scale = max(1, PIXELS // images.shape[1])
+    return grid_picture(images, columns, row_names=[names[label] for label in classes], scale=scale)
+
+
+def draw_training_grid(model: Transformer, codes: dict[str, Any], pictures: Any, seed: int, path: str | Path) -> None:
+    """Write the sample grid of a training run: the first ten classes, a row each, always the same random streams.
+
+    Args:
+        model: the transformer being trained, or its average.
+        codes: the run's metadata of its codes.
+        pictures: ``cfg_scale`` and ``per_class``.
+        seed: the run's seed.
+        path: the PNG.
+
+    Raises:
+        UserError: the tokenizer that made the codes is gone or another.
+    """
+    tokenizer = verified_tokenizer(codes, model.output.weight.device, model, codes.get("path", "the run"))
+    settings = SamplingSettings(cfg_scale=pictures.cfg_scale, seed=seed)
+    classes = range(min(10, model.config.classes))
+    names = readable_names(codes.get("class_names"), model.config.classes)
+    write_png(path, class_grid(model, tokenizer, list(classes), pictures.per_class, names, settings))

@@ -1,0 +1,7 @@
+"""Sample images from a trained generator; see ``python sample.py --help`` and docs/sampling.md."""
+
+from mutor_img import cli
+from mutor_img.sampling import main
+
+if __name__ == "__main__":
+    cli.run(main)
