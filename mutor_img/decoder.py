@@ -20,12 +20,13 @@ Linear = Callable[[Tensor], Tensor]
 class PrefixCache:
     """Keys and values so far, read as slices up to the current position: the least memory traffic, for CPUs.
 
-    One query a sequence makes attention a matter of memory and of dtype conversions, so the cache is fp32 whatever
-    the weights are: bf16 would be widened again at each step, at several times the cost of reading fp32.
+    One query a sequence makes attention a matter of memory and of dtype conversions, so the cache is at least fp32
+    whatever the weights are: bf16 would be widened again at each step, which costs more than reading fp32.
     """
 
     def __init__(self, layers: int, rows: int, heads: int, length: int, head_dim: int, like: Tensor):
-        self.store = torch.zeros(layers, 2, rows, heads, length, head_dim, device=like.device)
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        self.store = torch.zeros(layers, 2, rows, heads, length, head_dim, device=like.device, dtype=dtype)
 
     def attend(self, layer: int, position: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Keep k and v of this position and attend to all so far; q, k, v and the result are (R, H, head dim)."""
@@ -33,7 +34,7 @@ class PrefixCache:
         keys[:, :, position], values[:, :, position] = k, v
         seen = slice(0, position + 1)
         # Two batched products are a third faster here than CPUs' fused attention, which is made for many queries.
-        query = (q.float() * q.shape[-1] ** -0.5)[:, :, None]  # (R, H, 1, head dim)
+        query = (q.to(keys.dtype) * q.shape[-1] ** -0.5)[:, :, None]  # (R, H, 1, head dim)
         scores = torch.matmul(query, keys[:, :, seen].transpose(2, 3))  # (R, H, 1, seen)
         out = torch.matmul(scores.softmax(-1), values[:, :, seen])  # (R, H, 1, head dim)
         return out[:, :, 0].type_as(q)

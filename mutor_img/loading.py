@@ -116,6 +116,8 @@ def _group(which: str) -> str:
 
 
 def _load_file(path: Path, ema: bool, grid: tuple[int, int] | None, heads: int | None) -> Loaded:
+    if (path.parent / "checkpoint.json").is_file():  # alone it would not say its grid, and a guess might be wrong
+        raise UserError(f"{path}: is part of a checkpoint; give its folder, {path.parent}")
     weights = read_pt(path, ema)
     if "quantize.embedding.weight" in weights:
         raise UserError(f"{path}: weights of a tokenizer, not of a generator; give the generator's file")

@@ -1,0 +1,209 @@
+"""Generation: the cache against whole forward passes, filters against numpy, and rows that know no neighbours."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from reference import sampling as reference
+
+from mutor_img import generate
+from mutor_img.decoder import Decoder, decode_one, prefill
+from mutor_img.errors import UserError
+from mutor_img.generate import CHUNK, Sampler, SamplingSettings, draw, generate_samples, keep_top_k, keep_top_p
+from mutor_img.guidance import SCHEDULES, guidance_scales
+
+LABELS = torch.tensor([2, 0, 1, 1, 0])
+
+
+def codes_of(model, labels=LABELS, first=0, **settings):
+    samples = first + torch.arange(len(labels))
+    return generate_samples(model, labels, samples, SamplingSettings(**settings))
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["prefix", "masked"])
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_cached_logits_equal_those_of_whole_forward_passes(random_model, heads, masked):
+    model = random_model(heads=heads)
+    codes = torch.randint(11, (5, 20), generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([0, 1, 2, 3, 0])  # 3: the null class
+    decoder = Decoder(model, 5, masked)
+    with torch.inference_mode():
+        steps = [prefill(decoder, labels)]
+        for t in range(1, 20):
+            steps.append(decode_one(decoder, codes[:, t - 1], torch.tensor([t]) if masked else t))
+        torch.testing.assert_close(torch.stack(steps, 1), model(labels, codes[:, :-1]), rtol=0, atol=1e-5)
+
+
+def test_a_used_cache_gives_the_next_images_the_same_logits(random_model):
+    model = random_model()
+    sampler = Sampler(model, 5, [2.0] * 20, SamplingSettings())
+    with torch.inference_mode():
+        first, second = (sampler(LABELS, torch.arange(5)) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_cached_logits_in_other_dtypes_are_within_their_rounding(random_model, dtype):
+    model = random_model(dtype=dtype)
+    codes = torch.randint(11, (5, 20), generator=torch.Generator().manual_seed(1))
+    decoder = Decoder(model, 5)
+    with torch.inference_mode():
+        prefill(decoder, LABELS)
+        steps = [decode_one(decoder, codes[:, t - 1], t) for t in range(1, 20)]
+        whole = model(LABELS, codes[:, :-1])[:, 1:]
+    tolerance = 0.1 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(torch.stack(steps, 1), whole, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("settings", [
+    {"cfg_scale": 1.0}, {"cfg_scale": 2.0}, {"cfg_scale": 3.0, "temperature": 0.7, "top_k": 4},
+    {"cfg_scale": 1.5, "top_p": 0.8}, {"cfg_scale": 2.0, "temperature": 1.3, "top_k": 6, "top_p": 0.6},
+    *({"cfg_scale": 4.0, "cfg_schedule": s, "cfg_parameter": p}
+      for s, p in (("interval", 3), ("interval", 0), ("linear", None), ("power-cosine", 2.0))),
+], ids=str)
+def test_samples_equal_an_uncached_loop_in_numpy(random_model, settings):
+    model = random_model()
+    ours = codes_of(model, first=40, seed=5, **settings)
+    renamed = {{"cfg_schedule": "schedule", "cfg_parameter": "parameter"}.get(k, k): v for k, v in settings.items()}
+    for row, label in enumerate(LABELS.tolist()):
+        theirs, margin = reference.sample(model, label, 40 + row, seed=5, **renamed)
+        assert margin > 1e-6, "a draw too near an edge to compare; take another seed"
+        assert ours[row].tolist() == theirs
+
+
+def test_top_k_1_is_the_argmax_loop(random_model):
+    model = random_model()
+    codes = torch.empty(5, 0, dtype=torch.int64)
+    with torch.no_grad():
+        for _ in range(20):
+            with_class, without = (model(x, codes)[:, -1] for x in (LABELS, torch.full((5,), 3)))
+            codes = torch.cat([codes, (without + 2 * (with_class - without)).argmax(-1, keepdim=True)], 1)
+    assert torch.equal(codes_of(model, top_k=1), codes)
+
+
+def test_registers_in_a_checkpoint_do_not_change_samples(random_model):
+    plain = random_model(register_offsets=None)
+    for offsets in ((), (1, 2, 3)):
+        with_registers = random_model(register_offsets=offsets)
+        with_registers.load_state_dict({**with_registers.state_dict(), **plain.state_dict()})
+        assert torch.equal(codes_of(with_registers), codes_of(plain))
+
+
+def test_a_row_is_a_function_of_seed_and_number_alone_to_the_last_bit(random_model):
+    model = random_model()
+    count = 2 * CHUNK + 3
+    labels = torch.arange(count) % 3
+    everyone = codes_of(model, labels)
+    for part in (slice(0, 1), slice(5, 8), slice(CHUNK - 1, CHUNK + 1), slice(7, count)):
+        assert torch.equal(codes_of(model, labels[part], first=part.start), everyone[part])
+    shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(generate_samples(model, labels[shuffled], shuffled, SamplingSettings()), everyone[shuffled])
+
+
+def test_the_network_always_runs_on_one_number_of_rows(random_model, monkeypatch):
+    model, seen = random_model(), set()
+    step = Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda self, x, position: seen.add(len(x)) or step(self, x, position))
+    for count in (1, 3, CHUNK, CHUNK + 1):
+        codes_of(model, torch.zeros(count, dtype=torch.int64))
+    assert CHUNK >= 8 and seen == {2 * CHUNK}
+    seen.clear()
+    codes_of(model, cfg_scale=1.0)  # no guidance: no second half of the batch
+    assert seen == {CHUNK}
+    seen.clear()
+    codes_of(model, cfg_schedule="interval", cfg_parameter=2)
+    assert seen == {2 * CHUNK, CHUNK}
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"cfg_scale": 5.0}, {"temperature": 0.5}, {"top_k": 2}, {"top_p": 0.5},
+                                    {"cfg_schedule": "linear"}, {"first": 1}], ids=str)
+def test_every_setting_bites(random_model, change):
+    model = random_model()
+    assert not torch.equal(codes_of(model, **change), codes_of(model))
+
+
+def test_draws_follow_the_distribution():
+    logits = torch.tensor([0.5, 0.2, 0.0, 0.3]).log()
+    numbers = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    codes = draw(logits.expand(10_000, 4), numbers, SamplingSettings())
+    assert codes.bincount(minlength=4).tolist() == [5000, 2000, 0, 3000]
+
+
+@pytest.mark.parametrize("number", [0.0, 1 - 2.0**-53])
+def test_a_code_of_probability_zero_is_never_drawn_at_either_end(number):
+    logits = torch.full((1, 16384), -math.inf)
+    logits[0, 5000:9000:7] = torch.randn(572, generator=torch.Generator().manual_seed(0))
+    code = int(draw(logits, torch.tensor([number], dtype=torch.float64), SamplingSettings()))
+    assert code == (5000 if number == 0 else 8997)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_filters_equal_numpy_sorts(seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(6, 50, generator=generator).mul(2).round(decimals=1 if seed % 2 else 6)  # odd seeds: many ties
+    for k in (1, 2, 7, 50):
+        for row, ours in zip(logits, keep_top_k(logits, k).softmax(-1)):
+            np.testing.assert_allclose(ours, reference.filtered(row.double().numpy(), top_k=k), atol=1e-6)
+    for p in (1e-9, 0.3, 0.5, 0.95, 0.999):
+        for row, ours in zip(logits, keep_top_p(logits, p).softmax(-1)):
+            np.testing.assert_allclose(ours, reference.filtered(row.double().numpy(), top_p=p), atol=1e-6)
+
+
+def test_equal_logits_leave_exactly_k_codes():
+    assert keep_top_k(torch.zeros(2, 9), 4).isfinite().tolist() == [[True] * 4 + [False] * 5] * 2
+
+
+@pytest.mark.parametrize(("schedule", "parameter"), [("constant", None), ("interval", 3), ("linear", None),
+                                                     ("power-cosine", 0.5), ("power-cosine", 2.75)])
+def test_schedules_equal_their_definitions(schedule, parameter):
+    ours = guidance_scales(schedule, 3.0, parameter, 16)
+    assert ours == pytest.approx([reference.scale_at(schedule, 3.0, parameter, t, 16) for t in range(16)])
+    assert min(ours) >= 1 and max(ours) == 3.0 and len(ours) == 16
+
+
+def test_every_schedule_is_one_token_long_where_the_grid_is():
+    for schedule in SCHEDULES:
+        parameter = 1 if schedule in ("interval", "power-cosine") else None
+        assert len(guidance_scales(schedule, 3.0, parameter, 1)) == 1
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"cfg_scale": 0.5}, "cfg_scale is 0.5"), ({"cfg_scale": math.nan}, "cfg_scale"), ({"cfg_scale": math.inf}, "inf"),
+    ({"temperature": 0.0}, "temperature is 0"), ({"temperature": -1.0}, "temperature"), ({"top_k": -1}, "top_k is -1"),
+    ({"top_k": 12}, "[0, 11]"), ({"top_p": 0.0}, "top_p is 0"), ({"top_p": 1.1}, "top_p"),
+    ({"top_p": math.nan}, "top_p is nan"),
+    ({"cfg_schedule": "linaer"}, "did you mean 'linear'"), ({"cfg_schedule": "interval"}, "needs cfg-parameter"),
+    ({"cfg_schedule": "linear", "cfg_parameter": 2.0}, "takes no cfg-parameter"),
+    ({"cfg_schedule": "interval", "cfg_parameter": 1.5}, "whole number"),
+    ({"cfg_schedule": "power-cosine", "cfg_parameter": 0.0}, "power > 0"),
+    ({"labels": torch.tensor([0, 3])}, "label 3 is out of range; the model has classes 0 to 2"),
+    ({"labels": torch.tensor([-1])}, "label -1"),
+], ids=str)
+def test_a_value_out_of_range_is_one_clear_line(random_model, change, words):
+    with pytest.raises(UserError) as error:
+        codes_of(random_model(), **change)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_weights_that_are_not_finite_are_named(random_model):
+    model = random_model()
+    model.output.weight.data[3, 3] = math.nan
+    with pytest.raises(UserError, match="not finite"):
+        codes_of(model)
+
+
+def test_the_public_signature_gives_int64_codes_and_leaves_the_model_alone(random_model):
+    model = random_model().train()
+    codes = generate(model, [1, 2], cfg_scale=1.5, temperature=0.9, top_k=5, top_p=0.9, seed=3, first=7)
+    assert codes.shape == (2, 20) and codes.dtype == torch.int64 and 0 <= codes.min() <= codes.max() < 11
+    assert model.training and not codes.is_inference()
+    assert torch.equal(codes, generate(model.eval(), torch.tensor([1, 2]), 1.5, 0.9, 5, 0.9, 3, 7))
+    assert generate(model, []).shape == (0, 20)
+
+
+@pytest.mark.gpu
+def test_on_cuda_the_replayed_graph_gives_the_codes_of_the_uncached_argmax_loop(random_model):
+    model = random_model()
+    expected = codes_of(model, top_k=1)
+    assert torch.equal(codes_of(model.cuda(), top_k=1).cpu(), expected)
