@@ -25,7 +25,7 @@ from mutor_img.metrics.memorisation import Repetition
 from mutor_img.metrics.precision_recall import precision_recall
 from mutor_img.metrics.references import Reference, as_reference, check_role, save_reference
 from mutor_img.metrics.samples import class_sorted, label_rule
-from mutor_img.streams import Stream, bits
+from mutor_img.metrics.subsets import choose, match
 
 METRICS = ("fid", "sfid", "is", "pr")
 REFERENCE_ROWS = 10_000  # reference images for precision and recall, as many as ADM's
@@ -100,7 +100,7 @@ def evaluate(
     everything = torch.arange(count)
     result = judge.scores(found, pixels, labels, everything)
     if real is not None:
-        ours, theirs = _match(count, labels, real.count, getattr(held_out, "labels", None), seed)
+        ours, theirs = match(count, labels, real.count, getattr(held_out, "labels", None), seed)
         result["samples_at_same_n"] = judge.scores(found.subset(ours), pixels, labels, ours)
         result["real_against_real"] = {"name": getattr(held_out, "name", "memory")} | judge.scores(
             real.subset(theirs), judge.pixels(held_out, real.count), getattr(held_out, "labels", None), theirs)
@@ -229,34 +229,6 @@ def _outputs(metrics: Sequence[str]) -> set[str]:
     return {needs[name] for name in metrics}
 
 
-def _choose(count: int, size: int, seed: int) -> torch.Tensor:
-    """Return ``size`` of ``count`` numbers, ascending (size,) int64: all, or a draw from the seed."""
-    draws = bits(seed, Stream.ORDER, count, torch.arange(count))
-    return torch.argsort(draws)[:size].sort().values
-
-
-def _match(count: int, labels: Any, real_count: int, real_labels: Any, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return numbers of samples and of held-out images: as many of each, and as many of each class if both have labels.
-
-    The Frechet distance falls with N and with every class that comes closer to its share, so that 500 samples with
-    random labels would look worse than 500 balanced real images for no fault of their own.
-    """
-    if labels is None or real_labels is None:
-        size = min(count, real_count)
-        return _choose(count, size, seed), _choose(real_count, size, seed)
-    sides = [torch.as_tensor(labels)[:count], torch.as_tensor(real_labels)]
-    chosen: list[list[torch.Tensor]] = [[], []]
-    for index in sides[1].unique().tolist():
-        members = [(side == index).nonzero().squeeze(1) for side in sides]
-        size = min(len(one) for one in members)
-        for numbers, one in zip(chosen, members):
-            numbers.append(one[_choose(len(one), size, seed)])
-    ours, theirs = (torch.cat(numbers).sort().values for numbers in chosen)
-    if len(ours) < 2:
-        raise UserError("the samples and the held-out images have no class labels in common")
-    return ours, theirs
-
-
 def _reference_features(reference: Reference, network: FeatureNetwork, metrics: Sequence[str], seed: int,
                         batch_size: int, progress: bool) -> Features | None:
     """Return the reference's statistics, its file's where it holds any, and its rows for precision and recall.
@@ -281,7 +253,7 @@ def _reference_features(reference: Reference, network: FeatureNetwork, metrics: 
             return None
         statistics |= done.statistics
         if need_rows:
-            rows["pool"] = done.rows["pool"][_choose(done.count, min(done.count, REFERENCE_ROWS), seed)]
+            rows["pool"] = done.rows["pool"][choose(done.count, min(done.count, REFERENCE_ROWS), seed)]
     return Features(done.count if missing else 0, statistics, rows)
 
 

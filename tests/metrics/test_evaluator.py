@@ -1,0 +1,156 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from projection import Projection
+
+from mutor_img.errors import UserError
+from mutor_img.metrics.evaluator import evaluate, make_reference
+from mutor_img.metrics.features import load_inception
+from mutor_img.metrics.frechet import Statistics, frechet_distance
+from mutor_img.metrics.image_sets import ArrayImages
+from mutor_img.metrics.inception_score import inception_score
+from mutor_img.metrics.precision_recall import precision_recall
+from mutor_img.metrics.references import as_reference, open_reference
+
+
+def by_numpy(values):
+    values = values.double().numpy()
+    return Statistics(torch.from_numpy(values.mean(0)), torch.from_numpy(np.cov(values.T)))
+
+
+@pytest.fixture
+def reference(noise):
+    return as_reference(ArrayImages(noise(50, 1), np.arange(50) % 4, name="train"), role="generation")
+
+
+def test_all_scores_of_one_pass_are_those_of_the_single_metrics(network, noise, reference):
+    result = evaluate(ArrayImages(noise(40)), reference, network)
+    ours, theirs = network(noise(40)), network(noise(50, 1))
+    for key, output in (("fd", "pool"), ("sfid", "spatial")):
+        expected = frechet_distance(by_numpy(ours[output]), by_numpy(theirs[output]))
+        assert result[key] == pytest.approx(expected, rel=1e-4)
+    assert result["is"] == pytest.approx(inception_score(ours["logits"]), rel=1e-5)
+    assert (result["precision"], result["recall"]) == precision_recall(ours["pool"], theirs["pool"])
+    assert (result["num_samples"], result["comparable"], result["features"]) == (40, True, "projection")
+    assert "fid" not in result
+    json.dumps(result)
+
+
+def test_only_inception_has_an_fid(noise, reference):
+    result = evaluate(ArrayImages(noise(40)), reference, Projection(name="inception-v3-compat"), metrics=["fid"])
+    assert "fid" in result
+    assert not {"fd", "sfid", "is", "precision", "recall"} & set(result)
+
+
+@pytest.mark.parametrize("batch_size", [7, 40])
+def test_scores_do_not_depend_on_the_batch_size(batch_size, network, noise, reference):
+    result = evaluate(ArrayImages(noise(40)), reference, network, batch_size=batch_size)
+    assert result["fd"] == pytest.approx(evaluate(ArrayImages(noise(40)), reference, network)["fd"], rel=1e-6)
+
+
+def test_statistics_in_the_file_win_over_its_images(tmp_path, network, noise):
+    arrays = {"mu": np.zeros(6), "sigma": np.eye(6), "mu_s": np.ones(5), "sigma_s": np.eye(5)}
+    np.savez(tmp_path / "adm.npz", arr_0=noise(50, 1), **arrays)
+    result = evaluate(ArrayImages(noise(40)), open_reference(tmp_path / "adm.npz"), network)
+    given = Statistics(torch.zeros(6), torch.eye(6))
+    assert result["fd"] == pytest.approx(frechet_distance(by_numpy(network(noise(40))["pool"]), given), rel=1e-4)
+    assert result["reference"]["statistics"] == "mu and sigma of the file"
+    assert result["reference"]["precision_recall_images"] == 50
+    assert result["comparable"]
+
+
+def test_a_reference_of_images_says_that_it_was_computed(network, noise, reference):
+    about = evaluate(ArrayImages(noise(40)), reference, network)["reference"]
+    assert about["statistics"] == "computed from all 50 images"
+    assert about["name"] == "train"
+
+
+def test_a_made_reference_scores_like_its_images(tmp_path, network, noise, reference):
+    make_reference(reference, network, "generation", tmp_path / "r.npz")
+    made = open_reference(tmp_path / "r.npz")
+    direct, through = (evaluate(ArrayImages(noise(40)), r, network) for r in (reference, made))
+    for key in ("fd", "sfid", "is", "precision", "recall"):
+        assert through[key] == pytest.approx(direct[key], rel=1e-9)
+    with pytest.raises(UserError, match="made with"):
+        evaluate(ArrayImages(noise(40)), made, Projection(name="other"))
+
+
+def test_the_reference_is_extracted_once(network, noise, reference):
+    evaluate(ArrayImages(noise(40)), reference, network)
+    reference.images.images = None  # a second pass would fail
+    assert evaluate(ArrayImages(noise(40)), reference, network)["num_samples"] == 40
+
+
+@pytest.mark.parametrize("change, reason", [
+    ({"samples": 5}, "fewer than the 6 features"),
+    ({"role": None}, "does not declare"),
+    ({"warning": "other weights"}, "other weights"),
+])
+def test_what_makes_scores_not_comparable_is_said(change, reason, noise):
+    network = Projection()
+    network.warnings = [change["warning"]] if "warning" in change else []
+    reference = as_reference(ArrayImages(noise(50, 1)), role=change.get("role", "generation"))
+    result = evaluate(ArrayImages(noise(change.get("samples", 40))), reference, network)
+    assert result["comparable"] is False
+    assert any(reason in warning for warning in result["warnings"])
+
+
+def test_num_samples_takes_the_first_and_never_fewer(network, noise, reference):
+    result = evaluate(ArrayImages(noise(40)), reference, network, num_samples=30)
+    assert result["fd"] == pytest.approx(evaluate(ArrayImages(noise(40)[:30]), reference, network)["fd"], rel=1e-9)
+    assert "first 30 of the 40" in result["warnings"][0]
+    with pytest.raises(UserError, match="41 are asked for"):
+        evaluate(ArrayImages(noise(40)), reference, network, num_samples=41)
+
+
+def test_class_order_in_file_order_is_warned_of(network, noise, reference):
+    sorted_ = ArrayImages(noise(40), np.arange(40) // 10)
+    result = evaluate(sorted_, reference, network, is_order="file")
+    assert any("class order" in warning for warning in result["warnings"])
+    assert not evaluate(sorted_, reference, network)["warnings"]
+
+
+def test_what_a_metric_lacks_is_an_error_only_when_it_is_asked_for(tmp_path, network, noise):
+    np.savez(tmp_path / "clean.npz", mu=np.zeros(6), sigma=np.eye(6))
+    reference = open_reference(tmp_path / "clean.npz")
+    assert not {"sfid", "precision"} & set(evaluate(ArrayImages(noise(40)), reference, network))
+    for metric in ("sfid", "pr"):
+        with pytest.raises(UserError, match="cannot be computed"):
+            evaluate(ArrayImages(noise(40)), reference, network, metrics=[metric])
+    with pytest.raises(UserError, match="did you mean 'sfid'"):
+        evaluate(ArrayImages(noise(40)), reference, network, metrics=["sfidd"])
+
+
+def test_held_out_images_and_samples_meet_at_one_number_of_one_mix(network, noise, reference):
+    held_out = ArrayImages(noise(20, 2), np.arange(20) % 2, name="val")
+    samples = ArrayImages(noise(40), [0] * 25 + [1] * 8 + [2] * 7)
+    result = evaluate(samples, reference, network, held_out=held_out)
+    assert result["num_samples"] == 40
+    assert result["samples_at_same_n"]["num_samples"] == result["real_against_real"]["num_samples"] == 18
+    assert result["real_against_real"]["name"] == "val"
+    same = evaluate(ArrayImages(noise(50, 1)), reference, network, held_out=ArrayImages(noise(50, 1)))
+    assert same["real_against_real"]["fd"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_classifier_also_tells_recognised_distinct_and_copies(noise, reference):
+    network = Projection()
+    network.class_names = list("abcd")
+    right = network(noise(40))["logits"].argmax(1).numpy()
+    wrong = np.where(np.arange(40) < 10, (right + 1) % 4, right)
+    result = evaluate(ArrayImages(noise(40), wrong), reference, network, held_out=ArrayImages(noise(20, 2)))
+    assert result["recognised"] == 0.75
+    assert result["distinct"] == 1.0
+    assert result["copies"] < 40
+    copied = evaluate(ArrayImages(noise(50, 1)[:30]), reference, network, held_out=ArrayImages(noise(20, 2)))
+    assert (copied["copies"], copied["nearest_training_distance"]) == (30, 0.0)
+    assert "recognised" not in copied  # no labels to compare with
+
+
+def test_inception_runs_from_end_to_end(inception_file, coarse_images):
+    reference = as_reference(ArrayImages(coarse_images), role="generation")
+    network = load_inception(inception_file)
+    result = evaluate(ArrayImages(coarse_images), reference, network, metrics=["fid", "is", "pr"])
+    assert result["fid"] == pytest.approx(0, abs=1e-4)
+    assert (result["precision"], result["recall"], result["comparable"]) == (1.0, 1.0, False)

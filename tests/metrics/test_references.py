@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+import torch
+
+from mutor_img.errors import UserError
+from mutor_img.files import file_hash
+from mutor_img.metrics.frechet import Statistics
+from mutor_img.metrics.image_sets import ArrayImages
+from mutor_img.metrics.references import as_reference, check_role, open_reference, save_reference
+
+STATISTICS = {"mu": np.zeros(3, np.float32), "sigma": np.eye(3)}
+SPATIAL = {"mu_s": np.zeros(2), "sigma_s": np.eye(2)}
+
+
+def save(path, role="generation", **changes):
+    arguments = {"name": "train", "source_hash": "ab", "network": "projection", "weights_hash": "0" * 64,
+                 "pool": Statistics(torch.arange(3).double(), torch.eye(3).double(), 9), "spatial": None,
+                 "pool_features": torch.ones(4, 3)}
+    return save_reference(path, role=role, **(arguments | changes))
+
+
+def test_our_file_comes_back_with_all_it_declares(tmp_path):
+    path = save(tmp_path / "r.npz", role="reconstruction")
+    found = open_reference(path)
+    assert (found.kind, found.role, found.name, found.network) == ("mutor_img", "reconstruction", "train", "projection")
+    assert (found.weights_hash, found.sha256, found.pool.count) == ("0" * 64, file_hash(path), 9)
+    assert found.pool.mu.tolist() == [0, 1, 2]
+    assert found.pool_features.shape == (4, 3)
+
+
+def test_our_file_needs_no_pickle(tmp_path):
+    with np.load(save(tmp_path / "r.npz"), allow_pickle=False) as archive:
+        assert {name: archive[name].dtype.hasobject for name in archive.files} == dict.fromkeys(archive.files, False)
+
+
+def test_adms_layout_declares_generation_and_less_declares_nothing(tmp_path, noise):
+    np.savez(tmp_path / "adm.npz", arr_0=noise(4), **STATISTICS, **SPATIAL)
+    np.savez(tmp_path / "clean.npz", **STATISTICS)
+    np.savez(tmp_path / "images.npz", arr_0=noise(4))
+    adm, clean, images = (open_reference(tmp_path / f"{name}.npz") for name in ("adm", "clean", "images"))
+    assert (adm.kind, adm.role, len(adm.images), adm.pool.mu.dtype) == ("adm", "generation", 4, torch.float64)
+    assert (clean.kind, clean.role, clean.images) == ("statistics", None, None)
+    assert (images.kind, images.role, images.pool) == ("images", None, None)
+
+
+def test_a_folder_is_a_reference_with_labels(digit_folders):
+    found = open_reference(digit_folders["val"])
+    assert (found.kind, found.role, len(found.labels)) == ("folder", None, 18)
+
+
+def test_roles_must_agree_unless_forced(noise):
+    reference = as_reference(ArrayImages(noise(4)), role="reconstruction")
+    assert check_role(reference, "reconstruction", force=False) == []
+    with pytest.raises(UserError, match="--force-role"):
+        check_role(reference, "generation", force=False)
+    assert "not comparable" in check_role(reference, "generation", force=True)[0]
+    assert "does not declare" in check_role(as_reference(ArrayImages(noise(4))), "generation", force=False)[0]
+    with pytest.raises(UserError, match="did you mean 'generation'"):
+        check_role(reference, "generations", force=False)
+
+
+@pytest.mark.parametrize("arrays, message", [
+    ({"mu": np.zeros(3)}, "sigma belong together"),
+    ({"mu": np.zeros(3), "sigma": np.eye(4)}, "covariance"),
+    ({"mu": np.zeros(3, int), "sigma": np.eye(3)}, "int64"),
+    ({"mu": np.array([None]), "sigma": np.eye(1)}, "cannot be read"),
+    ({"other": np.zeros(3)}, "neither mu and sigma nor images"),
+    ({"about": np.zeros(3, np.uint8)}, "description"),
+    ({"about": np.frombuffer(b"[]", np.uint8)}, "description"),
+])
+def test_files_that_are_no_reference_are_refused(arrays, message, tmp_path):
+    np.savez(tmp_path / "r.npz", **arrays)
+    with pytest.raises(UserError, match=message):
+        open_reference(tmp_path / "r.npz")
+
+
+def test_an_unknown_role_is_not_written(tmp_path):
+    with pytest.raises(UserError, match="role"):
+        save(tmp_path / "r.npz", role="both")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,44 @@
+import json
+
+import numpy as np
+import pytest
+
+from mutor_img.errors import UserError
+from mutor_img.metrics.image_sets import ArrayImages, read_all
+from mutor_img.metrics.samples import class_sorted, label_rule, open_samples
+
+
+def test_statistics_inside_a_sample_file_are_ignored_with_a_warning(tmp_path, noise):
+    np.savez(tmp_path / "x.npz", arr_0=noise(4), mu=np.zeros(3))
+    samples = open_samples(tmp_path / "x.npz")
+    assert "mu" in samples.warnings[0]
+    np.testing.assert_array_equal(read_all(samples), noise(4))
+
+
+def test_the_label_rule_is_the_manifests_word(tmp_path, noise):
+    np.savez(tmp_path / "x.npz", arr_0=noise(4), arr_1=np.array([0, 0, 1, 1]))
+    (tmp_path / "x.json").write_text(json.dumps({"labels": "random"}))
+    assert label_rule(open_samples(tmp_path / "x.npz"), 4) == "random"
+
+
+@pytest.mark.parametrize("labels, rule", [([0, 1, 0, 1], "balanced"), ([0, 0, 0, 1], "unequal"), (None, None)])
+def test_without_a_manifest_the_labels_tell(labels, rule, noise):
+    found = label_rule(ArrayImages(noise(4), labels), 4)
+    assert found is rule if rule is None else found.startswith(rule)
+
+
+def test_class_order_is_seen():
+    images = np.zeros((6, 8, 8, 3), np.uint8)
+    assert class_sorted(ArrayImages(images, [0, 0, 1, 1, 2, 2]), 6)
+    assert not class_sorted(ArrayImages(images, [0, 1, 0, 1, 2, 2]), 6)
+    assert not class_sorted(ArrayImages(images, [3] * 6), 6)
+    assert not class_sorted(ArrayImages(images), 6)
+
+
+def test_a_missing_file_and_a_broken_manifest_are_refused(tmp_path, noise):
+    with pytest.raises(UserError, match="no such file"):
+        open_samples(tmp_path / "x.npz")
+    np.savez(tmp_path / "x.npz", arr_0=noise(4))
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(UserError, match="JSON"):
+        open_samples(tmp_path / "x.npz")
