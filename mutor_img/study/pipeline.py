@@ -1,0 +1,174 @@
+"""The steps of a study. Each is one of the project's commands, printed before it runs, and reuses what is done."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mutor_img.checkpoint import find_checkpoint, newest_checkpoint, read_meta
+from mutor_img.config import load_config
+from mutor_img.errors import UserError
+from mutor_img.files import read_json, write_json
+from mutor_img.generate import SamplingSettings
+from mutor_img.loading import load_run
+from mutor_img.metrics.digits import load_digits
+from mutor_img.metrics.evaluator import evaluate
+from mutor_img.metrics.image_sets import ArrayImages, FolderImages
+from mutor_img.metrics.references import Reference, as_reference
+from mutor_img.sampling.labels import make_labels
+from mutor_img.sampling.pictures import sample_images
+from mutor_img.study.config import StudyConfig
+from mutor_img.study.mnist import prepare_mnist
+from mutor_img.training.generator import GeneratorConfig
+from tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Generator:
+    """One generator of the study: its config, overrides and run folder."""
+
+    name: str
+    config: str
+    run_dir: Path
+    overrides: tuple[str, ...] = ()
+
+
+def command(*arguments: str | Path) -> None:
+    """Print one of the project's commands as a user would type it, and run it.
+
+    Raises:
+        UserError: the command failed; it has said why.
+    """
+    words = [str(a) for a in arguments]
+    print(f"\n$ python {' '.join(words)}", flush=True)
+    status = subprocess.run([sys.executable, *words]).returncode
+    if status:
+        raise UserError(f"the step above ended with status {status}; mend what it says and run the same command again")
+
+
+def prepare(config: StudyConfig) -> None:
+    """Make images, tokenizer, codes and digit classifier, as far as they are missing."""
+    if prepare_mnist(config.images):
+        print(f"wrote {config.images}/train and {config.images}/val")
+    train, val = f"{config.images}/train", f"{config.images}/val"
+    tokenizer = tokenizer_dir(config)
+    command("-m", "tokenizer.train", "--config", config.tokenizer)
+    for images, codes in ((train, config.codes), (val, f"{config.codes}_val")):
+        command("-m", "tokenizer.encode", "--tokenizer", tokenizer, "--images", images, "--out", codes,
+                "--views", "plain")
+    command("-m", "mutor_img.metrics.digits", "--images", train, "--val", val, "--out", classifier_dir(config))
+    command("-m", "tokenizer.reconstruct", "--tokenizer", tokenizer, "--images", val,
+            "--out", reconstruction_picture(config), "--json", reconstruction_scores(config))
+
+
+def tokenizer_dir(config: StudyConfig) -> Path:
+    """Return the tokenizer's run folder."""
+    from tokenizer.train import TokenizerConfig
+
+    return Path(load_config(TokenizerConfig, config.tokenizer).run_dir)
+
+
+def classifier_dir(config: StudyConfig) -> Path:
+    """Return the folder of the digit classifier."""
+    return Path(config.run_dir) / "classifier"
+
+
+def reconstruction_picture(config: StudyConfig) -> Path:
+    """Return the path of the before/after picture."""
+    return Path(config.run_dir) / "reconstructions.png"
+
+
+def reconstruction_scores(config: StudyConfig) -> Path:
+    """Return the path of the tokenizer's scores."""
+    return Path(config.run_dir) / "reconstructions.json"
+
+
+def generators(config: StudyConfig) -> list[Generator]:
+    """Return the generators to train: MuToR, and to compare the baseline for as many updates."""
+    chosen = [_generator(config.generator)]
+    if config.compare:
+        chosen.append(_generator(config.baseline, steps=_updates(config.generator)))
+    return chosen
+
+
+def _generator(path: str, steps: int | None = None) -> Generator:
+    run_dir = Path(load_config(GeneratorConfig, path).run_dir)
+    return Generator(run_dir.name, path, run_dir, () if steps is None else (f"train.steps={steps}",))
+
+
+def _updates(path: str) -> int:
+    return load_config(GeneratorConfig, path).train.steps
+
+
+def equal_seconds(baseline: Generator, other: Generator) -> Generator:
+    """Return the baseline once more, for the updates it does in the other's seconds; both are trained."""
+    seconds = {g.name: read_meta(find_checkpoint(g.run_dir))["seconds"] for g in (baseline, other)}
+    updates = read_meta(find_checkpoint(baseline.run_dir))["step"]
+    run_dir = baseline.run_dir.with_name(f"{baseline.run_dir.name}_equal_seconds")
+    done = newest_checkpoint(run_dir)
+    # A second timing would give another number: what was decided once stays.
+    steps = (read_meta(done)["config"]["train"]["steps"] if done
+             else max(updates, round(updates * seconds[other.name] / seconds[baseline.name])))
+    return Generator(run_dir.name, baseline.config, run_dir, (f"train.steps={steps}", f"run_dir={run_dir}"))
+
+
+def train_generator(generator: Generator) -> None:
+    """Train, or go on, or find it done."""
+    command("train.py", "--config", generator.config, *generator.overrides)
+
+
+def score_generator(config: StudyConfig, generator: Generator, reference: Reference) -> dict[str, Any]:
+    """Choose the guidance scale, sample with it, and score; returns and keeps what the table shows.
+
+    The scale with the lowest Frechet distance over ``selection_samples`` of ``selection_seed`` is taken; the scores
+    are those of ``samples`` others, of ``seed``.
+    """
+    network = load_digits(classifier_dir(config))
+    selection = select_guidance(config, generator, reference, network)
+    scale = min(selection, key=lambda row: row["fd"])["cfg_scale"]
+    samples = generator.run_dir / "samples.npz"
+    command("sample.py", "--checkpoint", generator.run_dir, "--num-samples", config.samples, "--cfg-scale", scale,
+            "--seed", config.seed, "--out", samples)
+    command("sample.py", "--checkpoint", generator.run_dir, "--num-samples", 100, "--classes", "0,1,2,3,4,5,6,7,8,9",
+            "--cfg-scale", scale, "--seed", config.seed, "--grid", generator.run_dir / "samples.png")
+    scores = generator.run_dir / "scores.json"
+    command("evaluate_fid.py", "--samples", samples, "--reference", f"{config.images}/train", "--features", "mnist",
+            "--features-weights", classifier_dir(config), "--held-out", f"{config.images}/val", "--json", scores)
+    meta = read_meta(find_checkpoint(generator.run_dir))
+    return {"updates": meta["step"], "seconds": meta["seconds"], "cfg_scale": scale, "selection": selection,
+            **read_json(scores)}
+
+
+def select_guidance(config: StudyConfig, generator: Generator, reference: Reference, network) -> list[dict[str, Any]]:
+    """Return one row of scores a guidance scale; kept beside the checkpoint and reused while that is the same."""
+    loaded = load_run(generator.run_dir)
+    path = generator.run_dir / "guidance.json"
+    key = {"weights": loaded.weights_hash, "seed": config.selection_seed, "samples": config.selection_samples,
+           "cfg_scales": config.cfg_scales, "features": network.weights_hash}
+    if path.is_file() and (kept := read_json(path))["key"] == key:
+        return kept["rows"]
+    tokenizer = load_tokenizer(loaded.codes["tokenizer"])
+    classes = range(loaded.model.config.classes)
+    labels = make_labels("random", classes, config.selection_samples, config.selection_seed)
+    rows = []
+    for scale in config.cfg_scales:
+        begun = time.perf_counter()
+        settings = SamplingSettings(cfg_scale=scale, seed=config.selection_seed)
+        images = sample_images(loaded.model, tokenizer, labels, torch.arange(len(labels)), settings)
+        result = evaluate(ArrayImages(images, labels.numpy()), reference, network, metrics=("fid", "pr"))
+        rows.append({"cfg_scale": scale, **{k: result[k] for k in ("fd", "recognised", "precision", "recall")}})
+        print(f"guidance {scale:<4} " + "  ".join(f"{k} {v:.3f}" for k, v in rows[-1].items() if k != "cfg_scale")
+              + f"  ({time.perf_counter() - begun:.0f} s)", flush=True)
+    write_json(path, {"key": key, "rows": rows})
+    return rows
+
+
+def open_images(config: StudyConfig) -> Reference:
+    """Return the training images as the reference of every score."""
+    return as_reference(FolderImages(f"{config.images}/train"))

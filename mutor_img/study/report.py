@@ -1,0 +1,52 @@
+"""The table at the end of a study: scores side by side, and where the pictures are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+ROWS = (  # key, what a reader calls it, format
+    ("updates", "updates", "{:,.0f}"),
+    ("seconds", "training seconds", "{:,.0f}"),
+    ("cfg_scale", "guidance scale (lowest fd)", "{:g}"),
+    ("num_samples", "images scored (N)", "{:,.0f}"),
+    ("fd", "Frechet distance (fd)", "{:.2f}"),
+    ("recognised", "recognised as asked", "{:.1%}"),
+    ("precision", "precision", "{:.3f}"),
+    ("recall", "recall", "{:.3f}"),
+    ("distinct", "distinct", "{:.1%}"),
+    ("copies", "copies of training images", "{:.0f}"),
+    ("nearest_training_distance", "nearest training image", "{:.2f}"),
+)
+
+
+def score_table(scores: dict[str, dict[str, Any]]) -> str:
+    """Return the table as text: one column a generator, and beside each its scores at the held-out images' N.
+
+    Args:
+        scores: by generator, what :func:`mutor_img.study.pipeline.score_generator` returned.
+    """
+    columns: dict[str, dict[str, Any]] = {}
+    for name, result in scores.items():
+        columns[name] = result
+        columns[f"{name}, same N"] = result["samples_at_same_n"]
+    columns["real held-out"] = next(iter(scores.values()))["real_against_real"]
+    lines = [["", *columns]]
+    for key, title, form in ROWS:
+        if any(key in column for column in columns.values()):
+            lines.append([title, *(form.format(c[key]) if c.get(key) is not None else "-" for c in columns.values())])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))])
+                     for line in lines)
+
+
+def tokenizer_line(scores: dict[str, Any], classifier: dict[str, Any]) -> str:
+    """Return one line on what the generators build on: the tokenizer and the digit classifier."""
+    return (f"tokenizer on held-out digits: PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.3f}, "
+            f"{scores['codes_used']:.0%} of the codes in use; "
+            f"digit classifier: {classifier['accuracy']:.1%} of held-out real digits")
+
+
+def picture_list(paths: list[Path]) -> str:
+    """Return the pictures' paths, a line each; a missing one is left out."""
+    return "\n".join(f"  {path}" for path in paths if path.is_file())
