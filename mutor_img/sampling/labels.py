@@ -47,10 +47,12 @@ def readable_names(class_names: Sequence[str] | None, classes: int) -> list[str]
     if class_names is None:
         if classes != 1000:
             return [str(label) for label in range(classes)]
-        return [ImageNetInfo().index_to_description(label).split(",")[0] for label in range(classes)]
-    info = ImageNetInfo() if any(map(_WORDNET_ID.fullmatch, class_names)) else None
-    return [info.label_name_to_description(name).split(",")[0] if info and info.has_label(name) else name
-            for name in class_names]
+        class_names = ImageNetInfo().label_names()
+    if not any(map(_WORDNET_ID.fullmatch, class_names)):
+        return list(class_names)
+    info = ImageNetInfo()
+    known = set(info.label_names())
+    return [info.label_name_to_description(name).split(",")[0] if name in known else name for name in class_names]
 
 
 def parse_classes(text: str, names: Sequence[str], class_names: Sequence[str] | None = None) -> list[int]:

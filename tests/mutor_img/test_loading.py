@@ -173,7 +173,8 @@ def broken(case, model, folder):
 
 @pytest.mark.parametrize("case", [
     "nothing", "empty folder", "tokenizer file", "foreign file", "no weights", "missing", "unknown", "shape",
-    "gap", "heads of a file", "no average in a file", "tokenizer run", "a file of a run", "damaged", "no model", "strange model",
+    "gap", "heads of a file", "no average in a file", "tokenizer run", "a file of a run", "damaged", "no model",
+    "strange model",
     "no average", "grid", "heads",
 ])
 def test_what_does_not_fit_is_one_clear_line(case, random_model, tmp_path):
