@@ -56,9 +56,10 @@ def test_a_cut_off_npz_is_refused(share, tmp_path, noise):
         NpzImages(path)
 
 
-def test_a_flipped_byte_is_found_while_reading(tmp_path, noise):
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_flipped_byte_is_found_while_reading(save, tmp_path, noise):
     path = tmp_path / "x.npz"
-    np.savez(path, arr_0=noise(40))
+    save(path, arr_0=noise(40))
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
