@@ -30,10 +30,10 @@ class StatelessOrder:
         return items, epochs
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        """Return the epoch's (size,) permutation; the two newest are kept, since a batch spans two at most."""
+        """Return the epoch's (size,) permutation; the two last made are kept, since batches at an epoch's end span two."""
         if epoch not in self._permutations:
             generator = torch.Generator().manual_seed(generator_seed(self.seed, Stream.ORDER, epoch))
             self._permutations[epoch] = torch.randperm(self.size, generator=generator).numpy()
-            for old in sorted(self._permutations)[:-2]:
+            for old in list(self._permutations)[:-2]:
                 del self._permutations[old]
         return self._permutations[epoch]
