@@ -127,8 +127,7 @@ class TokenizerTask(Task):
         self.config, self.runtime = config, runtime
         data = config.data
         torch.manual_seed(generator_seed(config.seed, Stream.INIT))
-        # The layout of the fastest convolutions, on GPUs and on CPUs.
-        self.model = VQModel(**config.model.options()).to(memory_format=torch.channels_last)
+        self.model = VQModel(**config.model.options())
         self.images = TrainingImages(
             list_images(data.images), self.model.image_channels, data.image_size, seed=config.seed,
             mirror=data.mirror, crop_min=data.crop_min, workers=data.workers)
@@ -143,6 +142,8 @@ class TokenizerTask(Task):
         self.seen: list[tuple[int, Quantised]] = []  # first sample number and codes of each micro-batch of an update
 
     def loss(self, model: nn.Module, step: int, samples: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        # The layout of the fastest convolutions, which every activation inherits. Weights keep the default one: fused
+        # AdamW walks over weights and restored moments alike, whatever their strides.
         images = self.images.batch(samples).contiguous(memory_format=torch.channels_last)  # (b, C, H, W)
         reconstruction, quantised = model(images)
         self.seen.append((int(samples[0]), quantised))

@@ -1,0 +1,76 @@
+"""A tokenizer of a few thousand weights, folders of tiny images, and commands run to their refusal."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mutor_img.checkpoint import write_checkpoint
+from mutor_img.cli import run
+from tokenizer.vq import VQModel
+
+TINY = {"image_channels": 1, "channels": 4, "multipliers": [1, 2], "blocks": 1, "latent_channels": 4, "code_dim": 3,
+        "vocabulary": 16, "groups": 2, "attention": True}
+
+
+@pytest.fixture
+def tiny_vq():
+    """A factory of small tokenizers for 8-pixel images with weights drawn at random."""
+
+    def build(seed=0, **options):
+        torch.manual_seed(seed)
+        vq = VQModel(**TINY | options).eval().requires_grad_(False)
+        for name, weight in vq.named_parameters():
+            if weight.dim() == 1:  # biases and norms that are not the identity
+                weight.add_(0.3 * torch.randn(weight.shape))
+            if name == "quantize.embedding.weight":
+                weight.mul_(torch.rand(len(weight), 1) + 0.5)
+        vq.image_size = 8
+        return vq
+
+    return build
+
+
+@pytest.fixture
+def tokenizer_run(tmp_path, tiny_vq):
+    """A factory of run folders that hold a small tokenizer."""
+
+    def build(name="tokenizer", seed=0, **groups):
+        vq = tiny_vq(seed)
+        meta = {"kind": "tokenizer", "model": vq.options, "image_size": 8}
+        write_checkpoint(tmp_path / name, 3, {"model": vq.state_dict(), **groups}, meta, keep=1)
+        return tmp_path / name
+
+    return build
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """A factory of image folders: smooth random pixels, grey, one sub-folder a class."""
+
+    def build(name="images", classes=("a", "b", "c"), each=4, size=8):
+        generator = np.random.default_rng(0)
+        for label in classes:
+            (tmp_path / name / label).mkdir(parents=True)
+            for number in range(each):
+                coarse = Image.fromarray(generator.integers(0, 256, (3, 3), dtype=np.uint8))
+                path = tmp_path / name / label / f"{number:04d}.png"
+                coarse.resize((size, size), Image.Resampling.BILINEAR).save(path)
+        return tmp_path / name
+
+    return build
+
+
+@pytest.fixture
+def refused(capsys):
+    """Run a command that must refuse: exit status 2 and, as its last word, one line; returns that line."""
+
+    def call(main, *argv):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            run(main, [str(word) for word in argv])
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert stopped.value.code == 2 and lines[-1].startswith("error: ")
+        return lines[-1]
+
+    return call

@@ -1,0 +1,167 @@
+"""The code store: right codes, the same bytes however it was made, and nothing reused that should not be."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mutor_img.codes import Codes
+from mutor_img.errors import UserError
+from tokenizer import encode, load_tokenizer, store
+from tokenizer.crops import to_float
+from tokenizer.encode import main, parse_views, view_names
+from tokenizer.folder import list_images
+
+
+def run_encode(run, images, out, *more):
+    main(["--tokenizer", str(run), "--images", str(images), "--out", str(out), "--workers", "0", *more])
+    return Codes(out)
+
+
+def content(out):
+    return {name: (out / name).read_bytes() for name in ("codes.npy", "labels.npy", "codes.json", "encode.json")}
+
+
+def test_codes_and_labels_are_those_of_each_image(tokenizer_run, image_folder, tmp_path):
+    run, images = tokenizer_run(), image_folder()
+    codes = run_encode(run, images, tmp_path / "out")
+    codes.verify()
+    folder, vq = list_images(images), load_tokenizer(run)
+    for index in range(12):
+        pixels = to_float(torch.from_numpy(np.array(Image.open(folder.path(index)))))[None, None]
+        found, label = codes.batch(np.array([index, index]), np.array([0, 1]))
+        assert torch.equal(found, torch.cat([vq.encode(pixels), vq.encode(pixels.flip(-1))]))
+        assert label.tolist() == [index // 4] * 2
+    info = codes.info
+    assert (info.grid, info.vocabulary) == ((4, 4), 16)
+    assert (info.class_names, info.views) == (["a", "b", "c"], ["plain", "mirror"])
+    assert (info.crop, info.image_size, info.tokenizer, info.tokenizer_hash) == ("center", 8, str(run), vq.hash)
+    assert not (tmp_path / "out" / "parts").exists()
+
+
+def test_two_processes_and_another_batch_size_write_the_same_bytes(tokenizer_run, image_folder, tmp_path):
+    run, images = tokenizer_run(), image_folder(each=400)  # 1200 images: two parts
+    run_encode(run, images, tmp_path / "one")
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
+             "tokenizer.encode", "--tokenizer", run, "--images", images, "--out", tmp_path / "two", "--workers", "0",
+             "--batch-size", "7"]
+    subprocess.run([str(word) for word in words], check=True, capture_output=True, timeout=300,
+                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+def test_after_a_kill_only_what_is_missing_is_made(tokenizer_run, image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "PART", 2)
+    run, images = tokenizer_run(), image_folder()
+    run_encode(run, images, tmp_path / "whole")
+    write, made = store.StoreWriter.write, []
+
+    def killed(self, part, codes, unreadable):
+        if part == 4:
+            raise KeyboardInterrupt
+        write(self, part, codes, unreadable)
+
+    monkeypatch.setattr(store.StoreWriter, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_encode(run, images, tmp_path / "cut")
+    with pytest.raises(UserError, match=r"codes\.json is missing"):
+        Codes(tmp_path / "cut")
+    damaged = tmp_path / "cut" / "parts" / "part_000001.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-5])
+    monkeypatch.setattr(store.StoreWriter, "write", lambda self, part, *a: (made.append(part), write(self, part, *a)))
+    run_encode(run, images, tmp_path / "cut")
+    assert made == [1, 4, 5]
+    assert content(tmp_path / "cut") == content(tmp_path / "whole")
+
+
+def test_parts_of_another_tokenizer_or_image_are_made_again(tokenizer_run, image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "PART", 4)
+    images, out = image_folder(), tmp_path / "out"
+    made, write = [], store.StoreWriter.write
+    monkeypatch.setattr(store.StoreWriter, "write", lambda self, part, *a: (made.append(part), write(self, part, *a)))
+    monkeypatch.setattr(store.StoreWriter, "merge", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    first, second = tokenizer_run("first"), tokenizer_run("second", seed=1)
+    for run, more, expected in ((first, (), [0, 1, 2]), (first, (), []), (second, (), [0, 1, 2]),
+                                (second, ("--views", "plain"), [0, 1, 2])):
+        made.clear()
+        with pytest.raises(KeyboardInterrupt):
+            run_encode(run, images, out, *more)
+        assert made == expected
+    Image.new("L", (9, 9), 7).save(images / "b" / "0001.png")
+    made.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run_encode(second, images, out, "--views", "plain")
+    assert made == [1]
+
+
+def test_a_finished_store_is_reused_and_another_one_refused(tokenizer_run, image_folder, tmp_path, capsys, refused):
+    run, images, out = tokenizer_run(), image_folder(), tmp_path / "out"
+    run_encode(run, images, out)
+    before = content(out)
+    run_encode(run, images, out, "--batch-size", "3")
+    assert "nothing to do" in capsys.readouterr().out and content(out) == before
+    words = ("--tokenizer", run, "--images", images, "--out", out, "--workers", 0)
+    assert "views is" in refused(main, *words, "--views", "plain")
+    assert "image_size is 8, asked for is 12" in refused(main, *words, "--image-size", 12)
+    other = tokenizer_run("other", seed=1)
+    line = refused(main, "--tokenizer", other, *words[2:])
+    assert load_tokenizer(run).hash in line and load_tokenizer(other).hash in line
+    (images / "c" / "0003.png").unlink()
+    assert "images is 12, asked for is 11" in refused(main, *words)
+
+
+def test_unreadable_images_are_listed_and_refused_or_left_out(tokenizer_run, image_folder, tmp_path, capsys, refused):
+    run, images, out = tokenizer_run(), image_folder(), tmp_path / "out"
+    whole = run_encode(run, images, tmp_path / "whole")
+    broken = images / "b" / "0002.png"
+    content_before = broken.read_bytes()
+    broken.write_bytes(content_before[:40])
+    words = ("--tokenizer", run, "--images", images, "--out", out, "--workers", 0)
+    line = refused(main, *words)
+    assert "1 of 12 images" in line and "b/0002.png" in line and "--max-unreadable 1" in line
+    assert (out / "unreadable.txt").read_text() == "b/0002.png\n"
+    codes = run_encode(run, images, tmp_path / "fewer", "--max-unreadable", "1")
+    assert str(broken) in capsys.readouterr().err
+    kept = [i for i in range(12) if i != 6]
+    assert np.array_equal(codes.codes, whole.codes[kept]) and np.array_equal(codes.labels, whole.labels[kept])
+    assert list(json.loads((tmp_path / "fewer" / "encode.json").read_text())["unreadable"]) == ["b/0002.png"]
+    broken.write_bytes(content_before)
+    assert np.array_equal(run_encode(run, images, out).codes, whole.codes)  # mended: the same command goes on
+
+
+def test_what_cannot_be_encoded_is_refused_in_one_line(tokenizer_run, image_folder, tmp_path, refused):
+    run, images, out = tokenizer_run(), image_folder(), tmp_path / "out"
+    (tmp_path / "empty").mkdir()
+    words = ["--tokenizer", run, "--images", images, "--out", out]
+    assert "no such folder" in refused(main, "--tokenizer", run, "--images", tmp_path / "no", "--out", out)
+    assert "no class folders" in refused(main, "--tokenizer", run, "--images", tmp_path / "empty", "--out", out)
+    assert "no such file or folder" in refused(main, "--tokenizer", tmp_path / "no", *words[2:])
+    assert "'mirror'" in refused(main, *words, "--views", "plain,miror")
+    assert "twice" in refused(main, *words, "--views", "plain,plain")
+    assert "'center'" in refused(main, *words, "--crop", "centre")
+    assert "multiple of 2" in refused(main, *words, "--image-size", 9)
+    assert "--batch-size" in refused(main, *words, "--batch-size", 0)
+    assert "'--views'" in refused(main, *words, "--view", "plain")
+    assert "--tokenizer" in refused(main, "--images", images, "--out", out)
+    assert not out.exists()
+
+
+def test_views_are_named_for_each_square_that_a_rule_cuts():
+    rule = encode.CropRule(("left", "right"), lambda image, side: [image, image])
+    assert view_names(["plain", "mirror"], rule) == ("plain-left", "plain-right", "mirror-left", "mirror-right")
+    assert view_names(parse_views("mirror"), encode.crop_rule("center")) == ("mirror",)
+
+
+def test_a_rule_of_several_squares_gives_several_views(tokenizer_run, image_folder, tmp_path, monkeypatch):
+    def cut(image, side):
+        return [image.crop((0, 0, side, side)), image.crop((image.width - side, 0, image.width, side))]
+
+    monkeypatch.setitem(encode.CROPS, "sides", encode.CropRule(("left", "right"), cut))
+    codes = run_encode(tokenizer_run(), image_folder(size=12), tmp_path / "out", "--crop", "sides")
+    assert codes.codes.shape == (12, 4, 16) and codes.info.views[1] == "plain-right" and codes.info.crop == "sides"
+    assert not np.array_equal(codes.codes[:, 0], codes.codes[:, 1])

@@ -1,0 +1,46 @@
+"""Class folders in sorted order, and folders that are something else."""
+
+import pytest
+
+from mutor_img.errors import UserError
+from tokenizer.folder import class_names, list_images
+
+
+def test_labels_are_positions_in_sorted_order(image_folder):
+    root = image_folder(classes=("zebra", "10", "9"), each=2)
+    (root / "10" / "deep").mkdir()
+    (root / "10" / "0000.png").rename(root / "10" / "deep" / "x.PNG")
+    (root / "9" / "notes.txt").write_text("not an image")
+    (root / ".cache").mkdir()
+    folder = list_images(root)
+    assert folder.classes == ["10", "9", "zebra"] and folder.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert folder.files == ["10/0001.png", "10/deep/x.PNG", "9/0000.png", "9/0001.png",
+                            "zebra/0000.png", "zebra/0001.png"]
+    assert folder.sizes == [folder.path(i).stat().st_size for i in range(6)]
+
+
+def test_a_spread_reaches_every_class(image_folder):
+    folder = list_images(image_folder(each=4))
+    assert folder.labels[folder.spread(3)].tolist() == [0, 1, 2]
+    assert folder.spread(0).tolist() == folder.spread(99).tolist() == list(range(12))
+
+
+def test_folders_that_are_no_class_folders_are_refused(tmp_path, image_folder):
+    root = image_folder()
+    for name in ("empty", "splits/train/a", "splits/val", "hollow/a"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "loose" / "a").mkdir(parents=True)
+    (root / "a" / "0000.png").rename(tmp_path / "loose" / "0000.png")
+    for name, words in (("absent", "no such folder"), ("empty", "no class folders"), ("splits", "give .*splits/train"),
+                        ("hollow", "no images"), ("loose", "0000.png lies outside")):
+        with pytest.raises(UserError, match=words):
+            list_images(tmp_path / name)
+
+
+def test_imagenet_folders_get_words():
+    from timm.data import ImageNetInfo
+
+    folders = sorted(ImageNetInfo("imagenet-1k").label_names())
+    names = class_names(folders)
+    assert names[0] == "tench" and names[207] == "golden retriever" and len(names) == 1000
+    assert class_names(folders[:10]) == folders[:10]

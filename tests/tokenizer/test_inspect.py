@@ -1,0 +1,41 @@
+"""Looking at a code store, and refusing to look through another tokenizer."""
+
+import numpy as np
+from PIL import Image
+
+from tokenizer import load_tokenizer
+from tokenizer.encode import main as encode
+from tokenizer.inspect import main
+
+
+def build(run, images, out):
+    encode(["--tokenizer", str(run), "--images", str(images), "--out", str(out), "--workers", "0"])
+    return out
+
+
+def test_the_picture_shows_decoded_codes_and_the_facts_are_printed(tokenizer_run, image_folder, tmp_path, capsys):
+    codes = build(tokenizer_run(), image_folder(), tmp_path / "codes")
+    main(["--codes", str(codes), "--out", str(tmp_path / "grid.png"), "--num", "6", "--verify"])
+    out = capsys.readouterr().out
+    assert "12 in 3 classes (a, b, c)" in out and "plain, mirror" in out and "verified     1 blocks" in out
+    assert Image.open(tmp_path / "grid.png").size == (6 * 66 + 2, 82)  # 8 pixels magnified 8 times, with captions
+
+
+def test_another_tokenizer_is_refused_naming_both(tokenizer_run, image_folder, tmp_path, refused):
+    run, other = tokenizer_run("run"), tokenizer_run("other", seed=1)
+    codes = build(run, image_folder(), tmp_path / "codes")
+    line = refused(main, "--codes", codes, "--tokenizer", other, "--out", tmp_path / "grid.png")
+    assert load_tokenizer(run).hash[:16] in line and load_tokenizer(other).hash[:16] in line
+    assert not (tmp_path / "grid.png").exists()
+
+
+def test_a_changed_code_is_found(tokenizer_run, image_folder, tmp_path, refused):
+    codes = build(tokenizer_run(), image_folder(), tmp_path / "codes")
+    array = np.load(codes / "codes.npy", mmap_mode="r+")
+    array[7, 1, 3] ^= 1
+    array.flush()
+    assert "block 0" in refused(main, "--codes", codes, "--verify", "--out", tmp_path / "grid.png")
+
+
+def test_a_folder_without_codes_is_refused(tmp_path, refused):
+    assert "no codes here" in refused(main, "--codes", tmp_path)

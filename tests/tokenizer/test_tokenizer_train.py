@@ -1,0 +1,118 @@
+"""Training: it learns, resumes to the same bytes, brings codes back, and leaves a tokenizer that loads."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mutor_img.checkpoint import find_checkpoint
+from mutor_img.config import field_names, load_config
+from mutor_img.training.loop import Trainer
+from mutor_img.training.runtime import Runtime
+from tokenizer import load_tokenizer
+from tokenizer.train import TokenizerConfig, TokenizerTask, main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def command(image_folder, tmp_path):
+    """The arguments of a training run of seconds."""
+    images = image_folder(size=16)
+    config = tmp_path / "configs" / "tiny.yaml"
+    config.parent.mkdir()
+    config.write_text(f"""
+data: {{images: {images}, val_images: {images}, image_size: 16, mirror: true, crop_min: 1.0, workers: 1}}
+model: {{preset: mnist, channels: 8, vocabulary: 32, code_dim: 4}}
+revival: {{after: 2, until: 1.0}}
+optim: {{lr: 3.0e-3, weight_decay: 0.0}}
+train: {{steps: 6, global_batch: 8, micro_batch: 4, precision: fp32, compile: false, log_every: 1, ema: 0.9,
+        checkpoint_every: 3, validate_every: 6, picture_every: 6}}
+""")
+    return ["--config", str(config)]
+
+
+def weights(run):
+    return {path.name: path.read_bytes() for path in find_checkpoint(run).glob("*.safetensors")}
+
+
+def test_a_resumed_run_ends_in_the_same_bytes_and_loads(command, tmp_path):
+    main([*command, f"run_dir={tmp_path / 'whole'}"])
+    main([*command, f"run_dir={tmp_path / 'cut'}", "train.steps=3"])
+    main([*command, f"run_dir={tmp_path / 'cut'}"])
+    assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[5]["l2"] < rows[0]["l2"] and 0 < rows[5]["codes_used"] <= 1 and "val_psnr" in rows[-1]
+    assert (tmp_path / "whole" / "pictures" / "reconstructions_00000006.png").is_file()
+    vq = load_tokenizer(tmp_path / "whole")
+    assert vq.image_size == 16 and vq.vocabulary == 32 and vq.hash
+    assert vq.decode(vq.encode(torch.zeros(1, 1, 16, 16))).shape == (1, 1, 16, 16)
+
+
+def task_of(command, runtime, **values):
+    config = load_config(TokenizerConfig, command[1], [f"{key}={value}" for key, value in values.items()])
+    return TokenizerTask(config, runtime)
+
+
+def test_latents_for_dead_codes_do_not_depend_on_the_number_of_processes(command):
+    codes = torch.arange(32)
+    task = task_of(command, Runtime(torch.device("cpu")))
+
+    def drawn(*parts):
+        task.seen.clear()
+        for part in parts:
+            task.loss(task.model, 5, part)
+        return task._draw_latents(5, codes)
+
+    samples = torch.arange(40, 48)
+    whole = drawn(*samples.split(4))
+    torch.testing.assert_close(whole.norm(dim=1), torch.ones(32))
+    torch.testing.assert_close(drawn(samples[:4]) + drawn(samples[4:]), whole)  # what a sum over two ranks gives
+
+
+def test_unused_codes_are_brought_back(command, tmp_path):
+    runtime = Runtime(torch.device("cpu"))
+    used = {}
+    for after in (0, 2):
+        task = task_of(command, runtime, **{"revival.after": after, "run_dir": tmp_path / f"run{after}"})
+        with torch.no_grad():  # all codes on one side of the sphere, where almost none is ever the nearest
+            task.model.quantize.embedding.weight.mul_(0.01).add_(torch.tensor([1.0, 0, 0, 0]))
+        trainer = Trainer(task, task.config, runtime)
+        used[after] = [trainer.update()["codes_used"] for _ in range(8)][-1]
+    assert used[2] > used[0]
+
+
+def test_shares_of_micro_batches_sum_to_the_batch(command):
+    task = task_of(command, Runtime(torch.device("cpu")))
+    samples = torch.arange(8)
+    whole, values = task.loss(task.model, 0, samples)
+    parts = [task.loss(task.model, 0, part) for part in samples.split(2)]
+    torch.testing.assert_close(sum(loss for loss, _ in parts), whole)
+    torch.testing.assert_close(sum(part["l2"] for _, part in parts), values["l2"])
+    task.config.loss.commitment, task.config.loss.codebook = 0.5, 0.0
+    expected = values["l2"] + 0.5 * values["commitment"]
+    torch.testing.assert_close(task.loss(task.model, 0, samples)[0], expected)
+
+
+def test_a_dry_run_prints_the_config_and_the_plan_and_needs_no_images(capsys):
+    main(["--config", str(ROOT / "configs" / "mnist" / "tokenizer.yaml"), "--dry-run", "data.images=nowhere"])
+    out = capsys.readouterr().out
+    assert "codes an image" in out and "FLOPs an update" in out and "nowhere" in out
+
+
+def test_mistakes_are_refused_in_one_line(command, refused, tmp_path):
+    assert "'data.image_size'" in refused(main, *command, "data.imagesize=32")
+    assert "'mnist'" in refused(main, *command, "model.preset=mnits")
+    assert "multiple of 4" in refused(main, *command, "data.image_size=30")
+    assert "no such folder" in refused(main, *command, f"data.images={tmp_path / 'no'}")
+    assert "'l2'" in refused(main, *command, "loss.terms.l3=1.0")
+    assert "groups is 8" in refused(main, *command, "model.channels=20")
+    assert "65536" in refused(main, *command, "model.vocabulary=70000")
+    assert "crop_min" in refused(main, *command, "data.crop_min=0")
+
+
+def test_the_shipped_config_names_known_keys_only():
+    config = load_config(TokenizerConfig, ROOT / "configs" / "mnist" / "tokenizer.yaml")
+    assert config.run_dir.endswith("runs/mnist/tokenizer") and config.model.options()["vocabulary"] == 256
+    assert {"run_dir", "seed", "data.images", "loss.terms", "train.steps"} <= set(field_names(TokenizerConfig))

@@ -1,0 +1,48 @@
+"""A sample is a function of its number, whoever reads it and when."""
+
+import pytest
+import torch
+
+from tokenizer import training_images
+from tokenizer.folder import list_images
+from tokenizer.training_images import TrainingImages
+
+
+def build(folder, **options):
+    settings = {"seed": 3, "mirror": False, "crop_min": 1.0, "workers": 2} | options
+    return TrainingImages(list_images(folder), 1, 8, **settings)
+
+
+@pytest.mark.parametrize("options", [{}, {"mirror": True}, {"mirror": True, "crop_min": 0.7}])
+def test_a_sample_does_not_depend_on_its_batch(image_folder, options):
+    folder = image_folder(size=11)
+    samples = torch.arange(24)
+    whole = build(folder, **options).batch(samples)
+    reader = build(folder, **options)
+    parts = [reader.batch(part) for part in samples.split(4)]  # reads ahead from the second on
+    assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(build(folder, **options).batch(torch.tensor([17, 2])), whole[[17, 2]])
+
+
+def test_an_epoch_holds_every_image_once(image_folder):
+    reader = build(image_folder())
+    first, second = reader.batch(torch.arange(12)), reader.batch(torch.arange(12, 24))
+    assert not torch.equal(first, second)
+    assert torch.equal(first.sum((1, 2, 3)).sort().values, second.sum((1, 2, 3)).sort().values)
+
+
+def test_images_kept_and_images_read_again_are_the_same(image_folder, monkeypatch):
+    folder, samples = image_folder(), torch.arange(20)
+    kept = build(folder, mirror=True)
+    monkeypatch.setattr(training_images, "_CACHE_BYTES", 0)
+    read = build(folder, mirror=True)
+    assert kept.cache is not None and read.cache is None
+    assert torch.equal(kept.batch(samples), read.batch(samples))
+
+
+def test_mirroring_flips_about_half(image_folder):
+    folder, samples = image_folder(), torch.arange(240)
+    plain, mirrored = build(folder).batch(samples), build(folder, mirror=True).batch(samples)
+    same = (plain == mirrored).flatten(1).all(1)
+    assert torch.equal(mirrored[~same], plain[~same].flip(-1))
+    assert 80 < int(same.sum()) < 160
