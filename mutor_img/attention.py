@@ -120,16 +120,15 @@ class FlexAttention:
 def _union_block_mask(rule, length: int, total: int, device: torch.device) -> BlockMask:
     """Return the blocks that any draw of anchors could touch, all partial.
 
-    A block of queries needs the key blocks of the regular inputs: up to its own diagonal where it holds regular
-    queries only, all of them where it holds a register; and its diagonal block, for registers that see themselves.
+    A block of queries needs the key blocks of regular inputs up to its own diagonal (for a block of registers, which
+    stand behind all regular inputs, that is every one of them), and its diagonal block: registers see themselves.
     """
     blocks = -(-total // BLOCK)
     first = torch.arange(blocks) * BLOCK  # (blocks,) first position of each block
-    holds_register = (first + BLOCK > length)[:, None]
     regular_keys = (first < length)[None]
     diagonal = torch.eye(blocks, dtype=torch.bool)
     causal = torch.ones(blocks, blocks, dtype=torch.bool).tril()
-    needed = (regular_keys & (causal | holds_register)) | diagonal  # (query blocks, key blocks)
+    needed = (regular_keys & causal) | diagonal  # (query blocks, key blocks)
     counts = needed.sum(dim=1).to(torch.int32)[None, None]  # (1, 1, blocks)
     indices = needed.to(torch.int8).argsort(dim=1, descending=True, stable=True).to(torch.int32)[None, None]
     return BlockMask.from_kv_blocks(counts.to(device), indices.to(device), BLOCK_SIZE=BLOCK, mask_mod=rule,
