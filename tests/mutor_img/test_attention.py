@@ -68,6 +68,13 @@ def test_a_regular_input_never_sees_a_register_whatever_the_anchor_says():
             assert seen.nonzero().flatten().tolist() == list(range(query + 1))
 
 
+def test_a_register_never_sees_another_register_whatever_the_anchor_says():
+    for anchor in (0, 3, 19, 20, 1000):
+        for query in range(20, 40):
+            seen = may_attend(torch.tensor(query), torch.arange(40), torch.tensor(anchor), 20)
+            assert seen.nonzero().flatten().tolist() == [*range(min(anchor + 1, 20)), query]
+
+
 # ---- SDPA
 
 

@@ -12,9 +12,10 @@ from torch import nn
 
 from mutor_img import draw_registers, mutor_loss
 from mutor_img import transformer as product_module
+from mutor_img.attention import SdpaAttention
 from mutor_img.errors import UserError
 from mutor_img.registers import RegisterLaw, register_ids
-from mutor_img.transformer import PRESETS, ModelConfig, RMSNorm, RotaryTable, Transformer, rotate
+from mutor_img.transformer import PRESETS, Block, ModelConfig, RMSNorm, RotaryTable, Transformer, rotate
 
 TIGHT = 1e-5  # the model is in float64 here, but its norms and rotations run in fp32: errors of a few 1e-6 remain
 BROKEN = 1e-2  # what a single wrong rule changes at the least
@@ -410,6 +411,16 @@ def test_a_drop_path_switches_the_dropouts_of_blocks_off_and_grows_with_depth():
     assert rates == pytest.approx([0.0, 0.1, 0.2])
 
 
+@pytest.mark.parametrize("dropout, drop_path", [(1.0, 0.0), (0.0, 1.0)])
+def test_a_block_that_drops_everything_is_the_identity_in_training_only(dropout, drop_path):
+    """Dropout stands after the output projection and the feed-forward, drop-path around both."""
+    torch.manual_seed(0)
+    block = Block(ModelConfig(2, 2, 32, (4, 5), 11, 3, dropout=dropout), drop_path)
+    x, rope, attend = torch.randn(2, 20, 32), RotaryTable((4, 5), 16)(torch.arange(20))[None], SdpaAttention(20)
+    assert torch.equal(block.train()(x, rope, attend), x)
+    assert not torch.equal(block.eval()(x, rope, attend), x)
+
+
 def test_class_token_codes_and_registers_go_through_the_same_input_dropout(random_model):
     model, seen = random_model(dropout=0.5).train(), []
     model.dropout.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
@@ -455,7 +466,8 @@ def test_evaluation_is_deterministic_and_training_with_dropout_is_not(random_mod
 @pytest.mark.parametrize("mistake", [
     {"labels": (2, 1)}, {"labels": (3,)}, {"codes": (2, 20)}, {"codes": (19,)}, {"anchors": (2, 3)},
     {"offsets": (2, 3)}, {"anchors": (3, 4)}, {"anchors": (4,), "offsets": (4,)}, {"anchors": None},
-    {"offsets": None}, {"codes": (2, 18)}])
+    {"offsets": None}, {"codes": (2, 18)}, {"labels": (3,), "anchors": None, "offsets": None},
+    {"codes": (2, 20), "anchors": None, "offsets": None}])
 def test_wrong_shapes_are_errors(random_model, mistake):
     shapes = {"labels": (2,), "codes": (2, 19), "anchors": (2, 4), "offsets": (2, 4), **mistake}
     model = random_model()
