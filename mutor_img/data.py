@@ -30,7 +30,7 @@ class StatelessOrder:
         return items, epochs
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        """Return the epoch's (size,) permutation; the two last made are kept, since batches at an epoch's end span two."""
+        """Return the epoch's (size,) permutation; the two last made are kept: a batch at an epoch's end spans two."""
         if epoch not in self._permutations:
             generator = torch.Generator().manual_seed(generator_seed(self.seed, Stream.ORDER, epoch))
             self._permutations[epoch] = torch.randperm(self.size, generator=generator).numpy()

@@ -159,7 +159,7 @@ class GeneratorTask(Task):
             next_token = cross_entropy_sum(model(labels, codes[:, :-1]), codes) / total
             return next_token, {"next_token": next_token}
         anchors, offsets = self.law.draw(self.config.seed, step, samples)  # (b, R) each
-        if self.config.train.attention != "sdpa" and samples.device.type == "cuda" and self.model.flex is None:
+        if self.model.flex is None and self.wants_flex(samples.device):
             self.model.use_flex(anchors, fixed=self.law.count is None)
         logits, register_logits = model(labels, codes[:, :-1], anchors, offsets)
         next_token = cross_entropy_sum(logits, codes) / total
@@ -167,6 +167,10 @@ class GeneratorTask(Task):
         register = register / self._register_count(step, samples.device)
         weight = self.config.registers.loss_weight
         return (1 - weight) * next_token + weight * register, {"next_token": next_token, "register": register}
+
+    def wants_flex(self, device: torch.device) -> bool:
+        """Return whether registers attend by FlexAttention there; it has no backward on CPUs."""
+        return self.config.train.attention == "auto" and device.type == "cuda"
 
     def _register_count(self, step: int, device: torch.device) -> Tensor | int:
         """Return how many registers of the whole global batch have a target: a mean over ranks would depend on them."""
