@@ -8,7 +8,7 @@ in row i mod CHUNK of them, whoever its neighbours are.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from mutor_img.guidance import guidance_scales, guide
 from mutor_img.streams import Stream, uniform
 from mutor_img.transformer import Transformer
 
-CHUNK = 16  # sequences the network runs on at a time, on CPUs in fp32; a bit of the result may depend on it
+CHUNK = 8  # sequences the network runs on at a time, on CPUs in fp32; a bit of the result may depend on it
 
 
 @dataclass(frozen=True)
@@ -84,56 +84,80 @@ def generate_samples(model: Transformer, labels: Tensor, samples: Tensor, settin
     Returns:
         (B, N) int64 codes.
     """
-    config, weight = model.config, model.output.weight
-    settings.validate(config.vocabulary)
-    if labels.dim() != 1 or labels.shape != samples.shape:
-        raise ValueError(f"labels {tuple(labels.shape)} and samples {tuple(samples.shape)} must both be (B,)")
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < config.classes:
-        wrong = labels[(labels < 0) | (labels >= config.classes)][0]
-        raise UserError(f"label {int(wrong)} is out of range; the model has classes 0 to {config.classes - 1}")
-    labels, samples = labels.to(weight.device), samples.to(weight.device)
-    codes = torch.zeros(len(labels), config.length, dtype=torch.int64, device=weight.device)
-    if not len(labels):
-        return codes
-    scales = guidance_scales(settings.cfg_schedule, settings.cfg_scale, settings.cfg_parameter, config.length)
-    with torch.inference_mode():
-        fixed = weight.device.type == "cpu" and weight.dtype == torch.float32
-        count = CHUNK if fixed else len(labels)
-        sampler = Sampler(model, count, scales, settings)
-        if not fixed:
-            codes.copy_(sampler(labels, samples))
-        else:
-            for group in (samples // CHUNK).unique().tolist():
-                rows = (samples // CHUNK == group).nonzero()[:, 0]  # (b,), b <= CHUNK
-                slots = samples[rows] % CHUNK
-                padded = torch.zeros(CHUNK, dtype=torch.int64).index_copy(0, slots, labels[rows])
-                chunk = sampler(padded, group * CHUNK + torch.arange(CHUNK))  # (CHUNK, N)
-                codes[rows] = chunk[slots]
-    if int(codes.min()) < 0:
-        raise UserError("the model's logits are not finite; its weights are damaged, or too large for their dtype")
-    return codes
+    return Sampler(model, settings, max(1, len(labels))).generate(labels, samples)
 
 
 class Sampler:
-    """Draws images of ``count`` sequences at a time, with one set of prepared weights and one cache."""
+    """A model's weights made ready for sampling, and one cache for all batches. Make a new one after an update.
 
-    def __init__(self, model: Transformer, count: int, scales: Sequence[float], settings: SamplingSettings):
-        self.count, self.scales, self.settings = count, scales, settings
-        self.classes, device = model.config.classes, model.output.weight.device
-        # Without guidance at any token there is no second half of the batch.
-        self.guided_until = max((token + 1 for token, scale in enumerate(scales) if scale > 1), default=0)
-        rows = 2 * count if self.guided_until else count
-        self.decoder = Decoder(model, rows, masked=device.type == "cuda")
-        self.graphed = GraphedDecode(self.decoder, rows) if device.type == "cuda" else None
+    Attributes:
+        count: sequences the network runs on at a time; batches are cut and padded to it.
+    """
 
-    def __call__(self, labels: Tensor, samples: Tensor) -> Tensor:
+    def __init__(self, model: Transformer, settings: SamplingSettings, batch: int):
+        """Prepare.
+
+        Args:
+            model: the transformer.
+            settings: what decides the samples.
+            batch: sequences at a time where the number is free, that is anywhere but on CPUs in fp32.
+
+        Raises:
+            UserError: settings out of range.
+        """
+        config, weight = model.config, model.output.weight
+        settings.validate(config.vocabulary)
+        self.config, self.settings, self.device = config, settings, weight.device
+        self.fixed = weight.device.type == "cpu" and weight.dtype == torch.float32
+        self.count = CHUNK if self.fixed else batch
+        self.scales = guidance_scales(settings.cfg_schedule, settings.cfg_scale, settings.cfg_parameter, config.length)
+        # After the last guided token, or without any, there is no second half of the batch.
+        self.guided_until = max((token + 1 for token, scale in enumerate(self.scales) if scale > 1), default=0)
+        self.halves = 2 if self.guided_until else 1
+        graphs = weight.device.type == "cuda"
+        with torch.inference_mode():
+            self.decoder = Decoder(model, self.halves * self.count, masked=graphs)
+            self.graphed = GraphedDecode(self.decoder) if graphs else None
+
+    def generate(self, labels: Tensor, samples: Tensor) -> Tensor:
+        """Return codes (B, N) int64 on the model's device for labels and sample numbers (B,) int64, any B.
+
+        Raises:
+            UserError: a label out of range, or logits that are not finite.
+        """
+        if labels.dim() != 1 or labels.shape != samples.shape:
+            raise ValueError(f"labels {tuple(labels.shape)} and samples {tuple(samples.shape)} must both be (B,)")
+        wrong = labels[(labels < 0) | (labels >= self.config.classes)]
+        if len(wrong):
+            raise UserError(f"label {int(wrong[0])} is out of range; the model has classes 0 to "
+                            f"{self.config.classes - 1}")
+        labels, samples = labels.to(self.device), samples.to(self.device)
+        codes = torch.zeros(len(labels), self.config.length, dtype=torch.int64, device=self.device)
+        for rows in self._cut(samples):
+            slots = samples[rows] % self.count if self.fixed else torch.arange(len(rows), device=self.device)
+            padded = torch.zeros(2, self.count, dtype=torch.int64, device=self.device)
+            padded[:, slots] = torch.stack([labels[rows], samples[rows]])
+            with torch.inference_mode():
+                made = self._run(*padded)  # (count, N)
+            codes[rows] = made[slots]
+        if len(codes) and int(codes.min()) < 0:
+            raise UserError("the model's logits are not finite; its weights are damaged, or too large for their dtype")
+        return codes
+
+    def _cut(self, samples: Tensor) -> Iterable[Tensor]:
+        """Return the rows of the batch that run together, at most ``count`` at a time."""
+        if not self.fixed:
+            return torch.arange(len(samples), device=self.device).split(self.count)
+        groups = samples // self.count
+        return [(groups == group).nonzero()[:, 0] for group in groups.unique()]
+
+    def _run(self, labels: Tensor, samples: Tensor) -> Tensor:
         """Return codes (count, N) for labels and sample numbers (count,) int64; -1 where logits were not finite."""
-        length = len(self.scales)
-        places = torch.arange(length, device=labels.device)
-        numbers = uniform(self.settings.seed, Stream.TOKEN, samples[:, None], places).T.contiguous()  # (N, B) float64
-        codes = torch.empty(length, self.count, dtype=torch.int64, device=labels.device)
-        inputs = torch.cat([labels, torch.full_like(labels, self.classes)]) if self.guided_until else labels
-        logits = prefill(self.decoder, inputs)  # (2 B or B, V)
+        places = torch.arange(self.config.length, device=self.device)
+        numbers = uniform(self.settings.seed, Stream.TOKEN, samples[:, None], places).T.contiguous()  # (N, count)
+        codes = torch.empty(len(places), self.count, dtype=torch.int64, device=self.device)
+        nulls = [torch.full_like(labels, self.config.classes)] if self.halves == 2 else []
+        logits = prefill(self.decoder, torch.cat([labels, *nulls]))  # (2 count or count, V)
         for position, scale in enumerate(self.scales):
             if position:
                 logits = self._decode(codes[position - 1], position)
@@ -142,10 +166,10 @@ class Sampler:
         return torch.where((codes < 0).any(0), -1, codes).T
 
     def _decode(self, codes: Tensor, position: int) -> Tensor:
-        """Return logits (2 B or B, V) at ``position``; both halves of a guided batch go on with the same codes."""
+        """Return logits (2 count or count, V) at ``position``; both halves of a batch go on with the same codes."""
         codes = codes.clamp(min=0)  # not finite: go on with anything, and say so at the end
         if self.graphed is not None:
-            return self.graphed(codes.repeat(self.decoder.rows // self.count), position)
+            return self.graphed(codes.repeat(self.halves), position)
         return decode_one(self.decoder, codes.repeat(2) if position < self.guided_until else codes, position)
 
 

@@ -18,13 +18,13 @@ from tqdm import tqdm
 from mutor_img.cli import Parser, run
 from mutor_img.config import check_choice
 from mutor_img.errors import UserError, check_range
-from mutor_img.generate import SamplingSettings
+from mutor_img.generate import Sampler, SamplingSettings
 from mutor_img.guidance import SCHEDULES
 from mutor_img.images import write_png
 from mutor_img.loading import Loaded, load_run
 from mutor_img.sampling.archive import FORMAT, SampleArchive
 from mutor_img.sampling.labels import RULES, make_labels, parse_classes, readable_names
-from mutor_img.sampling.pictures import class_grid, open_tokenizer, sample_images, verified_tokenizer
+from mutor_img.sampling.pictures import class_grid, decode_images, open_tokenizer, verified_tokenizer
 from mutor_img.training.runtime import Runtime
 from tokenizer.vq import VQModel
 
@@ -204,5 +204,6 @@ def write_samples(archive: SampleArchive, loaded: Loaded, tokenizer: VQModel, la
 def _sample(loaded: Loaded, tokenizer: VQModel, labels: Tensor, numbers: Tensor, settings: SamplingSettings,
             batch_size: int) -> Iterator[np.ndarray]:
     """Yield (b, H, W, 3) uint8 images of the given sample numbers, a batch at a time."""
+    sampler = Sampler(loaded.model, settings, min(batch_size, len(numbers)))
     for part in numbers.split(batch_size):
-        yield sample_images(loaded.model, tokenizer, labels[part], part, settings)
+        yield decode_images(tokenizer, sampler.generate(labels[part], part), loaded.model.config.grid)

@@ -40,9 +40,12 @@ def sample_images(model: Transformer, tokenizer: VQModel, labels: Tensor, sample
     Raises:
         UserError: labels or settings out of range.
     """
-    codes = generate_samples(model, labels, samples, settings)  # (B, N)
-    parts = [to_nhwc(tokenizer.decode(part, model.config.grid)) for part in codes.split(DECODE)]
-    return np.concatenate(parts)
+    return decode_images(tokenizer, generate_samples(model, labels, samples, settings), model.config.grid)
+
+
+def decode_images(tokenizer: VQModel, codes: Tensor, grid: tuple[int, int]) -> np.ndarray:
+    """Return (B, H, W, 3) uint8 images of codes (B, N); grey is repeated."""
+    return np.concatenate([to_nhwc(tokenizer.decode(part, grid)) for part in codes.split(DECODE)])
 
 
 def open_tokenizer(path: str | Path, device: torch.device | str, model: Transformer,
