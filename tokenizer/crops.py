@@ -57,7 +57,11 @@ def random_crop(image: Image.Image, side: int, least: float, draws: tuple[float,
     return image.crop((left, top, left + side, top + side))
 
 
-CROPS = {"center": CropRule(("",), lambda image, side: [center_crop(image, side)])}
+def _center(image: Image.Image, side: int) -> list[Image.Image]:
+    return [center_crop(image, side)]
+
+
+CROPS = {"center": CropRule(("",), _center)}  # functions at module level: reading processes get them by name
 
 
 def crop_rule(name: str) -> CropRule:

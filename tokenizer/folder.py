@@ -33,8 +33,7 @@ class ImageFolder:
 
     def spread(self, count: int) -> np.ndarray:
         """Return ``count`` image numbers spread evenly over all (and so over the classes); all where count is 0."""
-        count = min(count or len(self), len(self))
-        return np.arange(count) * len(self) // count
+        return spread(len(self), count or len(self))
 
 
 def list_images(root: str | Path) -> ImageFolder:
@@ -66,6 +65,12 @@ def list_images(root: str | Path) -> ImageFolder:
         sizes += [size for _, size in found]
         labels += [label] * len(found)
     return ImageFolder(root, classes, files, sizes, np.array(labels, dtype=np.int64))
+
+
+def spread(total: int, count: int) -> np.ndarray:
+    """Return up to ``count`` of the numbers 0 .. total - 1, evenly spread: ascending int64."""
+    count = min(count, total)
+    return np.arange(count) * total // max(1, count)
 
 
 def class_names(classes: list[str]) -> list[str]:

@@ -12,6 +12,7 @@ from mutor_img.cli import Parser, run
 from mutor_img.codes import Codes
 from mutor_img.errors import UserError, check_range
 from mutor_img.images import grid_picture, to_nhwc, write_png
+from tokenizer.folder import spread
 from tokenizer.loading import load_tokenizer
 from tokenizer.measures import CodeUse
 from tokenizer.pictures import magnification
@@ -30,14 +31,13 @@ def check_tokenizer(codes: Codes, vq: VQModel) -> None:
 
 def decoded_grid(codes: Codes, vq: VQModel, count: int) -> Image.Image:
     """Return ``count`` images spread evenly over the store, first view, decoded, with class names below."""
-    count = min(count, len(codes))
-    if not count:
+    numbers = spread(len(codes), count)
+    if not len(numbers):
         raise UserError(f"{codes.folder}: holds no images")
-    numbers = np.arange(count) * len(codes) // count
-    rows, labels = codes.batch(numbers, np.zeros_like(numbers))  # (count, N), (count,)
+    rows, labels = codes.batch(numbers, np.zeros_like(numbers))  # (n, N), (n,)
     images = to_nhwc(vq.decode(rows, codes.info.grid))
     captions = [codes.info.class_names[label] for label in labels]
-    return grid_picture(images, min(_COLUMNS, count), captions=captions, scale=magnification(images.shape[1]))
+    return grid_picture(images, min(_COLUMNS, len(numbers)), captions=captions, scale=magnification(images.shape[1]))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"verified     {len(info.checksums)} blocks: every checksum, code and label is right")
     vq = load_tokenizer(options.tokenizer or info.tokenizer, "cuda" if torch.cuda.is_available() else "cpu")
     check_tokenizer(codes, vq)
-    numbers = np.arange(min(10_000, len(codes))) * len(codes) // min(10_000, max(1, len(codes)))
+    numbers = spread(len(codes), 10_000)
     use = CodeUse(info.vocabulary)
     use.add(codes.batch(numbers, np.zeros_like(numbers))[0])
     scores = use.scores()

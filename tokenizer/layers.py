@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions, each after GroupNorm and SiLU, around a shortcut: (B, C_in, H, W) -> (B, C_out, H, W)."""
+    """Two convolutions, each after GroupNorm and SiLU, around a shortcut: (B, C_in, H, W) -> (B, C_out, H, W)."""
 
-    def __init__(self, inputs: int, outputs: int, groups: int):
+    def __init__(self, inputs: int, outputs: int, groups: int, kernel: int = 3):
         super().__init__()
         self.norm1 = _norm(inputs, groups)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.conv1 = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
         self.norm2 = _norm(outputs, groups)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.conv2 = nn.Conv2d(outputs, outputs, kernel, padding=kernel // 2)
         if inputs != outputs:
             self.nin_shortcut = nn.Conv2d(inputs, outputs, 1)
 
@@ -73,10 +73,10 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """The blocks of one resolution: residual blocks, attention after each where asked for, then a resampling."""
 
-    def __init__(self, inputs: int, outputs: int, blocks: int, groups: int, attention: bool):
+    def __init__(self, inputs: int, outputs: int, blocks: int, groups: int, attention: bool, kernel: int = 3):
         super().__init__()
         widths = [inputs] + [outputs] * blocks
-        self.res = nn.ModuleList(ResidualBlock(a, b, groups) for a, b in pairwise(widths))
+        self.res = nn.ModuleList(ResidualBlock(a, b, groups, kernel) for a, b in pairwise(widths))
         self.attn = nn.ModuleList(SelfAttention(outputs, groups) for _ in range(blocks if attention else 0))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,23 +91,28 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pixels (B, image_channels, H, W) -> latents (B, latent_channels, H / f, W / f), f = 2 ** (levels - 1)."""
+    """Pixels (B, image_channels, H, W) -> latents (B, latent_channels, H / f, W / f), f = 2 ** (levels - 1).
+
+    A ``local`` encoder has no norms (their statistics are the whole image's), no middle, and 1x1 convolutions in
+    the blocks below full resolution: a latent depends on the pixels nearby alone, and equal strokes get equal codes.
+    """
 
     def __init__(self, image_channels: int, channels: int, multipliers: Sequence[int], blocks: int,
-                 latent_channels: int, groups: int, attention: bool):
+                 latent_channels: int, groups: int, attention: bool, local: bool):
         super().__init__()
+        groups, kernel = (0, 1) if local else (groups, 3)
         widths = [channels] + [channels * m for m in multipliers]
         self.conv_in = nn.Conv2d(image_channels, channels, 3, padding=1)
         self.conv_blocks = nn.ModuleList()
         for index, (inputs, outputs) in enumerate(pairwise(widths)):
             lowest = index == len(multipliers) - 1
-            level = Level(inputs, outputs, blocks, groups, attention and lowest)
+            level = Level(inputs, outputs, blocks, groups, attention and lowest, kernel if index else 3)
             if not lowest:
                 level.downsample = Downsample(outputs)
             self.conv_blocks.append(level)
-        self.mid = _middle(widths[-1], groups, attention)
+        self.mid = nn.Identity() if local else _middle(widths[-1], groups, attention)
         self.norm_out = _norm(widths[-1], groups)
-        self.conv_out = nn.Conv2d(widths[-1], latent_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], latent_channels, kernel, padding=kernel // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -141,8 +146,8 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-def _norm(channels: int, groups: int) -> nn.GroupNorm:
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+def _norm(channels: int, groups: int) -> nn.Module:
+    return nn.GroupNorm(groups, channels, eps=1e-6) if groups else nn.Identity()
 
 
 def _middle(channels: int, groups: int, attention: bool) -> nn.Sequential:

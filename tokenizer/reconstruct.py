@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,11 @@ from tqdm import tqdm
 
 from mutor_img.cli import Parser, run
 from mutor_img.errors import UserError, check_range
+from mutor_img.files import write_json
 from mutor_img.images import to_nhwc, write_png
 from tokenizer.crops import crop_rule, to_float
 from tokenizer.encode import Squares
-from tokenizer.folder import list_images
+from tokenizer.folder import list_images, spread
 from tokenizer.loading import load_tokenizer
 from tokenizer.measures import CodeUse, psnr, ssim
 from tokenizer.pictures import before_after
@@ -56,7 +56,7 @@ def reconstruct_folder(vq: VQModel, images: str | Path, *, num_images: int = 0, 
     numbers = folder.spread(num_images)
     loader = DataLoader(Squares(folder, numbers, vq.image_channels, image_size, crop_rule("center")), batch_size,
                         num_workers=workers)
-    shown = set(folder_positions(len(numbers), _PICTURES))
+    shown = set(spread(len(numbers), _PICTURES).tolist())
     use, sums, kept, place = CodeUse(vq.vocabulary), np.zeros(2), [], 0
     with tqdm(total=len(numbers), desc="reconstruct", unit="image", mininterval=1.0) as bar:
         for squares, errors in loader:  # (B, 1, C, H, W) uint8
@@ -76,12 +76,6 @@ def reconstruct_folder(vq: VQModel, images: str | Path, *, num_images: int = 0, 
     means = sums / len(numbers)
     return {"psnr": float(means[0]), "ssim": float(means[1]), **use.scores(), "num_images": len(numbers),
             "images": str(images), "image_size": image_size, "tokenizer": vq.path, "tokenizer_hash": vq.hash}
-
-
-def folder_positions(count: int, wanted: int) -> list[int]:
-    """Return up to ``wanted`` positions spread evenly over ``count``."""
-    wanted = min(wanted, count)
-    return [i * count // wanted for i in range(wanted)]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -116,8 +110,7 @@ def main(argv: Sequence[str]) -> None:
     if options.out:
         print(f"picture      {options.out}")
     if options.json:
-        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.json).write_text(json.dumps(scores, indent=2) + "\n")
+        write_json(options.json, scores)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "vq16": {"multipliers": (1, 1, 2, 2, 4)},
     "vq8": {"multipliers": (1, 2, 2, 4)},
     "mnist": {"image_channels": 1, "channels": 16, "multipliers": (1, 2, 2), "blocks": 1, "latent_channels": 32,
-              "code_dim": 8, "vocabulary": 256, "groups": 8, "attention": False},
+              "code_dim": 8, "vocabulary": 256, "groups": 8, "attention": False, "local": True},
 }
 
 
@@ -39,6 +39,7 @@ class VQModel(nn.Module):
         vocabulary: number of codes, up to 65536.
         groups: groups of every GroupNorm.
         attention: self-attention at the lowest resolution.
+        local: an encoder whose codes depend on nearby pixels only, without attention.
 
     Attributes:
         image_channels, vocabulary: as above.
@@ -53,12 +54,12 @@ class VQModel(nn.Module):
 
     def __init__(self, *, image_channels: int = 3, channels: int = 128, multipliers: Sequence[int] = (1, 1, 2, 2, 4),
                  blocks: int = 2, latent_channels: int = 256, code_dim: int = 8, vocabulary: int = 16384,
-                 groups: int = 32, attention: bool = True):
+                 groups: int = 32, attention: bool = True, local: bool = False):
         super().__init__()
         self.options = {
             "image_channels": image_channels, "channels": channels, "multipliers": list(multipliers),
             "blocks": blocks, "latent_channels": latent_channels, "code_dim": code_dim, "vocabulary": vocabulary,
-            "groups": groups, "attention": attention,
+            "groups": groups, "attention": attention, "local": local,
         }
         _check_options(self.options)
         self.image_channels, self.vocabulary = image_channels, vocabulary
@@ -66,7 +67,7 @@ class VQModel(nn.Module):
         self.image_size: int | None = None
         self.path, self.hash = "", ""
         sizes = (image_channels, channels, tuple(multipliers), blocks, latent_channels, groups, attention)
-        self.encoder = Encoder(*sizes)
+        self.encoder = Encoder(*sizes, local)
         self.decoder = Decoder(*sizes)
         self.quantize = Quantizer(vocabulary, code_dim)
         self.quant_conv = nn.Conv2d(latent_channels, code_dim, 1)
@@ -213,6 +214,8 @@ def _check_options(options: dict[str, Any]) -> None:
             raise UserError(f"{name} is {options[name]}; give 1 or more")
     if not options["multipliers"] or min(options["multipliers"]) < 1:
         raise UserError(f"multipliers are {options['multipliers']}; give one whole number of 1 or more a level")
+    if options["local"] and options["attention"]:
+        raise UserError("local is on and attention too, which looks at the whole image; switch one of them off")
     for width in {options["channels"] * m for m in (1, *options["multipliers"])}:
         if width % options["groups"]:
             raise UserError(f"groups is {options['groups']}, which does not divide the level of {width} channels")

@@ -122,3 +122,13 @@ def test_a_network_that_cannot_be_is_refused(tiny_vq, options, words):
 def test_an_unknown_preset_names_the_nearest():
     with pytest.raises(UserError, match="'vq16'"):
         preset("vq-16")
+
+
+def test_a_local_code_depends_on_nearby_pixels_only(tiny_vq):
+    vq = tiny_vq(local=True, attention=False, multipliers=[1, 2, 2])
+    images = torch.rand(1, 1, 64, 64) * 2 - 1
+    changed = images.clone()
+    changed[..., 30, 30] = -changed[..., 30, 30]
+    moved = (vq.latents(images) != vq.latents(changed)).any(1)[0]  # (16, 16)
+    rows, columns = moved.nonzero().unbind(1)
+    assert len(rows) and int((rows - 7).abs().max()) <= 1 and int((columns - 7).abs().max()) <= 1
