@@ -25,7 +25,7 @@ from mutor_img.cli import Parser, run
 from mutor_img.config import check_choice
 from mutor_img.decoder import decode_one
 from mutor_img.errors import check_range
-from mutor_img.generate import Sampler, SamplingSettings, draw
+from mutor_img.generation import Sampler, SamplingSettings, draw
 from mutor_img.guidance import guide
 from mutor_img.transformer import ModelConfig, Transformer
 

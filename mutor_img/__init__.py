@@ -1,6 +1,6 @@
 """Autoregressive image generation with multi-token prediction by registers (MuToR)."""
 
-from mutor_img.generate import generate
+from mutor_img.generation import generate
 from mutor_img.loading import load_checkpoint
 from mutor_img.registers import draw_registers, mutor_loss
 

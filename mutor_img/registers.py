@@ -10,13 +10,13 @@ index ``t = 0 .. N-1``; input ``t`` predicts ``x_{t+1}`` at position id ``t``. A
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mutor_img.errors import UserError, suggest
+from mutor_img.errors import UserError, check_range, suggest
 from mutor_img.streams import Stream, bits, integers
 
 IGNORE = -100  # the target of a register that predicts nothing
@@ -128,7 +128,7 @@ class RegisterLaw:
         if self.kind == "none":
             raise UserError("registers.kind is 'none': there are no registers to draw; call the model without them")
         device, count = samples.device, self.registers
-        table = torch.tensor(self.offsets, device=device)  # (K,)
+        table = _offset_table(self.offsets, device)  # (K,)
         keys = (step, samples[:, None])  # broadcast to (B, 1), or with one key a register to (B, R)
         if self.mixed:
             keys = (*keys, torch.arange(count, device=device))
@@ -162,6 +162,12 @@ class RegisterLaw:
         """Tell where a 2D target lies past the right edge; anchor 0 has no cell and never runs over."""
         columns = self.grid[1]
         return (anchors >= 1) & ((anchors - 1) % columns + offsets % columns >= columns)
+
+
+@lru_cache(maxsize=16)
+def _offset_table(offsets: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return the (K,) offsets on the device; copied there once, since each copy would wait for the device."""
+    return torch.tensor(offsets, device=device)
 
 
 def draw_registers(kind: str, count: int | None, d_max: int, grid: tuple[int, int], seed: int, step: int,
@@ -234,7 +240,11 @@ def mutor_loss(logits: Tensor, register_logits: Tensor | None, targets: Tensor, 
 
     Returns:
         A scalar fp32 tensor.
+
+    Raises:
+        UserError: a weight outside [0, 1].
     """
+    check_range("weight", weight, 0.0, 1.0)
     next_token = cross_entropy_sum(logits, targets) / targets.numel()
     if register_logits is None:
         return next_token

@@ -125,9 +125,10 @@ class RotaryTable(nn.Module):
         return torch.cat([torch.zeros_like(cells[:1]), cells])
 
     def _apply(self, fn, recurse=True):
+        before = self.table.device
         super()._apply(fn, recurse)
-        if self.table.dtype != torch.float32:  # .to(bfloat16) must not round the angles
-            self.table = self.compute(self.table.device)
+        if self.table.dtype != torch.float32 or before.type == "meta":
+            self.table = self.compute(self.table.device)  # neither rounded by .to() nor blank after to_empty()
         return self
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -224,10 +225,6 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config, config.drop_path * i / last) for i in range(config.layers))
         self.norm = RMSNorm(config.dim)
         self.output = nn.Linear(config.dim, config.vocabulary, bias=False)
-        if config.register_offsets:
-            rows = torch.zeros(max(config.register_offsets) + 1, dtype=torch.int64)
-            rows[list(config.register_offsets)] = torch.arange(len(config.register_offsets))
-            self.register_buffer("offset_rows", rows, persistent=False)  # offset d -> embedding row
         self.initialise()
 
     def initialise(self) -> None:
@@ -284,11 +281,15 @@ class Transformer(nn.Module):
         self.flex = FlexAttention(self.config.length, anchors, fixed)
 
     def _embed_registers(self, offsets: Tensor) -> Tensor:
-        """Return (B, R, dim): the one shared vector, or the row of each offset."""
-        if self.config.register_offsets:
-            rows = self.offset_rows[offsets.clamp(max=len(self.offset_rows) - 1)]
-        else:
-            rows = torch.zeros_like(offsets)
+        """Return (B, R, dim): the one shared vector, or the row of each offset.
+
+        Offsets stand in ascending order, so that a row is how many are smaller; an offset past the end (a dropped
+        target) takes the last row, and its loss is ignored.
+        """
+        known = self.config.register_offsets
+        if not known:
+            return self.register_embedding(torch.zeros_like(offsets))
+        rows = sum((offsets > d).to(torch.int64) for d in known[:-1])  # (B, R)
         return self.register_embedding(rows)
 
     def _attend(self, length: int, anchors: Tensor | None) -> Attend:

@@ -80,6 +80,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     return result
 
 
+def entry() -> None:
+    """Console entry."""
+    cli.run(main)
+
+
 def _check(args: argparse.Namespace) -> None:
     """Refuse what cannot be meant before anything is read."""
     for name, value, known in (("--features", args.features, FEATURES), ("--is-order", args.is_order, ORDERS),

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from mutor_img.cli import Parser, run
 from mutor_img.config import check_choice
 from mutor_img.errors import UserError, check_range
-from mutor_img.generate import Sampler, SamplingSettings
+from mutor_img.generation import Sampler, SamplingSettings
 from mutor_img.guidance import SCHEDULES
 from mutor_img.images import write_png
 from mutor_img.loading import Loaded, load_run

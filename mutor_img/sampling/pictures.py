@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mutor_img.errors import UserError
-from mutor_img.generate import SamplingSettings, generate_samples
+from mutor_img.generation import SamplingSettings, generate_samples
 from mutor_img.images import grid_picture, to_nhwc, write_png
 from mutor_img.sampling.labels import readable_names
 from mutor_img.transformer import Transformer

@@ -15,7 +15,7 @@ from mutor_img.checkpoint import find_checkpoint, newest_checkpoint, read_meta
 from mutor_img.config import load_config
 from mutor_img.errors import UserError
 from mutor_img.files import read_json, write_json
-from mutor_img.generate import SamplingSettings
+from mutor_img.generation import SamplingSettings
 from mutor_img.loading import load_run
 from mutor_img.metrics.digits import load_digits
 from mutor_img.metrics.evaluator import evaluate

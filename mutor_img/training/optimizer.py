@@ -56,4 +56,6 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
         parameter = parameters.get(name)
         if parameter is None or (key != "step" and tensor.shape != parameter.shape):
             raise UserError(f"optimizer.safetensors: {full_name} fits no parameter of this model")
-        optimizer.state[parameter][key] = tensor.to(parameter.device)
+        # Fused AdamW walks over memory, so that moments must be laid out as their weights are.
+        place = torch.empty_like(parameter) if key != "step" else torch.empty_like(tensor, device=parameter.device)
+        optimizer.state[parameter][key] = place.detach().copy_(tensor)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from mutor_img.checkpoint import write_checkpoint
 from mutor_img.errors import UserError
-from mutor_img.generate import SamplingSettings, generate
+from mutor_img.generation import SamplingSettings, generate
 from mutor_img.sampling import archive as archive_module
 from mutor_img.sampling import draw_training_grid, main, sample_images
 from mutor_img.sampling.labels import make_labels, parse_classes, readable_names

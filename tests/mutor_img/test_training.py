@@ -78,7 +78,7 @@ def test_a_loss_that_is_not_finite_moves_no_weight_and_names_the_step(run_traini
         return good(logits, targets) * (float("nan") if len(calls) > 4 else 1.0)  # two calls an update
 
     monkeypatch.setattr(generator, "cross_entropy_sum", broken)
-    with pytest.raises(UserError, match="step 2: loss is nan.*step_00000002"):
+    with pytest.raises(UserError, match=r"step 2: loss is nan.*step_00000002"):
         run_training()
     rows = [row["step"] for row in read_metrics(tmp_path / "runs" / "run")]
     assert rows == [1, 2] and read_meta(find_checkpoint(tmp_path / "runs" / "run"))["step"] == 2

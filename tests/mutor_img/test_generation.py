@@ -10,7 +10,7 @@ from reference import sampling as reference
 from mutor_img import generate
 from mutor_img.decoder import Decoder, decode_one, prefill
 from mutor_img.errors import UserError
-from mutor_img.generate import CHUNK, Sampler, SamplingSettings, draw, generate_samples, keep_top_k, keep_top_p
+from mutor_img.generation import CHUNK, Sampler, SamplingSettings, draw, generate_samples, keep_top_k, keep_top_p
 from mutor_img.guidance import SCHEDULES, guidance_scales
 
 LABELS = torch.tensor([2, 0, 1, 1, 0])
