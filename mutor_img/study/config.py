@@ -22,7 +22,7 @@ class StudyConfig:
     samples: int = 1000  # samples scored for the table
     selection_samples: int = 500  # samples a guidance scale is judged by
     selection_seed: int = 1  # of those samples; not seed, so that the choice is not made on what is reported
-    cfg_scales: list[float] = field(default_factory=lambda: [1.0, 1.5, 2.0, 3.0])  # guidance scales to choose from
+    cfg_scales: list[float] = field(default_factory=lambda: [1.0, 1.5, 2.0, 2.5])  # guidance scales to choose from
 
     def validate(self) -> None:
         check_range("samples", self.samples, 100, 10**6)

@@ -1,0 +1,118 @@
+"""What registers cost: one training step with them against the next-token step, in interleaved rounds.
+
+    python -m benchmarks.train_step                       # B, batch 4, N = 256, bf16: the paper's comparison
+    python -m benchmarks.train_step --preset mnist --batch 64 --rounds 9
+
+A round times every variant once, in an order that rotates; the ratios are medians over rounds of the same round's
+times, so that a machine that speeds up or slows down touches both sides. A step is forward, backward, clipping and
+the optimiser on random codes, as the training loop does it.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mutor_img.cli import Parser, run
+from mutor_img.config import OptimConfig, check_choice
+from mutor_img.errors import UserError, check_range
+from mutor_img.registers import RegisterLaw, mutor_loss
+from mutor_img.training.optimizer import build_optimizer
+from mutor_img.transformer import ModelConfig, Transformer
+
+GRID, VOCABULARY, CLASSES = (16, 16), 16384, 1000
+
+
+def variants(grid: tuple[int, int]) -> dict[str, RegisterLaw]:
+    """Return the laws to time by name; the first is what the others are held against."""
+    sparse = int(grid[0] * grid[1] * 80 / 256)
+    laws = {"next-token": RegisterLaw("none", grid), f"{grid[0] * grid[1]} registers": RegisterLaw("2d", grid, 4),
+            f"{sparse} registers": RegisterLaw("2d", grid, 4, sparse)}
+    # "next-token at 2N" is plain causal attention at twice the length: what dense registers would cost without a mask.
+    laws["next-token at 2N"] = RegisterLaw("none", (2 * grid[0], grid[1]))
+    for d_max in (2, 8):
+        if d_max <= min(grid) and RegisterLaw("2d", grid, d_max).largest_count >= sparse:
+            laws[f"{sparse} registers, d_max {d_max}"] = RegisterLaw("2d", grid, d_max, sparse)
+    return laws
+
+
+def make_step(preset: str, law: RegisterLaw, batch: int, bf16: bool, compiled: bool) -> Callable[[], None]:
+    """Return a function that does one training step of ``batch`` random sequences."""
+    torch.manual_seed(0)
+    config = ModelConfig.preset(preset, grid=law.grid, vocabulary=VOCABULARY, classes=CLASSES,
+                                register_offsets=None if law.kind == "none" else ())
+    model = Transformer(config)
+    if compiled:
+        for layer in model.layers:
+            layer.compile(dynamic=False)
+    optimizer = build_optimizer(model, OptimConfig())
+    codes = torch.randint(VOCABULARY, (batch, law.length))
+    labels = torch.randint(CLASSES, (batch,))
+    samples, steps = torch.arange(batch), iter(range(10**9))
+
+    def step() -> None:
+        registers = () if law.kind == "none" else law.draw(0, next(steps), samples)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            out = model(labels, codes[:, :-1], *registers)
+            loss = mutor_loss(*(out if registers else (out, None)), codes, *registers)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def processor() -> str:
+    """Return the processor's name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def main(argv: Sequence[str]) -> dict[str, float]:
+    """Time the variants and print a table; returns the median ratio to the first by name."""
+    parser = Parser(description="Cost of registers in a training step, on this machine's CPU.",
+                    example="python -m benchmarks.train_step --rounds 5")
+    parser.add_argument("--preset", default="B", help="size of the transformer")
+    parser.add_argument("--batch", type=int, default=4, help="sequences a step")
+    parser.add_argument("--rounds", type=int, default=5, help="times each variant is timed")
+    parser.add_argument("--dtype", default="bf16", help="bf16 (autocast over fp32 weights) or fp32")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks, as on GPUs")
+    parser.add_argument("--only", default="", metavar="TEXT", help="time only variants with this in their name")
+    args = parser.parse_args(argv)
+    check_range("--batch", args.batch, 1, 4096)
+    check_range("--rounds", args.rounds, 1, 1000)
+    check_choice("--dtype", args.dtype, ("bf16", "fp32"))
+    grid = GRID if args.preset != "mnist" else (8, 8)
+    laws = {name: law for i, (name, law) in enumerate(variants(grid).items()) if i == 0 or args.only in name}
+    if len(laws) == 1:
+        raise UserError(f"--only {args.only!r} matches none of {', '.join(variants(grid))}")
+    print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}; {args.preset}, batch "
+          f"{args.batch}, {args.dtype}, {'compiled' if args.compile else 'eager'}", flush=True)
+    steps = {name: make_step(args.preset, law, args.batch, args.dtype == "bf16", args.compile)
+             for name, law in laws.items()}
+    names = list(steps)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(args.rounds + 1):  # the first round warms up
+        for name in names[turn % len(names):] + names[: turn % len(names)]:
+            begun = time.perf_counter()
+            steps[name]()
+            if turn:
+                times[name].append(time.perf_counter() - begun)
+    base = times[names[0]]
+    ratios = {name: statistics.median(t / b for t, b in zip(times[name], base)) for name in names}
+    print(f"{'variant':<28}{'s a step':>10}{'ratio':>8}{'tokens/s':>10}")
+    for name in names:
+        median = statistics.median(times[name])
+        print(f"{name:<28}{median:>10.3f}{ratios[name]:>8.2f}{args.batch * laws[name].length / median:>10.0f}")
+    return ratios
+
+
+if __name__ == "__main__":
+    run(main)
