@@ -36,6 +36,7 @@ class OptimConfig:
     final_lr: float = 0.0  # where cosine and wsd end
 
     def validate(self) -> None:
+        """Raise :class:`UserError` for a value out of range."""
         check_range("optim.lr", self.lr, 0.0, 10.0, low_open=True)
         check_range("optim.weight_decay", self.weight_decay, 0.0, 1e3)
         check_range("optim.clip", self.clip, 0.0, 1e9)
@@ -56,7 +57,7 @@ class TrainConfig:
     micro_batch: int = 0  # a process and a forward pass; 0: the whole share of the process
     precision: str = "bf16"  # bf16: autocast over fp32 weights; fp32
     compile: bool = True  # torch.compile, block by block
-    attention: str = "auto"  # auto: FlexAttention on CUDA, else SDPA; sdpa
+    attention: str = "auto"  # auto: FlexAttention on CUDA where compiled, else SDPA; sdpa
     ema: float = 0.0  # decay of the averaged weights, warmed up; 0: none
     log_every: int = 50  # steps between log lines
     checkpoint_every: int = 5000  # steps between checkpoints; 0: at the end only
@@ -65,6 +66,7 @@ class TrainConfig:
     picture_every: int = 5000  # steps between pictures; 0: never
 
     def validate(self) -> None:
+        """Raise :class:`UserError` for a value out of range."""
         for name in ("steps", "global_batch", "log_every", "keep"):
             check_range(f"train.{name}", getattr(self, name), 1, 10**9)
         for name in ("micro_batch", "checkpoint_every", "validate_every", "picture_every"):

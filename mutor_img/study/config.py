@@ -25,6 +25,7 @@ class StudyConfig:
     cfg_scales: list[float] = field(default_factory=lambda: [1.0, 1.5, 2.0, 2.5])  # guidance scales to choose from
 
     def validate(self) -> None:
+        """Raise :class:`UserError` for a value out of range."""
         check_range("samples", self.samples, 100, 10**6)
         check_range("selection_samples", self.selection_samples, 100, 10**6)
         if not self.cfg_scales:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from mutor_img.codes import Codes
 from mutor_img.config import OptimConfig, TrainConfig
@@ -153,6 +154,7 @@ class GeneratorTask(Task):
         return torch.where(dropped, self.config.model.classes, labels), codes
 
     def loss(self, model: nn.Module, step: int, samples: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return this micro-batch's share of MuToR's loss (method section 5), and of its two parts."""
         labels, codes = self.batch(step, samples)  # (b,), (b, N)
         total = self.config.train.global_batch * self.law.length
         if self.law.kind == "none":
@@ -170,7 +172,8 @@ class GeneratorTask(Task):
 
     def wants_flex(self, device: torch.device) -> bool:
         """Return whether registers attend by FlexAttention there; it has no backward on CPUs."""
-        return self.config.train.attention == "auto" and device.type == "cuda"
+        train = self.config.train  # uncompiled FlexAttention would build the whole matrix of scores
+        return train.attention == "auto" and train.compile and device.type == "cuda"
 
     def _register_count(self, step: int, device: torch.device) -> Tensor | int:
         """Return how many registers of the whole global batch have a target: a mean over ranks would depend on them."""
@@ -198,8 +201,11 @@ class GeneratorTask(Task):
     def draw_pictures(self, model: nn.Module, folder: Path, step: int) -> None:
         from mutor_img.sampling import draw_training_grid  # the picture needs the tokenizer, training does not
 
-        draw_training_grid(model, self.metadata()["codes"], self.config.pictures, self.config.seed,
-                           folder / f"samples_{step:08d}.png")
+        try:
+            draw_training_grid(model, self.metadata()["codes"], self.config.pictures, self.config.seed,
+                               folder / f"samples_{step:08d}.png")
+        except UserError as error:  # a missing tokenizer is no reason to end a training run
+            tqdm.write(f"no sample grid at step {step}: {error}")
 
     def metadata(self) -> dict[str, Any]:
         info = self.codes.info

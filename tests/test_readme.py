@@ -1,0 +1,72 @@
+"""Every command that the README shows is one that the program takes."""
+
+import re
+import shlex
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from mutor_img.cli import Parser
+
+ROOT = Path(__file__).parent.parent
+DOORS = {"train.py": "mutor_img.training.command", "sample.py": "mutor_img.sampling",
+         "evaluate_fid.py": "mutor_img.metrics.command"}
+
+
+class Parsed(Exception):
+    """Raised in place of running a command whose arguments were understood."""
+
+
+def shown() -> list[str]:
+    documents = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    lines = [line.strip() for path in documents for line in path.read_text().replace("\\\n", " ").splitlines()
+             if re.match(r"( {4}|\t)?(python|torchrun|make) ", line)]
+    return sorted(set(lines))
+
+
+def module_and_arguments(command: str) -> tuple[str, list[str]]:
+    words = shlex.split(command, comments=True)
+    if words[0] == "torchrun":
+        words = words[3:]  # --nproc-per-node 8
+    else:
+        words = words[1:]
+    if words[0] == "-m":
+        return words[1], words[2:]
+    return DOORS.get(words[0], words[0]), words[1:]
+
+
+def test_the_readme_shows_its_commands():
+    assert sum(line.startswith("make") for line in shown()) >= 2 and len(shown()) > 10
+
+
+@pytest.mark.parametrize("command", [c for c in shown() if not c.startswith("make")])
+def test_a_shown_command_is_understood(command, monkeypatch):
+    module, arguments = module_and_arguments(command)
+    for name in ("parse_args", "parse_intermixed_args"):
+        real = getattr(Parser, name)
+
+        def parse(self, *args, real=real):
+            raise Parsed(real(self, *args))
+
+        monkeypatch.setattr(Parser, name, parse)
+    if module.endswith(".py"):
+        assert (ROOT / module).is_file()
+        return
+    if module == "mutor_img.study":
+        module = "mutor_img.study.__main__"
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(Parsed) as caught:
+        import_module(module).main(arguments)
+    config = getattr(caught.value.args[0], "config", None)
+    assert config is None or Path(config).is_file()
+
+
+@pytest.mark.parametrize("target", [c.split()[1] for c in shown() if c.startswith("make")])
+def test_a_shown_make_target_exists(target):
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / "README.md").read_text()))
+def test_a_link_of_the_readme_leads_somewhere(link):
+    assert (ROOT / link).exists()
