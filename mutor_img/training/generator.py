@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mutor_img.checkpoint import load_strict
 from mutor_img.codes import Codes
 from mutor_img.config import OptimConfig, TrainConfig
 from mutor_img.data import StatelessOrder
 from mutor_img.errors import UserError, check_range
+from mutor_img.loading import load_run
 from mutor_img.registers import RegisterLaw, count_targets, cross_entropy_sum, register_targets
 from mutor_img.streams import Stream, generator_seed, integers, uniform
 from mutor_img.training.runtime import Runtime
@@ -86,6 +88,7 @@ class GeneratorConfig:
 
     run_dir: str = ""  # empty: the config's path with configs/ read as runs/
     seed: int = 0
+    init_from: str | None = None  # weights to start from: a run, a checkpoint, or a released LlamaGen .pt
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelSection = field(default_factory=ModelSection)
     registers: RegistersConfig = field(default_factory=RegistersConfig)
@@ -135,6 +138,8 @@ class GeneratorTask(Task):
         self.order = StatelessOrder(len(self.codes), config.seed)
         torch.manual_seed(generator_seed(config.seed, Stream.INIT))
         self.model = Transformer(config.model_config())
+        if config.init_from:
+            start_from(self.model, config.init_from)
         self.units_per_sample = self.law.length  # code tokens; registers are method, not data
         self.flops_per_sample = 3 * self.model.forward_flops(
             self.law.length, self.law.registers, attended_pairs(self.law, config.seed))
@@ -213,6 +218,22 @@ class GeneratorTask(Task):
             "path": self.config.data.codes, "hash": self.codes.content_hash(), "class_names": info.class_names,
             "image_size": info.image_size, "crop": info.crop, "views": info.views, "tokenizer": info.tokenizer,
             "tokenizer_hash": info.tokenizer_hash}}
+
+
+def start_from(model: Transformer, path: str) -> None:
+    """Take a checkpoint's weights; a register embedding that it lacks stays as drawn.
+
+    Args:
+        model: takes the weights; every other name and shape must fit.
+        path: run folder, checkpoint folder (averaged weights where it has any), or LlamaGen ``.pt``.
+
+    Raises:
+        UserError: nothing readable is there, or a weight does not fit.
+    """
+    weights = load_run(path, grid=model.config.grid).model.state_dict()
+    if model.config.register_offsets is not None:
+        weights.setdefault("register_embedding.weight", model.register_embedding.weight.detach())
+    load_strict(model, weights, path)
 
 
 def open_codes(folder: str, config: GeneratorConfig) -> Codes:

@@ -287,3 +287,17 @@ def test_flex_forward_and_backward_equal_sdpa_on_a_gpu(placement, head_dim, dtyp
         for a, b in zip((found, *gradients), (expected, *exact_gradients), strict=True):
             assert torch.isfinite(a).all()
             assert (a.double() - b).abs().max() < tolerance * max(1.0, b.abs().max().item())
+
+
+def test_compiled_blocks_with_flex_give_the_logits_of_sdpa_over_many_draws(random_model):
+    model = random_model(grid=(8, 10), dim=64)
+    labels, codes = torch.tensor([0, 2]), torch.randint(11, (2, 79))
+    draws = [draw_registers("2d", 30, 3, (8, 10), 0, step, torch.arange(2)) for step in range(4)]
+    with torch.no_grad():
+        expected = [model(labels, codes, *draw) for draw in draws]
+        model.use_flex(draws[0][0], fixed=False)
+        for layer in model.layers:
+            layer.compile(dynamic=False)
+        found = [model(labels, codes, *draw) for draw in draws]
+    for one, two in zip(expected, found):
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(one, two))

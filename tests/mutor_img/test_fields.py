@@ -34,6 +34,10 @@ def drawn(trainer):
     return anchors.tolist(), offsets.tolist()
 
 
+def flex_on_gpus(trainer):
+    return trainer.task.wants_flex(torch.device("cuda"))
+
+
 def losses(trainer):
     return rows_with(trainer, "loss")
 
@@ -50,6 +54,7 @@ FIELDS = {
     "seed": ((), "1", losses),
     "data.codes": ((), "{tmp}/other", losses),
     "data.val_codes": (("train.validate_every=1",), "{tmp}/other", lambda t: rows_with(t, "val_next_token")),
+    "init_from": ((), "{tmp}/runs/first", losses),
     "model.preset": ((), "B", shapes),
     "model.grid": ((), "[2,10]", None),
     "model.vocabulary": ((), "17", None),
@@ -78,7 +83,7 @@ FIELDS = {
     "train.micro_batch": ((), "2", lambda t: t.micro_batch),
     "train.precision": ((), "bf16", losses),
     "train.compile": ((), "true", lambda t: t.model.layers[0]._compiled_call_impl is not None),
-    "train.attention": (("train.steps=1", "train.compile=true"), "sdpa", lambda t: t.task.wants_flex(torch.device("cuda"))),
+    "train.attention": (("train.steps=1", "train.compile=true"), "sdpa", flex_on_gpus),
     "train.ema": ((), "0.9", lambda t: t.ema is not None),
     "train.log_every": ((), "3", lambda t: len(losses(t))),
     "train.checkpoint_every": ((), "0", steps_kept),
@@ -105,6 +110,8 @@ def test_a_field_changes_what_it_names(field, run_training, make_codes, tmp_path
         with pytest.raises(ValueError, match=field.split(".")[1]):
             run_training(change, "registers.kind=none")
         return
+    if field == "init_from":
+        run_training(f"run_dir={tmp_path}/runs/first", "seed=7")
     seen = []
     for name, extra in (("base", ()), ("changed", (change,))):
         PICTURES.clear()

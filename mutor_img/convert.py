@@ -1,0 +1,87 @@
+"""``python -m mutor_img.convert``: weights between LlamaGen's files and this project's checkpoints, both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mutor_img.checkpoint import find_checkpoint, read_meta, write_checkpoint
+from mutor_img.cli import Parser, run
+from mutor_img.errors import UserError
+from mutor_img.files import write_atomic
+from mutor_img.llamagen import read_pt
+from mutor_img.loading import load_run
+from tokenizer import load_tokenizer
+
+
+def is_tokenizer(path: Path) -> bool:
+    """Tell whether a checkpoint or ``.pt`` file holds a tokenizer; else it must be a generator."""
+    if path.is_file():
+        return "quantize.embedding.weight" in read_pt(path)
+    return read_meta(find_checkpoint(path)).get("kind") == "tokenizer"
+
+
+def read_any(path: Path, ema: bool | None, grid: tuple[int, int] | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the weights of a generator or a tokenizer by their names, and the metadata of a checkpoint of them.
+
+    Reading builds the model and loads it strictly, so that what comes out is complete and fits.
+
+    Raises:
+        UserError: the file is missing, damaged, or of neither kind.
+    """
+    if is_tokenizer(path):
+        if ema is not None or grid is not None:
+            raise UserError(f"{path}: a tokenizer; --weights and --grid are for generators")
+        vq = load_tokenizer(path)
+        return vq.state_dict(), {"kind": "tokenizer", "model": vq.options, "image_size": vq.image_size}
+    loaded = load_run(path, ema=ema, grid=grid)
+    meta = {"kind": "generator", "model": loaded.model.config.to_json(), "codes": loaded.codes}
+    return loaded.model.state_dict(), meta
+
+
+def main(argv: Sequence[str]) -> None:
+    """Convert one file or folder, and report every weight."""
+    parser = Parser(
+        description="Convert released LlamaGen weights (.pt) to a checkpoint of this project, or a checkpoint to a .pt "
+                    "in LlamaGen's layout; generators and tokenizers. Every weight is listed; a misfit is an error.",
+        example="python -m mutor_img.convert --source c2i_B_256.pt --out runs/llamagen_b\n"
+                "python -m mutor_img.convert --source runs/imagenet256/mutor2d_b_80 --out mutor2d_b_80.pt",
+        prog="python -m mutor_img.convert",
+    )
+    parser.add_argument("--source", required=True, metavar="PATH", help=".pt file, run folder or checkpoint folder")
+    parser.add_argument("--out", required=True, metavar="PATH", help="run folder to write, or a path that ends in .pt")
+    parser.add_argument("--weights", default="auto", metavar="WHICH", help="ema, raw, or auto: ema where there are any")
+    parser.add_argument("--grid", metavar="HxW", help="rows x columns of a .pt generator's codes (16x16)")
+    args = parser.parse_args(argv)
+    choices = {"auto": None, "ema": True, "raw": False}
+    if args.weights not in choices:
+        raise UserError(f"--weights is {args.weights!r}; give ema, raw or auto")
+    out = Path(args.out)
+    if out.exists():
+        raise UserError(f"{out} exists already; give another --out or remove it")
+    weights, meta = read_any(Path(args.source), choices[args.weights], _grid(args.grid))
+    if out.suffix == ".pt":
+        write_atomic(out, lambda aside: torch.save({"model": weights}, aside))
+    else:
+        write_checkpoint(out, 0, {"model": weights}, {"seconds": 0.0, "samples": 0, **meta}, keep=1)
+    for name, tensor in weights.items():
+        print(f"{name:<60} {' x '.join(map(str, tensor.shape)):<24} {str(tensor.dtype).removeprefix('torch.')}")
+    count = sum(t.numel() for t in weights.values())
+    print(f"{meta['kind']}: {len(weights)} weights, {count:,} numbers, {args.source} -> {out}")
+
+
+def _grid(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    sides = text.split("x")
+    if len(sides) != 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise UserError(f"--grid is {text!r}; give rows x columns, as in 16x16")
+    return int(sides[0]), int(sides[1])
+
+
+if __name__ == "__main__":
+    run(main)

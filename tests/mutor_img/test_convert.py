@@ -1,0 +1,78 @@
+"""Weights go from LlamaGen's files to checkpoints and back without a change, and training starts from them."""
+
+import pytest
+import torch
+
+from mutor_img import load_checkpoint
+from mutor_img.convert import main
+from mutor_img.errors import UserError
+from mutor_img.llamagen import read_pt
+from tokenizer import load_tokenizer
+from tokenizer.vq import VQModel, preset
+
+
+@pytest.fixture
+def released(tmp_path, random_model):
+    """A file as LlamaGen would release it: names of its own, and an old rotary table among the weights."""
+    model = random_model(dim=128, heads=2, register_offsets=None)
+    path = tmp_path / "c2i.pt"
+    torch.save({"model": {**model.state_dict(), "freqs_cis": torch.zeros(3)}}, path)
+    return path, model
+
+
+def equal(one: dict, two: dict) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_a_generator_goes_there_and_back_without_a_change(released, tmp_path, capsys):
+    path, model = released
+    main(["--source", str(path), "--out", str(tmp_path / "run"), "--grid", "4x5"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(model.state_dict()) + 1 and "generator" in lines[-1]
+    main(["--source", str(tmp_path / "run"), "--out", str(tmp_path / "back.pt")])
+    assert equal(read_pt(tmp_path / "back.pt"), model.state_dict())
+    ours = load_checkpoint(tmp_path / "run")
+    labels, codes = torch.tensor([0, 2]), torch.randint(11, (2, 19))
+    assert torch.equal(ours(labels, codes), model(labels, codes))
+
+
+def test_a_tokenizer_goes_there_and_back_without_a_change(tmp_path, monkeypatch):
+    monkeypatch.setattr("tokenizer.loading.RELEASED", ("mnist",))
+    vq = VQModel(**preset("mnist"))
+    torch.save({"model": vq.state_dict()}, tmp_path / "vq.pt")
+    main(["--source", str(tmp_path / "vq.pt"), "--out", str(tmp_path / "vq")])
+    main(["--source", str(tmp_path / "vq"), "--out", str(tmp_path / "back.pt")])
+    assert equal(read_pt(tmp_path / "back.pt"), vq.state_dict())
+    assert equal(load_tokenizer(tmp_path / "vq").state_dict(), vq.state_dict())
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--source", "missing.pt"], "missing.pt"),
+    (["--source", "{pt}", "--grid", "4by5"], "--grid is '4by5'"),
+    (["--source", "{pt}", "--weights", "best"], "--weights is 'best'"),
+    (["--source", "{pt}", "--weights", "ema"], "EMA"),
+])
+def test_what_cannot_be_converted_is_one_line_and_writes_nothing(released, tmp_path, arguments, message):
+    with pytest.raises(UserError) as caught:
+        main([a.format(pt=released[0]) for a in arguments] + ["--out", str(tmp_path / "out")])
+    assert message in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_an_existing_output_is_left_alone(released, tmp_path):
+    (tmp_path / "out.pt").write_text("mine")
+    with pytest.raises(UserError, match="exists already"):
+        main(["--source", str(released[0]), "--out", str(tmp_path / "out.pt")])
+
+
+def test_mutor_starts_from_weights_without_registers(run_training, tmp_path):
+    plain = run_training(f"run_dir={tmp_path}/plain", "registers.kind=none")
+    start = run_training(f"run_dir={tmp_path}/start", f"init_from={tmp_path}/plain", "optim.lr=1e-12")
+    for name, weight in plain.model.state_dict().items():
+        assert torch.allclose(start.model.state_dict()[name], weight, atol=1e-6), name
+    assert start.model.register_embedding.weight.std() > 0
+
+
+def test_weights_of_another_model_are_no_start(run_training, tmp_path):
+    run_training(f"run_dir={tmp_path}/plain", "model.preset=B")
+    with pytest.raises(UserError, match="weight"):
+        run_training(f"run_dir={tmp_path}/start", f"init_from={tmp_path}/plain")
