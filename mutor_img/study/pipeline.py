@@ -141,8 +141,8 @@ def score_generator(config: StudyConfig, generator: Generator, reference: Refere
     command("evaluate_fid.py", "--samples", samples, "--reference", f"{config.images}/train", "--features", "mnist",
             "--features-weights", classifier_dir(config), "--held-out", f"{config.images}/val", "--json", scores)
     meta = read_meta(find_checkpoint(generator.run_dir))
-    return {"updates": meta["step"], "seconds": meta["seconds"], "cfg_scale": scale, "selection": selection,
-            **read_json(scores)}
+    return {**read_json(scores), "updates": meta["step"], "training_seconds": meta["seconds"], "cfg_scale": scale,
+            "selection": selection}
 
 
 def select_guidance(config: StudyConfig, generator: Generator, reference: Reference, network) -> list[dict[str, Any]]:

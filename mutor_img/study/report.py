@@ -7,7 +7,7 @@ from typing import Any
 
 ROWS = (  # key, what a reader calls it, format
     ("updates", "updates", "{:,.0f}"),
-    ("seconds", "training seconds", "{:,.0f}"),
+    ("training_seconds", "training seconds", "{:,.0f}"),
     ("cfg_scale", "guidance scale (lowest fd)", "{:g}"),
     ("num_samples", "images scored (N)", "{:,.0f}"),
     ("fd", "Frechet distance (fd)", "{:.2f}"),

@@ -53,10 +53,11 @@ def test_the_guidance_scale_is_not_chosen_on_the_samples_that_are_reported(tmp_p
 
 def test_the_table_has_a_real_against_real_column():
     part = {"fd": 2.0, "recognised": 0.9, "recall": 0.5, "num_samples": 500}
-    row = {"updates": 10, "seconds": 3.0, "cfg_scale": 1.5, **part, "samples_at_same_n": part,
+    row = {"updates": 10, "training_seconds": 3.0, "cfg_scale": 1.5, **part, "samples_at_same_n": part,
            "real_against_real": part}
     lines = score_table({"mutor2d": row, "ntp": row}).splitlines()
     assert lines[0].split("  ")[-1].strip() == "real held-out" and "ntp" in lines[0]
+    assert any(line.startswith("training seconds") and line.split()[2:4] == ["3", "-"] for line in lines)
     assert any(line.startswith("recognised") and line.count("90.0%") == 5 for line in lines)
 
 
