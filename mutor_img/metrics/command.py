@@ -168,8 +168,8 @@ def table(result: dict[str, Any], frechet: str) -> str:
     size = _shortened(result["num_samples"])
     names = {frechet: f"{'FID' if frechet == 'fid' else 'FD'}-{size}", "sfid": f"sFID-{size}", "is": "Inception Score",
              "precision": "precision", "recall": "recall", "recognised": "recognised", "distinct": "distinct",
-             "nearest_training_distance": "nearest training image", "copies": "copies of training images",
-             "copies_expected": "copies by chance", "num_samples": "images (N)"}
+             "nearest_training_distance": "nearest training image", "nearer_than_held_out": "nearer than any held-out",
+             "nearer_by_chance": "nearer by chance", "num_samples": "images (N)"}
     if len(columns) > 1:  # a column of another N must not stand under the name of this one
         names |= {frechet: names[frechet].split("-")[0], "sfid": "sFID"}
     rows = [["", *columns]]

@@ -96,13 +96,14 @@ class Repetition:
             self.rule = CopyRule.calibrate(distances, self.classes[where], int(self.classes.max()) + 1)
 
     def scores(self, images: np.ndarray) -> dict[str, float | int]:
-        """Return "distinct", "nearest_training_distance" and, with held-out images, "copies" and "copies_expected"."""
+        """Return "distinct", "nearest_training_distance" and, with held-out images, "nearer_than_held_out" and
+        "nearer_by_chance"."""
         distances, where = self._nearest(images)
         result = {"distinct": distinct_share(images), "nearest_training_distance": distances.mean().item()}
         if self.rule is not None:
             classes = self.classes[where]
-            result["copies"] = self.rule.copies(distances, classes)
-            result["copies_expected"] = round(self.rule.expected(classes), 1)
+            result["nearer_than_held_out"] = self.rule.copies(distances, classes)
+            result["nearer_by_chance"] = round(self.rule.expected(classes), 1)
         return result
 
     def _nearest(self, images: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from mutor_img.checkpoint import find_checkpoint, newest_checkpoint, read_meta
+from mutor_img.codes import Codes
 from mutor_img.config import load_config
 from mutor_img.errors import UserError
 from mutor_img.files import read_json, write_json
-from mutor_img.generation import SamplingSettings
+from mutor_img.generation import SamplingSettings, generate_samples
 from mutor_img.loading import load_run
 from mutor_img.metrics.digits import load_digits
 from mutor_img.metrics.evaluator import evaluate
@@ -141,8 +144,32 @@ def score_generator(config: StudyConfig, generator: Generator, reference: Refere
     command("evaluate_fid.py", "--samples", samples, "--reference", f"{config.images}/train", "--features", "mnist",
             "--features-weights", classifier_dir(config), "--held-out", f"{config.images}/val", "--json", scores)
     meta = read_meta(find_checkpoint(generator.run_dir))
-    return {**read_json(scores), "updates": meta["step"], "training_seconds": meta["seconds"], "cfg_scale": scale,
+    result = read_json(scores)
+    drawn = sampled_codes(generator, config.samples, SamplingSettings(cfg_scale=scale, seed=config.seed))
+    training, held_out = (codes_of(Codes(folder)) for folder in (config.codes, f"{config.codes}_val"))
+    result["same_codes"] = repeated(drawn, training)
+    result["real_against_real"]["same_codes"] = repeated(held_out, training)
+    return {**result, "updates": meta["step"], "training_seconds": meta["seconds"], "cfg_scale": scale,
             "selection": selection}
+
+
+def sampled_codes(generator: Generator, count: int, settings: SamplingSettings) -> Tensor:
+    """Return the codes (count, N) behind the first images of ``sample.py``: they depend on seed and number alone."""
+    model = load_run(generator.run_dir).model
+    labels = make_labels("random", range(model.config.classes), count, settings.seed)
+    return generate_samples(model, labels, torch.arange(count), settings)
+
+
+def codes_of(store: Codes) -> Tensor:
+    """Return the codes (images, N) int64 of a store's first view."""
+    numbers = np.arange(len(store))
+    return store.batch(numbers, numbers * 0)[0]
+
+
+def repeated(codes: Tensor, known: Tensor) -> int:
+    """Return how many rows of codes (B, N) stand in known (M, N), code for code: images learnt by heart."""
+    seen = {row.tobytes() for row in known.numpy()}
+    return sum(row.tobytes() in seen for row in codes.numpy())
 
 
 def select_guidance(config: StudyConfig, generator: Generator, reference: Reference, network) -> list[dict[str, Any]]:

@@ -15,8 +15,10 @@ ROWS = (  # key, what a reader calls it, format
     ("precision", "precision", "{:.3f}"),
     ("recall", "recall", "{:.3f}"),
     ("distinct", "distinct", "{:.1%}"),
-    ("copies", "copies of training images", "{:.0f}"),
-    ("nearest_training_distance", "nearest training image", "{:.2f}"),
+    ("same_codes", "copies (codes of a training image)", "{:.0f}"),
+    ("nearest_training_distance", "distance to nearest training image", "{:.2f}"),
+    ("nearer_than_held_out", "nearer than any held-out image", "{:.0f}"),
+    ("nearer_by_chance", "the same by chance", "{:.0f}"),
 )
 
 

@@ -142,9 +142,9 @@ def test_a_classifier_also_tells_recognised_distinct_and_copies(noise, reference
     result = evaluate(ArrayImages(noise(40), wrong), reference, network, held_out=ArrayImages(noise(20, 2)))
     assert result["recognised"] == 0.75
     assert result["distinct"] == 1.0
-    assert result["copies"] < 40
+    assert result["nearer_than_held_out"] < 40
     copied = evaluate(ArrayImages(noise(50, 1)[:30]), reference, network, held_out=ArrayImages(noise(20, 2)))
-    assert (copied["copies"], copied["nearest_training_distance"]) == (30, 0.0)
+    assert (copied["nearer_than_held_out"], copied["nearest_training_distance"]) == (30, 0.0)
     assert "recognised" not in copied  # no labels to compare with
 
 

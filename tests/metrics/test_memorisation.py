@@ -43,10 +43,10 @@ def test_repeated_training_images_are_copies_and_held_out_ones_are_not():
     training, held_out, fresh = pictures(30), pictures(10, 1), pictures(10, 2)
     repetition = Repetition(training, np.arange(30) % 2, held_out)
     blurred = (training[:8].astype(int) + 3).clip(0, 255).astype(np.uint8)
-    assert repetition.scores(training[:8])["copies"] == 8
-    assert repetition.scores(blurred)["copies"] == 8
-    assert repetition.scores(held_out)["copies"] == 0
-    assert repetition.scores(fresh)["copies"] < 8
+    assert repetition.scores(training[:8])["nearer_than_held_out"] == 8
+    assert repetition.scores(blurred)["nearer_than_held_out"] == 8
+    assert repetition.scores(held_out)["nearer_than_held_out"] == 0
+    assert repetition.scores(fresh)["nearer_than_held_out"] < 8
     assert repetition.scores(training[:8])["nearest_training_distance"] == 0
 
 

@@ -37,8 +37,8 @@ def test_digits_are_scored_to_a_table_and_a_file(samples, digit_folders, classif
     result = main(digits(samples, digit_folders, classifier, "--held-out", digit_folders["val"],
                          "--json", tmp_path / "scores.json"))
     assert json.loads((tmp_path / "scores.json").read_text()) == result
-    assert {"fd", "is", "precision", "recall", "recognised", "distinct", "copies"} <= set(result)
-    assert (result["labels"], result["features"], result["copies"]) == ("random", "mnist", 40)
+    assert {"fd", "is", "precision", "recall", "recognised", "distinct", "nearer_than_held_out"} <= set(result)
+    assert (result["labels"], result["features"], result["nearer_than_held_out"]) == ("random", "mnist", 40)
     printed = capsys.readouterr()
     assert "held-out real" in printed.out
     assert "warning: the reference train does not declare its role" in printed.err

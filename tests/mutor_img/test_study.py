@@ -16,7 +16,7 @@ from mutor_img.config import load_config
 from mutor_img.errors import UserError
 from mutor_img.study.config import StudyConfig
 from mutor_img.study.mnist import prepare_mnist
-from mutor_img.study.pipeline import Generator, equal_seconds
+from mutor_img.study.pipeline import Generator, equal_seconds, repeated
 from mutor_img.study.report import score_table
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +61,13 @@ def test_the_table_has_a_real_against_real_column():
     assert any(line.startswith("recognised") and line.count("90.0%") == 5 for line in lines)
 
 
+def test_a_sample_with_every_code_of_a_training_image_is_a_copy():
+    known = torch.randint(16, (20, 12))
+    almost = known[3:4].clone()
+    almost[0, 5] = (almost[0, 5] + 1) % 16
+    assert repeated(torch.cat([known[7:9], almost]), known) == 2
+
+
 def test_the_baseline_of_as_many_seconds_gets_the_updates_it_can_do_in_them(tmp_path):
     for name, seconds in (("ntp", 10.0), ("mutor2d", 15.0)):
         write_checkpoint(tmp_path / name, 200, {"model": {"a": torch.zeros(1)}}, {"seconds": seconds}, keep=1)
@@ -96,6 +103,6 @@ def test_a_small_study_runs_from_images_to_scores_and_reuses_what_is_done(digits
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     scores = json.loads((tmp_path / "runs" / "study" / "scores.json").read_text())["generators"]
-    assert {"fd", "recognised", "recall", "distinct", "copies", "real_against_real"} <= scores["mutor2d"].keys()
+    assert {"fd", "recognised", "recall", "distinct", "same_codes", "real_against_real"} <= scores["mutor2d"].keys()
     assert (tmp_path / "runs" / "mutor2d" / "samples.png").is_file()
     assert "real held-out" in done.stdout and "$ python train.py" in done.stdout
