@@ -23,6 +23,7 @@ from mutor_img.cli import Parser, run
 from mutor_img.config import OptimConfig, check_choice
 from mutor_img.errors import UserError, check_range
 from mutor_img.registers import RegisterLaw, mutor_loss
+from mutor_img.training.hardware import keep_freed_memory
 from mutor_img.training.optimizer import build_optimizer
 from mutor_img.transformer import ModelConfig, Transformer
 
@@ -93,6 +94,7 @@ def main(argv: Sequence[str]) -> dict[str, float]:
     laws = {name: law for i, (name, law) in enumerate(variants(grid).items()) if i == 0 or args.only in name}
     if len(laws) == 1:
         raise UserError(f"--only {args.only!r} matches none of {', '.join(variants(grid))}")
+    keep_freed_memory()  # as the training loop does
     print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}; {args.preset}, batch "
           f"{args.batch}, {args.dtype}, {'compiled' if args.compile else 'eager'}", flush=True)
     steps = {name: make_step(args.preset, law, args.batch, args.dtype == "bf16", args.compile)

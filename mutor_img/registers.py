@@ -224,7 +224,7 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
         logits: (B, S, V), any float dtype.
         targets: (B, S) int64.
     """
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
 def mutor_loss(logits: Tensor, register_logits: Tensor | None, targets: Tensor, anchors: Tensor | None = None,

@@ -268,8 +268,12 @@ class Transformer(nn.Module):
         x = self.dropout(x)
         for layer in self.layers:
             x = layer(x, rope, attend)
-        logits = self.output(self.norm(x))  # (B, S + R, V)
-        return logits if anchors is None else (logits[:, :length], logits[:, length:])
+        x = self.norm(x)
+        if anchors is None:
+            return self.output(x)  # (B, S, V)
+        regular, register = x.split([length, anchors.shape[1]], dim=1)
+        # Two products, not one that is cut: slices of logits are copied, forward and backward, and logits are large.
+        return self.output(regular), self.output(register)  # (B, S, V), (B, R, V)
 
     def use_flex(self, anchors: Tensor, fixed: bool) -> None:
         """Attend with FlexAttention from now on, whenever registers are given (training on GPUs).

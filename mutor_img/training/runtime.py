@@ -12,6 +12,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from mutor_img.errors import UserError
+from mutor_img.training.hardware import keep_freed_memory
 
 TIMEOUT = timedelta(minutes=30)  # a rank that is silent for longer is taken for dead
 
@@ -27,6 +28,8 @@ class Runtime:
     @classmethod
     def start(cls) -> Runtime:
         """Join the process group that the launcher describes (NCCL on GPUs, gloo on CPUs), if there is one."""
+        if not torch.cuda.is_available():
+            keep_freed_memory()
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
         return cls(state.device, state.process_index, state.num_processes)
 
