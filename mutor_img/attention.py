@@ -114,7 +114,9 @@ class FlexAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend; q, k, v and the result are (B, H, N + R, head dim)."""
-        return flex_attention(q, k, v, block_mask=self.block_mask)
+        # Inside a compiled block the kernel misreads the strides of q, k and v as they come out of one product (seen on
+        # CPUs with torch 2.14.1: wrong by as much as the logits are large), so that it gets copies in plain order.
+        return flex_attention(q.contiguous(), k.contiguous(), v.contiguous(), block_mask=self.block_mask)
 
 
 def _union_block_mask(rule, length: int, total: int, device: torch.device) -> BlockMask:
