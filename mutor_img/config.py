@@ -57,7 +57,6 @@ class TrainConfig:
     micro_batch: int = 0  # a process and a forward pass; 0: the whole share of the process
     precision: str = "bf16"  # bf16: autocast over fp32 weights; fp32
     compile: bool = True  # torch.compile, block by block
-    attention: str = "auto"  # auto: FlexAttention on CUDA where compiled, else SDPA; sdpa
     ema: float = 0.0  # decay of the averaged weights, warmed up; 0: none
     log_every: int = 50  # steps between log lines
     checkpoint_every: int = 5000  # steps between checkpoints; 0: at the end only
@@ -73,7 +72,6 @@ class TrainConfig:
             check_range(f"train.{name}", getattr(self, name), 0, 10**9)
         check_range("train.ema", self.ema, 0.0, 0.999999)
         check_choice("train.precision", self.precision, ("bf16", "fp32"))
-        check_choice("train.attention", self.attention, ("auto", "sdpa"))
 
 
 def check_choice(name: str, value: str, known: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from mutor_img.checkpoint import load_strict
 from mutor_img.codes import Codes
-from mutor_img.config import OptimConfig, TrainConfig
+from mutor_img.config import OptimConfig, TrainConfig, check_choice
 from mutor_img.data import StatelessOrder
 from mutor_img.errors import UserError, check_range
 from mutor_img.loading import load_run
@@ -42,8 +42,10 @@ class ModelSection:
     dropout: float = 0.1  # embedded sequence, attention output, feed-forward
     drop_path: float = 0.0  # > 0 switches the latter two dropouts off
     class_dropout: float = 0.1  # share of samples trained with the null class
+    attention: str = "auto"  # of registers in training; auto: FlexAttention on CUDA where compiled, else SDPA; sdpa
 
     def validate(self) -> None:
+        check_choice("model.attention", self.attention, ("auto", "sdpa"))
         check_range("model.dropout", self.dropout, 0.0, 0.99)
         check_range("model.drop_path", self.drop_path, 0.0, 0.99)
         check_range("model.class_dropout", self.class_dropout, 0.0, 1.0)
@@ -177,8 +179,8 @@ class GeneratorTask(Task):
 
     def wants_flex(self, device: torch.device) -> bool:
         """Return whether registers attend by FlexAttention there; it has no backward on CPUs."""
-        train = self.config.train  # uncompiled FlexAttention would build the whole matrix of scores
-        return train.attention == "auto" and train.compile and device.type == "cuda"
+        compiled = self.config.train.compile  # uncompiled FlexAttention would build the whole matrix of scores
+        return self.config.model.attention == "auto" and compiled and device.type == "cuda"
 
     def _register_count(self, step: int, device: torch.device) -> Tensor | int:
         """Return how many registers of the whole global batch have a target: a mean over ranks would depend on them."""

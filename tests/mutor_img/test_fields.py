@@ -83,7 +83,7 @@ FIELDS = {
     "train.micro_batch": ((), "2", lambda t: t.micro_batch),
     "train.precision": ((), "bf16", losses),
     "train.compile": ((), "true", lambda t: t.model.layers[0]._compiled_call_impl is not None),
-    "train.attention": (("train.steps=1", "train.compile=true"), "sdpa", flex_on_gpus),
+    "model.attention": (("train.steps=1", "train.compile=true"), "sdpa", flex_on_gpus),
     "train.ema": ((), "0.9", lambda t: t.ema is not None),
     "train.log_every": ((), "3", lambda t: len(losses(t))),
     "train.checkpoint_every": ((), "0", steps_kept),

@@ -1,0 +1,88 @@
+"""Every field of a tokenizer's config changes something that can be seen; those of the loop have rows of their own."""
+
+import pytest
+import torch
+
+from mutor_img.config import OptimConfig, TrainConfig, field_names, load_config
+from mutor_img.training.log import read_metrics
+from mutor_img.training.loop import train
+from mutor_img.training.runtime import Runtime
+from tokenizer.train import TokenizerConfig, TokenizerTask
+
+
+def rows_with(trainer, name):
+    return [row[name] for row in read_metrics(trainer.run_dir) if name in row]
+
+
+def losses(trainer):
+    return rows_with(trainer, "loss")
+
+
+def validated(trainer):
+    return rows_with(trainer, "val_psnr")
+
+
+def shapes(trainer):
+    return {k: tuple(v.shape) for k, v in trainer.model.state_dict().items()}
+
+
+FIELDS = {
+    "run_dir": ((), "{tmp}/elsewhere", lambda t: t.run_dir),
+    "seed": ((), "1", losses),
+    "data.images": ((), "{other}", losses),
+    "data.val_images": ((), "{other}", validated),
+    "data.val_count": ((), "3", validated),
+    "data.image_size": ((), "8", losses),
+    "data.mirror": ((), "false", losses),
+    "data.crop_min": ((), "0.5", losses),
+    "data.workers": ((), "2", lambda t: t.task.images.pool._max_workers),
+    "model.preset": (("model.channels=null",), "vq8", shapes),
+    "model.image_channels": ((), "3", shapes),
+    "model.channels": ((), "16", shapes),
+    "model.vocabulary": ((), "16", shapes),
+    "model.code_dim": ((), "2", shapes),
+    "loss.terms": ((), "{{l2: 2.0}}", losses),
+    "loss.codebook": ((), "3", losses),
+    "loss.commitment": ((), "3", losses),
+    "revival.after": (("train.steps=4",), "0", losses),
+    "revival.until": (("train.steps=4",), "0.0", losses),
+}
+
+
+def test_every_field_has_a_row():
+    shared = {f"optim.{n}" for n in field_names(OptimConfig)} | {f"train.{n}" for n in field_names(TrainConfig)}
+    assert set(FIELDS) | shared == set(field_names(TokenizerConfig))
+
+
+@pytest.mark.parametrize("name", [n for n in FIELDS if n != "model.preset"])
+def test_a_field_changes_what_it_names(name, image_folder, tmp_path):
+    images = image_folder(size=16)
+    other = image_folder("other", each=3, size=24)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(f"""
+data: {{images: {images}, val_images: {images}, image_size: 16, crop_min: 1.0, workers: 1}}
+model: {{preset: mnist, channels: 8, vocabulary: 32, code_dim: 4}}
+revival: {{after: 1, until: 1.0}}
+optim: {{lr: 3.0e-3}}
+train: {{steps: 2, global_batch: 6, precision: fp32, compile: false, log_every: 1, checkpoint_every: 0,
+        validate_every: 2, picture_every: 0}}
+""")
+    shared, value, observe = FIELDS[name]
+    seen = []
+    for run, extra in (("base", ()), ("changed", (f"{name}={value.format(tmp=tmp_path, other=other)}",))):
+        config = load_config(TokenizerConfig, path, [f"run_dir={tmp_path / run}", *shared, *extra])
+        runtime = Runtime.start()
+        seen.append(observe(train(TokenizerTask(config, runtime), config, runtime)))
+    assert seen[0] != seen[1]
+
+
+def test_the_preset_changes_the_network():
+    seen = []
+    for name in ("mnist", "vq8"):
+        config = TokenizerConfig()
+        config.model.preset = name
+        with torch.device("meta"):
+            from tokenizer.vq import VQModel
+
+            seen.append({k: tuple(v.shape) for k, v in VQModel(**config.model.options()).state_dict().items()})
+    assert seen[0] != seen[1]
