@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from mutor_img.config import load_config
 from mutor_img.errors import UserError
 from mutor_img.files import read_json, write_json
 from mutor_img.generation import SamplingSettings, generate_samples
-from mutor_img.loading import load_run
+from mutor_img.loading import Loaded, load_run
 from mutor_img.metrics.digits import load_digits
 from mutor_img.metrics.evaluator import evaluate
 from mutor_img.metrics.image_sets import ArrayImages, FolderImages
@@ -66,8 +67,16 @@ def prepare(config: StudyConfig) -> None:
         command("-m", "tokenizer.encode", "--tokenizer", tokenizer, "--images", images, "--out", codes,
                 "--views", "plain")
     command("-m", "mutor_img.metrics.digits", "--images", train, "--val", val, "--out", classifier_dir(config))
-    command("-m", "tokenizer.reconstruct", "--tokenizer", tokenizer, "--images", val,
-            "--out", reconstruction_picture(config), "--json", reconstruction_scores(config))
+    _reconstruct(config)
+
+
+def _reconstruct(config: StudyConfig) -> None:
+    """Write the before/after picture and its scores, unless they are this tokenizer's on these images."""
+    tokenizer, images, scores = tokenizer_dir(config), f"{config.images}/val", reconstruction_scores(config)
+    kept = read_json(scores) if scores.is_file() and reconstruction_picture(config).is_file() else {}
+    if kept.get("tokenizer_hash") != load_tokenizer(tokenizer).hash or kept.get("images") != images:
+        command("-m", "tokenizer.reconstruct", "--tokenizer", tokenizer, "--images", images,
+                "--out", reconstruction_picture(config), "--json", scores)
 
 
 def tokenizer_dir(config: StudyConfig) -> Path:
@@ -127,30 +136,51 @@ def train_generator(generator: Generator) -> None:
 
 
 def score_generator(config: StudyConfig, generator: Generator, reference: Reference) -> dict[str, Any]:
-    """Choose the guidance scale, sample with it, and score; returns and keeps what the table shows.
+    """Choose the guidance scale, sample with it, and score; returns what the table shows.
 
     The scale with the lowest Frechet distance over ``selection_samples`` of ``selection_seed`` is taken; the scores
-    are those of ``samples`` others, of ``seed``.
+    are those of ``samples`` others, of ``seed``. They are kept in the run folder and reused while weights, classifier
+    and settings are the same.
     """
-    network = load_digits(classifier_dir(config))
-    selection = select_guidance(config, generator, reference, network)
+    loaded, network = load_run(generator.run_dir), load_digits(classifier_dir(config))
+    key = {"weights": loaded.weights_hash, "features": network.weights_hash,
+           "images": config.images, "samples": config.samples, "seed": config.seed,
+           "selection_samples": config.selection_samples, "selection_seed": config.selection_seed,
+           "cfg_scales": config.cfg_scales}
+    selection = _kept(generator.run_dir / "guidance.json", key,
+                      lambda: select_guidance(config, loaded, reference, network))
     scale = min(selection, key=lambda row: row["fd"])["cfg_scale"]
-    samples = generator.run_dir / "samples.npz"
+    scores = _kept(generator.run_dir / "study.json", key, lambda: _score_samples(config, generator, scale))
+    meta = read_meta(find_checkpoint(generator.run_dir))
+    return {**scores, "updates": meta["step"], "training_seconds": meta["seconds"], "cfg_scale": scale,
+            "selection": selection}
+
+
+def _kept(path: Path, key: dict[str, Any], work: Callable[[], Any]) -> Any:
+    """Return what ``work()`` gave when it was done under the same key, else do it and keep it."""
+    if path.is_file() and (kept := read_json(path)).get("key") == key:
+        return kept["value"]
+    value = work()
+    write_json(path, {"key": key, "value": value})
+    return value
+
+
+def _score_samples(config: StudyConfig, generator: Generator, scale: float) -> dict[str, Any]:
+    """Sample, draw the grid, score, and count the copies."""
+    samples, scores = generator.run_dir / "samples.npz", generator.run_dir / "scores.json"
     command("sample.py", "--checkpoint", generator.run_dir, "--num-samples", config.samples, "--cfg-scale", scale,
             "--seed", config.seed, "--out", samples)
     command("sample.py", "--checkpoint", generator.run_dir, "--num-samples", 100, "--classes", "0,1,2,3,4,5,6,7,8,9",
             "--cfg-scale", scale, "--seed", config.seed, "--grid", generator.run_dir / "samples.png")
-    scores = generator.run_dir / "scores.json"
     command("evaluate_fid.py", "--samples", samples, "--reference", f"{config.images}/train", "--features", "mnist",
             "--features-weights", classifier_dir(config), "--held-out", f"{config.images}/val", "--json", scores)
-    meta = read_meta(find_checkpoint(generator.run_dir))
     result = read_json(scores)
+    # The images do not tell their codes; drawing those again is the price of the plain npz that others read.
     drawn = sampled_codes(generator, config.samples, SamplingSettings(cfg_scale=scale, seed=config.seed))
     training, held_out = (codes_of(Codes(folder)) for folder in (config.codes, f"{config.codes}_val"))
     result["same_codes"] = repeated(drawn, training)
     result["real_against_real"]["same_codes"] = repeated(held_out, training)
-    return {**result, "updates": meta["step"], "training_seconds": meta["seconds"], "cfg_scale": scale,
-            "selection": selection}
+    return result
 
 
 def sampled_codes(generator: Generator, count: int, settings: SamplingSettings) -> Tensor:
@@ -172,14 +202,8 @@ def repeated(codes: Tensor, known: Tensor) -> int:
     return sum(row.tobytes() in seen for row in codes.numpy())
 
 
-def select_guidance(config: StudyConfig, generator: Generator, reference: Reference, network) -> list[dict[str, Any]]:
-    """Return one row of scores a guidance scale; kept beside the checkpoint and reused while that is the same."""
-    loaded = load_run(generator.run_dir)
-    path = generator.run_dir / "guidance.json"
-    key = {"weights": loaded.weights_hash, "seed": config.selection_seed, "samples": config.selection_samples,
-           "cfg_scales": config.cfg_scales, "features": network.weights_hash}
-    if path.is_file() and (kept := read_json(path))["key"] == key:
-        return kept["rows"]
+def select_guidance(config: StudyConfig, loaded: Loaded, reference: Reference, network) -> list[dict[str, Any]]:
+    """Return one row of scores a guidance scale."""
     tokenizer = load_tokenizer(loaded.codes["tokenizer"])
     classes = range(loaded.model.config.classes)
     labels = make_labels("random", classes, config.selection_samples, config.selection_seed)
@@ -192,7 +216,6 @@ def select_guidance(config: StudyConfig, generator: Generator, reference: Refere
         rows.append({"cfg_scale": scale, **{k: result[k] for k in ("fd", "recognised", "precision", "recall")}})
         print(f"guidance {scale:<4} " + "  ".join(f"{k} {v:.3f}" for k, v in rows[-1].items() if k != "cfg_scale")
               + f"  ({time.perf_counter() - begun:.0f} s)", flush=True)
-    write_json(path, {"key": key, "rows": rows})
     return rows
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ import torch
 from PIL import Image
 
 from mutor_img.checkpoint import write_checkpoint
-from mutor_img.config import load_config
+from mutor_img.config import field_names, load_config
 from mutor_img.errors import UserError
+from mutor_img.study import __main__ as study
+from mutor_img.study import pipeline
 from mutor_img.study.config import StudyConfig
 from mutor_img.study.mnist import prepare_mnist
 from mutor_img.study.pipeline import Generator, equal_seconds, repeated
@@ -75,7 +78,7 @@ def test_the_baseline_of_as_many_seconds_gets_the_updates_it_can_do_in_them(tmp_
     assert run.overrides == ("train.steps=300", f"run_dir={tmp_path}/ntp_equal_seconds")
 
 
-def test_a_small_study_runs_from_images_to_scores_and_reuses_what_is_done(digits, tmp_path):
+def test_a_small_study_runs_from_images_to_scores_and_reuses_what_is_done(digits, tmp_path, monkeypatch):
     images = tmp_path / "images"
     for part, count in (("train", 24), ("val", 6)):
         for digit in range(10):
@@ -106,3 +109,69 @@ def test_a_small_study_runs_from_images_to_scores_and_reuses_what_is_done(digits
     assert {"fd", "recognised", "recall", "distinct", "same_codes", "real_against_real"} <= scores["mutor2d"].keys()
     assert (tmp_path / "runs" / "mutor2d" / "samples.png").is_file()
     assert "real held-out" in done.stdout and "$ python train.py" in done.stdout
+
+    # The same study again: what is trained says so itself, and nothing is sampled, scored or drawn again.
+    asked = []
+    monkeypatch.setattr(pipeline, "command", lambda *arguments: asked.append(str(arguments[:2])))
+    monkeypatch.setattr(pipeline, "generate_samples", None)
+    study.main(["--config", str(configs / "study.yaml")])
+    assert [a for a in asked if "train" not in a and "encode" not in a and "digits" not in a] == []
+    assert json.loads((tmp_path / "runs" / "study" / "scores.json").read_text())["generators"] == scores
+    (tmp_path / "runs" / "mutor2d" / "scores.json").unlink()
+    with pytest.raises(UserError, match=r"scores\.json"):  # other settings: drawn and scored anew
+        study.main(["--config", str(configs / "study.yaml"), "samples=120"])
+    assert "('sample.py', '--checkpoint')" in asked
+
+
+def prepared(config: StudyConfig, monkeypatch) -> None:
+    """Ask for the commands that make images, tokenizer, codes and classifier."""
+    monkeypatch.setattr(pipeline, "load_tokenizer", lambda path: SimpleNamespace(hash=""))
+    pipeline.prepare(config)
+
+
+def scored(config: StudyConfig, monkeypatch) -> None:
+    """Ask for the commands that sample and score."""
+    monkeypatch.setattr(pipeline, "read_json", lambda path: {})
+    monkeypatch.setattr(pipeline, "sampled_codes", lambda *arguments: (_ for _ in ()).throw(UserError("enough")))
+    with pytest.raises(UserError, match="enough"):
+        pipeline._score_samples(config, pipeline.generators(config)[0], 2.0)
+
+
+def chosen(config: StudyConfig, monkeypatch) -> str:
+    """Return the labels and settings that guidance scales are judged by."""
+    drawn = []
+    scores = dict.fromkeys(("fd", "recognised", "precision", "recall"), 0.0)
+    monkeypatch.setattr(pipeline, "load_tokenizer", lambda path: None)
+    monkeypatch.setattr(pipeline, "sample_images", lambda model, vq, labels, *rest: drawn.append((labels, rest[1:])))
+    monkeypatch.setattr(pipeline, "ArrayImages", lambda images, labels: None)
+    monkeypatch.setattr(pipeline, "evaluate", lambda *arguments, **named: scores)
+    model = SimpleNamespace(config=SimpleNamespace(classes=10))
+    pipeline.select_guidance(config, SimpleNamespace(codes={"tokenizer": ""}, model=model), None, None)
+    return repr(drawn)
+
+
+@pytest.mark.parametrize("change, observe", [
+    ("run_dir=elsewhere", prepared), ("images=photos", prepared), ("codes=codes/other", prepared),
+    ("tokenizer=other/tokenizer.yaml", prepared), ("generator=configs/mnist/mutor1d.yaml", scored), ("seed=7", scored),
+    ("samples=150", scored), ("selection_samples=150", chosen), ("selection_seed=3", chosen),
+    ("cfg_scales=[1.0,3.0]", chosen), ("compare=true", lambda config, _: repr(pipeline.generators(config))),
+    ("baseline=configs/mnist/mutor1d.yaml", lambda config, _: repr(pipeline.generators(config))),
+])
+def test_every_field_of_a_study_changes_what_it_does(change, observe, monkeypatch):
+    asked = []
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(pipeline, "command", lambda *arguments: asked.append(" ".join(map(str, arguments))))
+    monkeypatch.setattr(pipeline, "prepare_mnist", lambda folder: False)
+    monkeypatch.setattr(pipeline, "tokenizer_dir", lambda config: Path(config.tokenizer).with_suffix(""))
+    seen = []
+    for words in ([], [change]):
+        extra = ["compare=true"] if change.startswith("baseline") else []
+        config = load_config(StudyConfig, "configs/mnist/study.yaml", [*extra, *words])
+        asked.clear()
+        seen.append((observe(config, monkeypatch), tuple(asked)))
+    assert seen[0] != seen[1]
+
+
+def test_no_field_of_a_study_is_without_such_a_test():
+    rows = test_every_field_of_a_study_changes_what_it_does.pytestmark[0].args[1]
+    assert {change.split("=")[0] for change, _ in rows} == set(field_names(StudyConfig))
