@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -19,17 +18,15 @@ from mutor_img.cli import Parser, run
 from mutor_img.config import check_choice
 from mutor_img.errors import UserError, check_range
 from mutor_img.generation import Sampler, SamplingSettings
-from mutor_img.guidance import SCHEDULES
 from mutor_img.images import write_png
-from mutor_img.loading import Loaded, load_run
+from mutor_img.loading import Loaded
 from mutor_img.sampling.archive import FORMAT, SampleArchive
-from mutor_img.sampling.labels import RULES, make_labels, parse_classes, readable_names
-from mutor_img.sampling.pictures import class_grid, decode_images, open_tokenizer, verified_tokenizer
+from mutor_img.sampling.options import add_sampling_flags, check_sampling_flags, open_source
+from mutor_img.sampling.pictures import class_grid, decode_images
+from mutor_img.sampling.source import SampleSource
 from mutor_img.training.runtime import Runtime
 from tokenizer.vq import VQModel
 
-WEIGHTS = {"auto": None, "ema": True, "raw": False}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GRID_CLASSES = 10  # rows of a grid whose classes are not given
 GRID_COLUMNS = 8
 
@@ -43,24 +40,12 @@ def _parser() -> Parser:
     )
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="PATH", help="run folder, checkpoint folder, or LlamaGen .pt")
-    add("--tokenizer", metavar="PATH", help="tokenizer folder or LlamaGen .pt; the one the run names unless given")
-    add("--weights", default="auto", metavar="WHICH", help="ema, raw, or auto: ema where a run has them")
     add("--out", metavar="FILE", help="npz to write, with a JSON manifest beside it")
     add("--grid", metavar="FILE", help="png to write: a row for each class")
     add("--num-samples", type=int, help="images of --out (50000 unless given); with --grid alone, its images, rounded "
                                         "up to full rows (8 a class unless given)")
-    add("--classes", metavar="LIST", help="numbers or names of classes, comma-separated; all unless given (for a grid "
-                                          "at most ten)")
-    add("--labels", default="random", metavar="RULE", help="random: drawn for each sample; balanced: as many of each")
-    add("--seed", type=int, default=0, help="of labels and random streams")
-    add("--cfg-scale", type=float, default=2.0, help="guidance scale; 1: none")
-    add("--cfg-schedule", default="constant", metavar="NAME", help=f"guidance over the tokens: {', '.join(SCHEDULES)}")
-    add("--cfg-parameter", type=float, help="interval: n, the first n + 2 tokens are guided; power-cosine: the power")
-    add("--temperature", type=float, default=1.0, help="divides the logits")
-    add("--top-k", type=int, default=0, help="the k most likely codes only; 0: all")
-    add("--top-p", type=float, default=1.0, help="the most likely codes that hold this mass; 1: all")
+    add_sampling_flags(parser)
     add("--batch-size", type=int, default=64, help="images at a time on each device; decides memory, not results")
-    add("--dtype", default="auto", metavar="TYPE", help="of the generator: fp32, bf16, or auto: bf16 on CUDA")
     add("--device", default="auto", metavar="NAME", help="cpu, cuda, or auto: CUDA when there is one")
     return parser
 
@@ -74,29 +59,18 @@ def main(argv: Sequence[str]) -> Path:
     args = _parser().parse_args(argv)
     _check(args)
     runtime = _runtime(args.device)
-    name = ("bf16" if runtime.device.type == "cuda" else "fp32") if args.dtype == "auto" else args.dtype
-    loaded = load_run(args.checkpoint, ema=WEIGHTS[args.weights], device=runtime.device, dtype=DTYPES[name])
-    settings = SamplingSettings(args.cfg_scale, args.cfg_schedule, args.cfg_parameter, args.temperature, args.top_k,
-                                args.top_p, args.seed)
-    config = loaded.model.config
-    settings.validate(config.vocabulary)
-    run_names = loaded.codes.get("class_names")
-    names = readable_names(run_names, config.classes)
-    classes = parse_classes(args.classes, names, run_names) if args.classes is not None else None
-    tokenizer = _tokenizer(args.tokenizer, loaded, runtime)
+    source = open_source(args, runtime)
     if args.grid and runtime.is_main:
-        _write_grid(args, loaded, tokenizer, classes, names, settings)
+        _write_grid(args, source)
     if not args.out:
         return Path(args.grid)
     count = 50_000 if args.num_samples is None else args.num_samples
-    archive = SampleArchive(args.out, {
-        "format": FORMAT, "weights": loaded.which, "weights_hash": loaded.weights_hash,
-        "tokenizer_hash": tokenizer.hash, **dataclasses.asdict(settings), "labels": args.labels, "classes": classes,
-        "num_samples": count, "dtype": name, "device": runtime.device.type})
-    labels = make_labels(args.labels, classes or range(config.classes), count, args.seed)
-    about = {"checkpoint": str(loaded.path), "step": loaded.meta.get("step"), "tokenizer": tokenizer.path,
-             "class_names": names, "versions": {name: version(name) for name in ("mutor_img", "torch", "numpy")}}
-    write_samples(archive, loaded, tokenizer, labels, settings, about, runtime, args.batch_size)
+    archive = SampleArchive(args.out, {"format": FORMAT, **source.identity(count)})
+    loaded = source.loaded
+    about = {"checkpoint": str(loaded.path), "step": loaded.meta.get("step"), "tokenizer": source.tokenizer.path,
+             "class_names": source.names, "versions": {name: version(name) for name in ("mutor_img", "torch", "numpy")}}
+    write_samples(archive, loaded, source.tokenizer, source.labels(count), source.settings, about, runtime,
+                  args.batch_size)
     return archive.out
 
 
@@ -112,9 +86,7 @@ def _check(args: argparse.Namespace) -> None:
     for path, ending in ((args.out, ".npz"), (args.grid, ".png")):
         if path and Path(path).suffix != ending:
             raise UserError(f"{path}: must end in {ending}")
-    check_choice("--weights", args.weights, tuple(WEIGHTS))
-    check_choice("--labels", args.labels, RULES)
-    check_choice("--dtype", args.dtype, ("auto", *DTYPES))
+    check_sampling_flags(args)
     check_choice("--device", args.device, ("auto", "cpu", "cuda"))
     check_range("--batch-size", args.batch_size, 1, 100_000)
     if args.num_samples is not None:
@@ -128,28 +100,17 @@ def _runtime(device: str) -> Runtime:
     return dataclasses.replace(runtime, device=torch.device("cpu")) if device == "cpu" else runtime
 
 
-def _tokenizer(path: str | None, loaded: Loaded, runtime: Runtime) -> VQModel:
-    """Load the tokenizer: the run's own, verified, or the one that the user insists on."""
-    if path is None:
-        return verified_tokenizer(loaded.codes, runtime.device, loaded.model, loaded.path)
-    vq = open_tokenizer(path, runtime.device, loaded.model, loaded.codes, loaded.path)
-    expected = loaded.codes.get("tokenizer_hash", vq.hash)
-    if vq.hash != expected and runtime.is_main:
-        print(f"warning: {path} has sha256 {vq.hash[:16]}, but the codes of {loaded.path} were made by a tokenizer "
-              f"with {expected[:16]}", file=sys.stderr)
-    return vq
-
-
-def _write_grid(args: argparse.Namespace, loaded: Loaded, tokenizer: VQModel, classes: list[int] | None,
-                names: list[str], settings: SamplingSettings) -> None:
+def _write_grid(args: argparse.Namespace, source: SampleSource) -> None:
+    classes = source.classes
     if classes is None:  # evenly spread: neighbours in ImageNet look alike
-        total = loaded.model.config.classes
+        total = source.loaded.model.config.classes
         rows = min(GRID_CLASSES, total)
         classes = [row * total // rows for row in range(rows)]
     columns = GRID_COLUMNS
     if args.num_samples is not None and not args.out:
         columns = -(-args.num_samples // len(classes))
-    write_png(args.grid, class_grid(loaded.model, tokenizer, classes, columns, names, settings))
+    write_png(args.grid, class_grid(source.loaded.model, source.tokenizer, classes, columns, source.names,
+                                    source.settings))
     print(f"{args.grid}: {len(classes)} classes, {columns} images each")
 
 

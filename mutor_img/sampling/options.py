@@ -1,0 +1,79 @@
+"""The flags that decide samples, shared by every command that makes images from a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+from mutor_img.cli import Parser
+from mutor_img.config import check_choice
+from mutor_img.generation import SamplingSettings
+from mutor_img.guidance import SCHEDULES
+from mutor_img.loading import Loaded, load_run
+from mutor_img.sampling.labels import RULES, parse_classes, readable_names
+from mutor_img.sampling.pictures import open_tokenizer, verified_tokenizer
+from mutor_img.sampling.source import SampleSource
+from mutor_img.training.runtime import Runtime
+from tokenizer.vq import VQModel
+
+WEIGHTS = {"auto": None, "ema": True, "raw": False}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def add_sampling_flags(parser: Parser) -> list[str]:
+    """Add the flags that decide samples; returns their names in the parsed namespace."""
+    before = {action.dest for action in parser._actions}
+    add = parser.add_argument
+    add("--tokenizer", metavar="PATH", help="tokenizer folder or LlamaGen .pt; the one the run names unless given")
+    add("--weights", default="auto", metavar="WHICH", help="ema, raw, or auto: ema where a run has them")
+    add("--classes", metavar="LIST", help="numbers or names of classes, comma-separated; all unless given (for a grid "
+                                          "at most ten)")
+    add("--labels", default="random", metavar="RULE", help="random: drawn for each sample; balanced: as many of each")
+    add("--seed", type=int, default=0, help="of labels and random streams")
+    add("--cfg-scale", type=float, default=2.0, help="guidance scale; 1: none")
+    add("--cfg-schedule", default="constant", metavar="NAME", help=f"guidance over the tokens: {', '.join(SCHEDULES)}")
+    add("--cfg-parameter", type=float, help="interval: n, the first n + 2 tokens are guided; power-cosine: the power")
+    add("--temperature", type=float, default=1.0, help="divides the logits")
+    add("--top-k", type=int, default=0, help="the k most likely codes only; 0: all")
+    add("--top-p", type=float, default=1.0, help="the most likely codes that hold this mass; 1: all")
+    add("--dtype", default="auto", metavar="TYPE", help="of the generator: fp32, bf16, or auto: bf16 on CUDA")
+    return [action.dest for action in parser._actions if action.dest not in before]
+
+
+def check_sampling_flags(args: argparse.Namespace) -> None:
+    """Raise :class:`~mutor_img.errors.UserError` for a word that is none of the known ones."""
+    check_choice("--weights", args.weights, tuple(WEIGHTS))
+    check_choice("--labels", args.labels, RULES)
+    check_choice("--dtype", args.dtype, ("auto", *DTYPES))
+
+
+def open_source(args: argparse.Namespace, runtime: Runtime) -> SampleSource:
+    """Load what ``--checkpoint`` and the sampling flags name, on the runtime's device.
+
+    Raises:
+        UserError: a value out of range, or a checkpoint, a tokenizer or a class that is not there.
+    """
+    name = ("bf16" if runtime.device.type == "cuda" else "fp32") if args.dtype == "auto" else args.dtype
+    loaded = load_run(args.checkpoint, ema=WEIGHTS[args.weights], device=runtime.device, dtype=DTYPES[name])
+    settings = SamplingSettings(args.cfg_scale, args.cfg_schedule, args.cfg_parameter, args.temperature, args.top_k,
+                                args.top_p, args.seed)
+    settings.validate(loaded.model.config.vocabulary)
+    run_names = loaded.codes.get("class_names")
+    names = readable_names(run_names, loaded.model.config.classes)
+    classes = parse_classes(args.classes, names, run_names) if args.classes is not None else None
+    return SampleSource(loaded, _tokenizer(args.tokenizer, loaded, runtime), settings, args.labels, classes, names,
+                        name)
+
+
+def _tokenizer(path: str | None, loaded: Loaded, runtime: Runtime) -> VQModel:
+    """Load the tokenizer: the run's own, verified, or the one that the user insists on."""
+    if path is None:
+        return verified_tokenizer(loaded.codes, runtime.device, loaded.model, loaded.path)
+    vq = open_tokenizer(path, runtime.device, loaded.model, loaded.codes, loaded.path)
+    expected = loaded.codes.get("tokenizer_hash", vq.hash)
+    if vq.hash != expected and runtime.is_main:
+        print(f"warning: {path} has sha256 {vq.hash[:16]}, but the codes of {loaded.path} were made by a tokenizer "
+              f"with {expected[:16]}", file=sys.stderr)
+    return vq

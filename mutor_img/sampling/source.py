@@ -1,0 +1,96 @@
+"""A generator with all that decides its samples: the images that ``sample.py`` writes and others score as they come."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mutor_img.generation import Sampler, SamplingSettings
+from mutor_img.loading import Loaded
+from mutor_img.sampling.labels import make_labels
+from mutor_img.sampling.pictures import decode_images
+from tokenizer.vq import VQModel
+
+
+@dataclass(frozen=True)
+class SampleSource:
+    """A checkpoint opened for sampling.
+
+    Attributes:
+        loaded: the generator, and where it came from.
+        tokenizer: its tokenizer, on the same device.
+        settings: guidance, filtering and seed.
+        rule: of the labels, "random" or "balanced".
+        classes: labels to choose from; None: all.
+        names: a readable name for each class.
+        dtype: the generator's, "fp32" or "bf16".
+    """
+
+    loaded: Loaded
+    tokenizer: VQModel
+    settings: SamplingSettings
+    rule: str
+    classes: Sequence[int] | None
+    names: Sequence[str]
+    dtype: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the generator runs."""
+        return self.loaded.model.output.weight.device
+
+    def labels(self, count: int) -> Tensor:
+        """Return the labels (count,) int64 of samples 0 .. count - 1."""
+        classes = self.classes or range(self.loaded.model.config.classes)
+        return make_labels(self.rule, classes, count, self.settings.seed)
+
+    def identity(self, count: int) -> dict[str, Any]:
+        """Return everything that decides the bytes of the first ``count`` images, as JSON values."""
+        return {"weights": self.loaded.which, "weights_hash": self.loaded.weights_hash,
+                "tokenizer_hash": self.tokenizer.hash, **dataclasses.asdict(self.settings), "labels": self.rule,
+                "classes": self.classes, "num_samples": count, "dtype": self.dtype, "device": self.device.type}
+
+
+class GeneratedImages:
+    """The first ``count`` images of a source as an image set that is made while it is read, and never stored.
+
+    Image i is the one that ``sample.py`` writes at place i with the same settings. See
+    :mod:`mutor_img.metrics.image_sets` for what an image set is; several processes each make only what they read.
+    """
+
+    def __init__(self, source: SampleSource, count: int, batch: int):
+        """Draw the labels; nothing is sampled yet.
+
+        Args:
+            source: the generator and its settings.
+            count: images.
+            batch: images at a time where that is free, see :class:`~mutor_img.generation.Sampler`.
+        """
+        self.source, self.batch, self.name = source, batch, str(source.loaded.path)
+        self.drawn = source.labels(count)  # (count,)
+        self.labels = self.drawn.numpy()
+        self.manifest = {"generated": True, **source.identity(count)}
+        self.warnings: list[str] = []
+
+    @cached_property
+    def _sampler(self) -> Sampler:
+        return Sampler(self.source.loaded.model, self.source.settings, min(self.batch, len(self)))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Make images ``start`` to ``stop`` - 1: (stop - start, H, W, 3) uint8."""
+        codes = self._sampler.generate(self.drawn[start:stop], torch.arange(start, stop))
+        return decode_images(self.source.tokenizer, codes, self.source.loaded.model.config.grid)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for start in range(0, len(self), self.batch):
+            yield self.read(start, min(start + self.batch, len(self)))
