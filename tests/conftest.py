@@ -44,3 +44,15 @@ def random_model():
         return model.to(dtype).eval()
 
     return build
+
+
+@pytest.fixture
+def run_of(random_model, tmp_path):
+    """A factory of run folders of tiny generators (4 x 4 codes, 8-pixel grey images) with their tokenizer."""
+    from tiny_runs import write_generator, write_tokenizer
+
+    def build(name="run", vq=None, seed=0, **codes):
+        vq = vq or write_tokenizer(tmp_path / "tokenizer")
+        return write_generator(tmp_path / name, random_model((4, 4), seed=seed), vq, **codes)
+
+    return build

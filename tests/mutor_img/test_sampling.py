@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_runs import NAMES, write_tokenizer
 
 from mutor_img.checkpoint import write_checkpoint
 from mutor_img.errors import UserError
@@ -22,34 +23,8 @@ from mutor_img.sampling import archive as archive_module
 from mutor_img.sampling import draw_training_grid, main, sample_images
 from mutor_img.sampling.labels import make_labels, parse_classes, readable_names
 from tokenizer import load_tokenizer
-from tokenizer.vq import VQModel
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ["cat", "dog", "red fox"]
-GREY = {"image_channels": 1, "channels": 8, "multipliers": (1, 2), "blocks": 1, "latent_channels": 8, "code_dim": 4,
-        "vocabulary": 11, "groups": 4, "attention": False}
-
-
-def write_tokenizer(folder, seed=0, **changes):
-    torch.manual_seed(seed)
-    vq = VQModel(**{**GREY, **changes})
-    write_checkpoint(folder, 1, {"model": vq.state_dict()}, {"kind": "tokenizer", "model": vq.options,
-                                                              "image_size": 8}, 1)
-    return load_tokenizer(folder)
-
-
-@pytest.fixture
-def run_of(random_model, tmp_path):
-    """A factory of run folders of tiny generators (4 x 4 codes, 8-pixel grey images) with their tokenizer."""
-    def build(name="run", vq=None, seed=0, **codes):
-        vq = vq or write_tokenizer(tmp_path / "tokenizer")
-        model = random_model((4, 4), seed=seed)
-        about = {"tokenizer": vq.path, "tokenizer_hash": vq.hash, "class_names": NAMES, "image_size": 8, **codes}
-        write_checkpoint(tmp_path / name, 3, {"model": model.state_dict()},
-                         {"kind": "generator", "model": model.config.to_json(), "codes": about}, 1)
-        return str(tmp_path / name)
-
-    return build
 
 
 def sample(run, out, *flags, count=150):

@@ -1,0 +1,33 @@
+"""Run folders of tiny models: a tokenizer of 8-pixel images, and what a generator's run says of its codes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from mutor_img.checkpoint import write_checkpoint
+from mutor_img.transformer import Transformer
+from tokenizer import load_tokenizer
+from tokenizer.vq import VQModel
+
+NAMES = ["cat", "dog", "red fox"]
+GREY = {"image_channels": 1, "channels": 8, "multipliers": (1, 2), "blocks": 1, "latent_channels": 8, "code_dim": 4,
+        "vocabulary": 11, "groups": 4, "attention": False}
+
+
+def write_tokenizer(folder: Path, seed: int = 0, **changes) -> VQModel:
+    """Write the run folder of a tokenizer with drawn weights, 8 x 8 grey pixels to 4 x 4 codes; returns it loaded."""
+    torch.manual_seed(seed)
+    vq = VQModel(**{**GREY, **changes})
+    write_checkpoint(folder, 1, {"model": vq.state_dict()}, {"kind": "tokenizer", "model": vq.options,
+                                                              "image_size": 8}, 1)
+    return load_tokenizer(folder)
+
+
+def write_generator(folder: Path, model: Transformer, vq: VQModel, **codes) -> str:
+    """Write the run folder of a generator that names its tokenizer; returns its path."""
+    about = {"tokenizer": vq.path, "tokenizer_hash": vq.hash, "class_names": NAMES, "image_size": 8, **codes}
+    write_checkpoint(folder, 3, {"model": model.state_dict()},
+                     {"kind": "generator", "model": model.config.to_json(), "codes": about}, 1)
+    return str(folder)
