@@ -82,6 +82,7 @@ class Trainer:
         load_optimizer_tensors(self.model, self.optimizer, read_tensors(folder, "optimizer"))
         if self.ema is not None:
             load_strict(self.ema.module, read_tensors(folder, "ema"), folder)
+        self.task.resume(folder)
         self.step, self.seconds = meta["step"], meta["seconds"]
 
     @property
@@ -93,7 +94,7 @@ class Trainer:
         """Do one optimiser update over the global batch; returns the logged values, the same on all ranks.
 
         Raises:
-            UserError: the loss or the gradient norm is not finite; the weights have not moved.
+            UserError: a loss or a gradient norm is not finite; the weights have not moved.
         """
         train, runtime = self.config.train, self.runtime
         self.wrapped.train()
@@ -114,7 +115,8 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip or math.inf)
         sums = runtime.sum(torch.stack([totals[name].float() for name in totals]))
         logged = dict(zip((*totals, "gradient_norm"), [*sums.tolist(), norm.item()]))
-        bad = [name for name in ("loss", "gradient_norm") if not math.isfinite(logged[name])]
+        logged.update(self.task.before_update(self.step))
+        bad = [name for name, value in logged.items() if not math.isfinite(value)]
         if bad:
             raise UserError(f"step {self.step}: {bad[0]} is {logged[bad[0]]}; nothing was updated and "
                             f"{newest_checkpoint(self.run_dir) or 'no checkpoint'} is the last good state; "
@@ -136,6 +138,7 @@ class Trainer:
             tensors = {"model": self.model.state_dict(), "optimizer": optimizer_tensors(self.model, self.optimizer)}
             if self.ema is not None:
                 tensors["ema"] = self.ema.module.state_dict()
+            tensors.update(self.task.tensors())
             meta = {"seconds": self.seconds, "samples": self.step * self.config.train.global_batch,
                     **self.task.metadata(), "config": to_dict(self.config)}
             write_checkpoint(self.run_dir, self.step, tensors, meta, self.config.train.keep)

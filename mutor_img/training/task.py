@@ -45,9 +45,23 @@ class Task:
     def draw_pictures(self, model: nn.Module, folder: Path, step: int) -> None:
         """Write pictures of what ``model`` can do by now into ``folder``; runs on rank 0."""
 
+    def before_update(self, step: int) -> dict[str, float]:
+        """Make the gradients of what the task trains beside the model (e.g. a discriminator), before any weight moves.
+
+        Returns values to log, the same on all ranks. If one of them is not finite, nothing is updated.
+        """
+        return {}
+
     def after_update(self, model: nn.Module, step: int) -> dict[str, float]:
         """Mend the model after an update (e.g. dead codes); returns values to log, the same on all ranks."""
         return {}
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Return what a resume needs beside model and optimiser: groups of named tensors, a checkpoint's files."""
+        return {}
+
+    def resume(self, folder: Path) -> None:
+        """Restore :meth:`tensors` from a checkpoint folder."""
 
     def compile(self) -> None:
         """Compile the heavy parts of ``self.model`` in place; called before wrapping."""
