@@ -1,0 +1,90 @@
+"""``python -m mutor_img.app``: open one checkpoint or two, and serve the page on this machine alone."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import socket
+from collections.abc import Sequence
+from importlib.metadata import version
+from types import ModuleType
+
+from mutor_img.app.session import Side, check_comparable
+from mutor_img.cli import Parser
+from mutor_img.errors import UserError, check_range
+from mutor_img.sampling.options import add_sampling_flags, check_sampling_flags, open_source
+from mutor_img.training.runtime import Runtime
+
+GRADIO = (6, 31)  # as in pyproject.toml
+HOST = "127.0.0.1"  # not the network: the page has no password
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        description="Serve a page to look at samples in a browser, on this machine alone. The sampling flags are what "
+                    "the page's controls show at first; weights, dtype and guidance schedule stay as given.",
+        example="python -m mutor_img.app --checkpoint runs/mnist/mutor2d\n"
+                "python -m mutor_img.app --checkpoint runs/mnist/mutor2d --compare runs/mnist/ntp",
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="PATH", help="run folder, checkpoint folder, or LlamaGen .pt")
+    add("--compare", metavar="PATH", help="a second one, of the same classes, to show beside it")
+    add("--port", type=int, default=7860, help="of the page's address")
+    add_sampling_flags(parser)
+    parser.set_defaults(labels="balanced")  # so that few images show many classes
+    return parser
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command; see ``--help``. Serves until it is interrupted.
+
+    Raises:
+        UserError: a mistake in the flags or in the files they name, Gradio is missing, or the port is taken.
+    """
+    args = _parser().parse_args(argv)
+    check_sampling_flags(args)
+    page = _import_page()
+    check_port(args.port)  # before the models: they take a while
+    page.serve(page.build_page(open_sides(args)), HOST, args.port)
+
+
+def open_sides(args: argparse.Namespace) -> list[Side]:
+    """Load the checkpoints that the flags name, one or two.
+
+    Raises:
+        UserError: as :func:`~mutor_img.sampling.options.open_source`, or two that cannot stand side by side.
+    """
+    runtime = Runtime.start()
+    sides = []
+    for path in filter(None, (args.checkpoint, args.compare)):
+        source = open_source(argparse.Namespace(**{**vars(args), "checkpoint": path}), runtime)
+        sides.append(Side(path, args.tokenizer, source))
+    check_comparable(sides)
+    return sides
+
+
+def check_port(port: int) -> None:
+    """Raise :class:`~mutor_img.errors.UserError` where nothing can be served at ``port``."""
+    check_range("--port", port, 1, 65535)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a page that just ended is no obstacle
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            why = "is taken by another program" if error.errno == errno.EADDRINUSE else f"({error.strerror})"
+            raise UserError(f"--port {port}: {why}; give another one") from None
+
+
+def _import_page() -> ModuleType:
+    """Import the only module that needs Gradio, with its telemetry off from the first line on."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        found = version("gradio")
+        if tuple(map(int, found.split(".")[:2])) < GRADIO:
+            raise UserError(f"the page needs Gradio {'.'.join(map(str, GRADIO))} or newer, and {found} is installed; "
+                            "pip install 'mutor_img[app]'")
+        from mutor_img.app import page
+    except ImportError as error:  # PackageNotFoundError is one
+        raise UserError(f"the page needs Gradio ({error}); pip install 'mutor_img[app]'") from None
+    return page

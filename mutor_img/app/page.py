@@ -1,0 +1,86 @@
+"""The page itself, in Gradio: controls on the left, a grid for each checkpoint on the right.
+
+The only module that needs Gradio. Nothing leaves the machine: no telemetry, no share link, no fonts from elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import gradio as gr
+
+from mutor_img.app import markup
+from mutor_img.app.session import MAX_IMAGES, Controls, Side, answer
+from mutor_img.errors import UserError
+from mutor_img.sampling.labels import RULES
+
+FIRST_COUNT = 20  # images of each checkpoint until the user says otherwise
+WIDEST_SCALE = 10.0  # of the guidance slider
+
+
+def build_page(sides: Sequence[Side]) -> gr.Blocks:
+    """Return the page for one checkpoint, or for several of the same classes with the same seeds."""
+    with gr.Blocks(title="mutor_img samples", analytics_enabled=False, fill_width=True) as page:
+        gr.Markdown("## Samples" + (", side by side from the same seeds" if len(sides) > 1 else ""))
+        with gr.Row():
+            with gr.Column(scale=1, min_width=300):
+                controls = _controls(sides[0])
+                with gr.Row():
+                    stop = gr.Button("Stop", elem_id="stop", min_width=80)
+                    button = gr.Button("Generate", variant="primary", elem_id="generate", min_width=120)
+                status = gr.HTML(markup.note("Ready."), elem_id="status")
+            with gr.Column(scale=3, min_width=420):
+                with gr.Row():
+                    grids = [gr.HTML(markup.empty_grid(side.title), elem_id=f"grid-{place}", min_width=300)
+                             for place, side in enumerate(sides)]
+                commands = gr.Code("", language="shell", label="The same images from the command line", visible=False,
+                                   elem_id="commands", lines=1, interactive=False, wrap_lines=True)
+
+        def generate(*values: Any) -> Iterator[list[Any]]:
+            for view in answer(sides, Controls(*values)):
+                shown = gr.skip() if view.commands is None else gr.update(value=view.commands, visible=True)
+                yield [view.status, shown, *(gr.skip() if grid is None else grid for grid in view.grids)]
+
+        running = button.click(generate, controls, [status, commands, *grids], show_progress="minimal",
+                               show_progress_on=status, concurrency_limit=1, api_visibility="private")
+        stop.click(lambda: markup.note("Stopped."), None, status, cancels=[running], queue=False,
+                   api_visibility="private")
+    return page
+
+
+def _controls(side: Side) -> list[gr.components.Component]:
+    """Return the components in the order of :class:`Controls`' fields."""
+    source, settings = side.source, side.source.settings
+    classes = gr.Dropdown(
+        markup.class_choices(source.names), value=list(source.classes or ()), multiselect=True, label="Classes",
+        info=f"type a name or a number; none chosen: all {len(source.names)}", elem_id="classes")
+    labels = gr.Radio(RULES, value=source.rule, label="Labels", elem_id="labels",
+                      info="balanced: as many of each class; random: drawn for each image")
+    with gr.Row():
+        count = gr.Number(FIRST_COUNT, label="Images", info=f"1 to {MAX_IMAGES}", elem_id="count", min_width=100)
+        seed = gr.Number(settings.seed, label="Seed", info="a whole number", elem_id="seed", min_width=100)
+    cfg_scale = gr.Slider(1.0, max(WIDEST_SCALE, settings.cfg_scale), value=settings.cfg_scale, step=0.05,
+                          label="Guidance scale", info="1: none", elem_id="cfg_scale")
+    with gr.Row():
+        temperature = gr.Number(settings.temperature, label="Temperature", info="above 0", step=0.05,
+                                elem_id="temperature", min_width=90)
+        top_k = gr.Number(settings.top_k, label="Top-k", info="0: all", elem_id="top_k", min_width=90)
+        top_p = gr.Number(settings.top_p, label="Top-p", info="1: all", step=0.05, elem_id="top_p", min_width=90)
+    return [classes, labels, count, cfg_scale, temperature, top_k, top_p, seed]
+
+
+def serve(page: gr.Blocks, host: str, port: int) -> None:
+    """Serve the page until the program is interrupted.
+
+    Raises:
+        UserError: the port was taken in the meantime.
+    """
+    try:
+        page.launch(server_name=host, server_port=port, share=False, ssr_mode=False, mcp_server=False, pwa=False,
+                    enable_monitoring=False, run_history=False, footer_links=[], css=markup.STYLE, quiet=True,
+                    prevent_thread_lock=True)
+    except OSError as error:
+        raise UserError(f"--port {port}: nothing can be served there ({error})") from None
+    print(f"http://{host}:{port} (Ctrl-C ends it)", flush=True)
+    page.block_thread()
