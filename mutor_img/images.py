@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -14,6 +17,9 @@ from torch import Tensor
 from mutor_img.errors import UserError
 from mutor_img.files import write_atomic
 
+# What Pillow's decoders raise for a file that is damaged or no image.
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error,
+           Image.DecompressionBombError)
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 
 
@@ -32,19 +38,23 @@ def to_nhwc(images: Tensor) -> np.ndarray:
     return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-def read_image(path: str | os.PathLike, mode: str = "RGB") -> Image.Image:
-    """Open and fully decode one image file in PIL ``mode``.
+def read_image(path: str | os.PathLike | BinaryIO, mode: str = "RGB", *, name: str | None = None) -> Image.Image:
+    """Open and fully decode one image in PIL ``mode``; ``name`` is what messages call it, its path unless given.
 
     Raises:
         UserError: the file is missing, is no image, or ends early.
     """
+    name = name or str(path)
     try:
         with Image.open(path) as image:
             return image.convert(mode)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such image file") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: not a readable image ({error}); replace or remove the file") from None
+        raise UserError(f"{name}: no such image file") from None
+    except _BROKEN as error:
+        # Pillow names the path once more, or the address of a file in memory, which differs from run to run.
+        given = path if hasattr(path, "read") else os.fspath(path)
+        reason = " ".join(str(error).replace(repr(given), "").split()) or type(error).__name__
+        raise UserError(f"{name}: not a readable image ({reason}); replace or remove the file") from None
 
 
 def write_png(path: str | os.PathLike, image: Image.Image) -> Path:

@@ -1,4 +1,4 @@
-"""``python -m tokenizer.encode``: a folder of images into a code store.
+"""``python -m tokenizer.encode``: labelled images into a code store.
 
 The work is cut into parts of fixed size whatever the number of processes, and on the CPU the network always runs on
 one number of rows: the files are the same bytes for any number of processes and any batch size.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +23,11 @@ from mutor_img.cli import Parser, run
 from mutor_img.codes import Codes
 from mutor_img.errors import UserError, check_range, suggest
 from mutor_img.training.runtime import Runtime
-from tokenizer.crops import CROPS, CropRule, crop_rule, read_squares, to_float
-from tokenizer.folder import ImageFolder, list_images
+from tokenizer.crops import CROPS, CropRule, center_rule, crop_rule, read_squares, to_float
+from tokenizer.layouts import open_images
 from tokenizer.loading import load_tokenizer
 from tokenizer.quantizer import USED_SLOTS
+from tokenizer.sources import IMAGENET, ImageSource
 from tokenizer.store import Recipe, StoreWriter
 from tokenizer.vq import VQModel
 
@@ -34,8 +37,8 @@ VIEWS = {"plain": lambda squares: squares, "mirror": lambda squares: squares.fli
 class Squares(Dataset):
     """The cropped images of some image numbers, read in worker processes; a reading error is data, not a crash."""
 
-    def __init__(self, folder: ImageFolder, numbers: Sequence[int], channels: int, image_size: int, rule: CropRule):
-        self.folder, self.numbers, self.channels = folder, numbers, channels
+    def __init__(self, source: ImageSource, numbers: Sequence[int], channels: int, image_size: int, rule: CropRule):
+        self.source, self.numbers, self.channels = source, numbers, channels
         self.image_size, self.rule = image_size, rule
 
     def __len__(self) -> int:
@@ -44,8 +47,8 @@ class Squares(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
         """Return (squares, channels, size, size) uint8 and an empty string, or zeros and what was wrong."""
         try:
-            path = self.folder.path(self.numbers[index])
-            return read_squares(path, self.channels, self.image_size, self.rule), ""
+            number = int(self.numbers[index])
+            return read_squares(self.source, number, self.channels, self.image_size, self.rule), ""
         except UserError as error:
             shape = (len(self.rule.squares), self.channels, self.image_size, self.image_size)
             return torch.zeros(shape, dtype=torch.uint8), str(error)
@@ -53,16 +56,22 @@ class Squares(Dataset):
 
 def view_names(views: Sequence[str], rule: CropRule) -> tuple[str, ...]:
     """Return a name for each view of an image: every kind of view of every square that the crop rule cuts."""
+    if rule.mirrored:
+        return rule.squares
     return tuple(f"{view}-{square}" if square else view for view in views for square in rule.squares)
 
 
-def parse_views(text: str) -> list[str]:
-    """Return the kinds of view in a comma-separated list.
+def parse_views(text: str | None, rule: CropRule) -> list[str]:
+    """Return the kinds of view in a comma-separated list; all that there are where it is None.
 
     Raises:
-        UserError: an unknown, repeated or missing name.
+        UserError: an unknown, repeated or missing name, or a rule that mirrors by itself.
     """
-    views = text.split(",")
+    if rule.mirrored:
+        if text is not None:
+            raise UserError(f"--views {text}: crop rule {rule.name!r} makes its own views; leave --views out")
+        return ["plain"]
+    views = list(VIEWS) if text is None else text.split(",")
     for view in views:
         if view not in VIEWS:
             raise UserError(f"view {view!r} is unknown{suggest(view, VIEWS)}")
@@ -71,18 +80,18 @@ def parse_views(text: str) -> list[str]:
     return views
 
 
-def encode_folder(vq: VQModel, images: str | Path, out: str | Path, *, runtime: Runtime, views: Sequence[str],
-                  crop: str = "center", image_size: int | None = None, batch_size: int = 64, workers: int = 0,
-                  max_unreadable: int = 0) -> Codes:
-    """Encode an image folder into a code store at ``out``, going on from what an earlier run left there.
+def encode_images(vq: VQModel, source: ImageSource, out: str | Path, *, runtime: Runtime,
+                  rule: CropRule | None = None, views: Sequence[str] = tuple(VIEWS), image_size: int | None = None,
+                  batch_size: int = 64, workers: int = 0, max_unreadable: int = 0) -> Codes:
+    """Encode images into a code store at ``out``, going on from what an earlier run left there.
 
     Args:
         vq: the tokenizer, on ``runtime.device``.
-        images: folder with one sub-folder of images a class.
+        source: the images.
         out: the code store's folder.
         runtime: this process among all that call this with the same arguments.
-        views: kinds of view, of ``VIEWS``.
-        crop: name of the crop rule.
+        rule: crop rule; the centre crop unless given.
+        views: kinds of view, of ``VIEWS``; a rule whose squares are mirrored already takes ``("plain",)``.
         image_size: pixels a side; the tokenizer's own unless given.
         batch_size: images read and sent to the device at a time.
         workers: reading processes; 0 reads in this one.
@@ -96,18 +105,17 @@ def encode_folder(vq: VQModel, images: str | Path, out: str | Path, *, runtime: 
     image_size = image_size or vq.image_size
     if image_size is None:
         raise UserError("the tokenizer does not say its image size; give --image-size")
-    grid, rule = vq.grid_for(image_size), crop_rule(crop)
-    folder = list_images(images)
-    writer = StoreWriter(out, folder, Recipe(vq.hash, view_names(views, rule), crop, image_size))
+    grid, rule = vq.grid_for(image_size), rule or center_rule()
+    writer = StoreWriter(out, source, Recipe(vq.hash, view_names(views, rule), rule.name, image_size))
     if writer.finished():
         if runtime.is_main:
-            print(f"{out}: these {len(folder)} images are encoded already; nothing to do")
+            print(f"{out}: these {len(source)} images are encoded already; nothing to do")
         return Codes(out)
     todo = [part for part in range(writer.count()) if not writer.is_done(part)]
     runtime.barrier()  # every process has listed the same parts before the first one is written
     mine = todo[runtime.rank:: runtime.world]
     numbers = [i for part in mine for i in writer.range(part)]
-    loader = DataLoader(Squares(folder, numbers, vq.image_channels, image_size, rule), batch_size,
+    loader = DataLoader(Squares(source, numbers, vq.image_channels, image_size, rule), batch_size,
                         num_workers=workers, pin_memory=runtime.device.type == "cuda")
     rows = _encode(vq, loader, runtime, views, len(numbers))
     for part in mine:
@@ -137,7 +145,7 @@ def _write_part(writer: StoreWriter, part: int, rows: Iterator[tuple[np.ndarray,
     for number in writer.range(part):
         row, error = next(rows)
         if error:
-            unreadable[writer.folder.files[number]] = error
+            unreadable[writer.source.files[number]] = error
         else:
             codes.append(row)
     writer.write(part, np.stack(codes) if codes else row[None][:0], unreadable)
@@ -156,43 +164,81 @@ def _report_unreadable(writer: StoreWriter, limit: int, runtime: Runtime) -> Non
         (writer.out / "unreadable.txt").write_text("".join(f"{name}\n" for name in found))
         print("\n".join(found.values()), file=sys.stderr)
     if len(found) > limit:
-        raise UserError(f"{len(found)} of {len(writer.folder)} images in {writer.folder.root} cannot be read (listed "
+        raise UserError(f"{len(found)} of {len(writer.source)} images in {writer.source.root} cannot be read (listed "
                         f"above and in {writer.out / 'unreadable.txt'}; first: {next(iter(found))}); mend them and run "
                         f"the same command again, or leave them out with --max-unreadable {len(found)}")
 
 
-def main(argv: Sequence[str]) -> None:
-    """Parse, load and encode."""
+def build_parser() -> Parser:
+    """Return the command's options."""
     parser = Parser(
-        description="Encode a folder of images (one sub-folder a class) into a code store. To resume, run the same "
-                    "command again.",
+        description="Encode labelled images into a code store. To resume, run the same command again.",
         example="torchrun --nproc-per-node 8 -m tokenizer.encode --tokenizer vq_ds16_c2i.pt --images imagenet/train "
                 "--out codes/imagenet256",
         prog="python -m tokenizer.encode",
     )
     parser.add_argument("--tokenizer", required=True, help="tokenizer run folder, or released LlamaGen .pt")
-    parser.add_argument("--images", required=True, help="folder with one sub-folder of images a class")
+    parser.add_argument("--images", required=True, help="folder with one sub-folder of images a class; or of Parquet "
+                        "files, where data/train is the split train; or, with --labels, of images alone")
     parser.add_argument("--out", required=True, help="folder of the code store to write")
-    parser.add_argument("--views", default="plain,mirror", help="views of each image: plain, or plain,mirror")
+    parser.add_argument("--labels", metavar="FILE", help="labels of images that lie in one folder: name and class a "
+                        "line (LOC_val_solution.csv), or one class a line in the order of the file names")
+    parser.add_argument("--classes", metavar="LIST", help=f"all classes in label order: {IMAGENET}, a folder of class "
+                        "folders, or a file with a class a line (those found, sorted, unless given)")
     parser.add_argument("--crop", default="center", help=f"crop rule: {', '.join(CROPS)}")
+    parser.add_argument("--views", help="views of each image with --crop center: plain, or plain,mirror, which is what "
+                        "None means")
+    parser.add_argument("--crop-scale", type=float, help="ten-crop: side of what the ten are cut from, in image sizes "
+                        "(1.1 unless given; LlamaGen also has 1.05)")
+    parser.add_argument("--crop-min", type=float, help="random: smallest share of the shorter side (0.8 unless given)")
+    parser.add_argument("--num-views", type=int, help="random: views an image (10 unless given)")
+    parser.add_argument("--seed", type=int, help="random: seed of the crops (0 unless given)")
     parser.add_argument("--image-size", type=int, help="pixels a side (the tokenizer's own unless given)")
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time on each device")
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1),
                         help="reading processes for each device; 0: none")
     parser.add_argument("--max-unreadable", type=int, default=0, help="unreadable images that may be left out")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def rule_of(options: Namespace) -> CropRule:
+    """Return the crop rule that the flags ask for.
+
+    Raises:
+        UserError: a rule or a number out of range, or a flag of another rule.
+    """
+    flags = {"scale": "crop_scale", "least": "crop_min", "count": "num_views", "seed": "seed"}
+    given = {name: getattr(options, flag) for name, flag in flags.items() if getattr(options, flag) is not None}
+    if options.crop in CROPS:
+        taken = signature(CROPS[options.crop]).parameters
+        for name in given:
+            if name not in taken:
+                raise UserError(f"--{flags[name].replace('_', '-')} is of another crop rule than {options.crop}")
+    return crop_rule(options.crop, **given)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, load and encode."""
+    options = build_parser().parse_args(argv)
     check_range("--batch-size", options.batch_size, 1, 65536)
     check_range("--workers", options.workers, 0, 256)
     check_range("--max-unreadable", options.max_unreadable, 0, 10**9)
     if options.image_size is not None:
         check_range("--image-size", options.image_size, 1, 65536)
-    views = parse_views(options.views)
-    crop_rule(options.crop)
+    rule = rule_of(options)
+    views = parse_views(options.views, rule)
     runtime = Runtime.start()
-    codes = encode_folder(
-        load_tokenizer(options.tokenizer, runtime.device), options.images, options.out, runtime=runtime, views=views,
-        crop=options.crop, image_size=options.image_size, batch_size=options.batch_size, workers=options.workers,
-        max_unreadable=options.max_unreadable)
+    vq = load_tokenizer(options.tokenizer, runtime.device)
+    source = open_images(options.images, labels=options.labels, classes=options.classes, progress=runtime.is_main)
+    if runtime.is_main:
+        names = source.class_names()
+        print(f"{options.images}: {len(source)} images in {len(names)} classes: "
+              f"{', '.join(names[:5])}{f', … {names[-1]}' if len(names) > 5 else ''}")
+        for note in source.notes():
+            print(f"note: {note}", file=sys.stderr)
+    codes = encode_images(vq, source, options.out, runtime=runtime, rule=rule, views=views,
+                          image_size=options.image_size, batch_size=options.batch_size, workers=options.workers,
+                          max_unreadable=options.max_unreadable)
     if runtime.is_main:
         images, count, length = codes.codes.shape
         print(f"{options.out}: {images} images, {count} views, {length} codes each")

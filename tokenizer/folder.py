@@ -3,97 +3,88 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from mutor_img.errors import UserError
 from mutor_img.images import IMAGE_SUFFIXES
+from tokenizer.sources import ImageSource, number_classes
 
 _SPLITS = {"train", "val", "valid", "validation", "test"}
 
 
 @dataclass(frozen=True)
-class ImageFolder:
-    """An image folder's listing; class index = position of the class folder in sorted order."""
-
-    root: Path
-    classes: list[str]  # names of the class folders, sorted
-    files: list[str]  # paths below root with forward slashes, sorted within their class
-    sizes: list[int]  # bytes of each file
-    labels: np.ndarray  # (images,) int64
-
-    def __len__(self) -> int:
-        return len(self.files)
+class ImageFolder(ImageSource):
+    """Image files below one folder; where no list of classes was given, a label is a place in sorted order."""
 
     def path(self, index: int) -> Path:
         return self.root / self.files[index]
 
-    def spread(self, count: int) -> np.ndarray:
-        """Return ``count`` image numbers spread evenly over all (and so over the classes); all where count is 0."""
-        return spread(len(self), count or len(self))
+    open = path
 
 
-def list_images(root: str | Path) -> ImageFolder:
-    """List ``root/<class>/**/<image>``. Other files and hidden folders are left out.
+def list_images(root: str | Path, classes: list[str] | None = None, *, progress: bool = False) -> ImageFolder:
+    """List ``root/<class>/**/<image>``. Files with other endings and hidden ones are left out.
+
+    Args:
+        root: the folder.
+        classes: all classes in label order; unless given, the class folders sorted by name.
+        progress: show a progress bar where it takes seconds.
 
     Raises:
         UserError: no such folder, images outside of class folders, a folder of splits (train, val) in place of
-            classes, or a class without images.
+            classes, a class without images, or a folder that ``classes`` does not name.
     """
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; give a folder with one sub-folder of images a class")
     entries = sorted(os.scandir(root), key=lambda entry: entry.name)
-    classes = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    folders = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     loose = [entry.name for entry in entries if entry.is_file() and _is_image(entry.name)]
     if loose:
-        raise UserError(f"{root}: {loose[0]} lies outside of the class folders; put each image into its class's")
-    if not classes:
+        raise UserError(f"{root}: {loose[0]} lies outside of the class folders; put each image into its class's, or "
+                        "give the file that holds the labels with --labels")
+    if not folders:
         raise UserError(f"{root}: no class folders in it; expected one sub-folder of images a class")
-    if set(classes) <= _SPLITS:
-        raise UserError(f"{root}: holds {', '.join(classes)} in place of classes; give {root / classes[0]}")
-    files, sizes, labels = [], [], []
-    for label, name in enumerate(classes):
-        found = sorted(_walk(root / name))
+    if set(folders) <= _SPLITS:
+        raise UserError(f"{root}: holds {', '.join(folders)} in place of classes; give {root / folders[0]}")
+    numbered = number_classes(folders, classes, root)
+    files, sizes, labels, left_out = [], [], [], []
+    for name in tqdm(folders, desc="listing", unit="class", delay=2, disable=not progress, leave=False):
+        found, others = walk(root / name, f"{name}/")
         if not found:
             raise UserError(f"{root / name}: no images in this class folder; remove it or add its images "
                             f"({', '.join(sorted(IMAGE_SUFFIXES))})")
-        files += [f"{name}/{path}" for path, _ in found]
+        files += [path for path, _ in found]
         sizes += [size for _, size in found]
-        labels += [label] * len(found)
-    return ImageFolder(root, classes, files, sizes, np.array(labels, dtype=np.int64))
+        labels += [numbered.index(name)] * len(found)
+        left_out += others
+    left_out += [entry.name for entry in entries if entry.is_file() and not entry.name.startswith(".")]
+    return ImageFolder(root, numbered, files, sizes, np.array(labels, dtype=np.int64), left_out)
 
 
-def spread(total: int, count: int) -> np.ndarray:
-    """Return up to ``count`` of the numbers 0 .. total - 1, evenly spread: ascending int64."""
-    count = min(count, total)
-    return np.arange(count) * total // max(1, count)
+def walk(folder: Path, below: str = "") -> tuple[list[tuple[str, int]], list[str]]:
+    """Return (path, bytes) of every image in ``folder`` and its sub-folders, sorted, and the paths of other files.
 
-
-def class_names(classes: list[str]) -> list[str]:
-    """Return names a person can read: ImageNet's words for 1000 WordNet folders, otherwise the folders' own names."""
-    if len(classes) != 1000 or not all(re.fullmatch(r"n\d{8}", name) for name in classes):
-        return list(classes)
-    from timm.data import ImageNetInfo  # a second to import, and for ImageNet only
-
-    info = ImageNetInfo("imagenet-1k")
-    words = dict(zip(info.label_names(), info.label_descriptions()))
-    return [words.get(name, name).split(",")[0] for name in classes]
+    Paths begin with ``below``. Hidden files and folders are in neither list.
+    """
+    found, others = [], []
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            inner, more = walk(folder / entry.name, f"{below}{entry.name}/")
+            found += inner
+            others += more
+        elif _is_image(entry.name):
+            found.append((below + entry.name, entry.stat().st_size))
+        else:
+            others.append(below + entry.name)
+    return sorted(found), sorted(others)
 
 
 def _is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
-
-
-def _walk(folder: Path, below: str = "") -> list[tuple[str, int]]:
-    """Return (path below ``folder``, bytes) of every image in it."""
-    found = []
-    for entry in os.scandir(folder):
-        if entry.is_dir() and not entry.name.startswith("."):
-            found += _walk(folder / entry.name, f"{below}{entry.name}/")
-        elif _is_image(entry.name) and entry.is_file():
-            found.append((below + entry.name, entry.stat().st_size))
-    return found

@@ -12,10 +12,10 @@ from mutor_img.cli import Parser, run
 from mutor_img.codes import Codes
 from mutor_img.errors import UserError, check_range
 from mutor_img.images import grid_picture, to_nhwc, write_png
-from tokenizer.folder import spread
 from tokenizer.loading import load_tokenizer
 from tokenizer.measures import CodeUse
 from tokenizer.pictures import magnification
+from tokenizer.sources import spread
 from tokenizer.vq import VQModel
 
 _COLUMNS = 10

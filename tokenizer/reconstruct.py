@@ -17,10 +17,11 @@ from mutor_img.files import write_json
 from mutor_img.images import to_nhwc, write_png
 from tokenizer.crops import crop_rule, to_float
 from tokenizer.encode import Squares
-from tokenizer.folder import list_images, spread
+from tokenizer.folder import list_images
 from tokenizer.loading import load_tokenizer
 from tokenizer.measures import CodeUse, psnr, ssim
 from tokenizer.pictures import before_after
+from tokenizer.sources import spread
 from tokenizer.vq import VQModel
 
 _PICTURES = 20

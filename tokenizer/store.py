@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from mutor_img.codes import BLOCK, Codes, CodesInfo, block_checksum
 from mutor_img.errors import UserError
 from mutor_img.files import read_json, write_atomic, write_json
-from tokenizer.folder import ImageFolder, class_names
+from tokenizer.sources import ImageSource
 
 PART = 1024  # images a part: seconds of work on a GPU
 
@@ -37,13 +37,13 @@ class Recipe:
 
 
 class StoreWriter:
-    """The parts of one code store under ``out``, for images of ``folder`` made by ``recipe``."""
+    """The parts of one code store under ``out``, for images of ``source`` made by ``recipe``."""
 
-    def __init__(self, out: str | Path, folder: ImageFolder, recipe: Recipe):
-        self.out, self.folder, self.recipe = Path(out), folder, recipe
+    def __init__(self, out: str | Path, source: ImageSource, recipe: Recipe):
+        self.out, self.source, self.recipe = Path(out), source, recipe
         self.parts = self.out / "parts"
         self.manifest = {"format": "mutor_img encode 1", **asdict(recipe), "views": list(recipe.views),
-                         "images": len(folder), "files_hash": _digest(_listing(folder, slice(None)))}
+                         "images": len(source), "files_hash": _digest(_listing(source, slice(None)))}
 
     def finished(self) -> bool:
         """Tell whether ``out`` already holds these very codes, complete.
@@ -58,17 +58,20 @@ class StoreWriter:
             if made.get(name) != value:
                 raise UserError(f"{self.out}: holds other codes ({name} is {made.get(name)}, asked for is {value}); "
                                 "give another --out, or remove that folder")
-        Codes(self.out)  # raises where an array is damaged
+        codes = Codes(self.out)  # raises where an array is damaged
+        if codes.info.class_names != self.source.class_names():
+            raise UserError(f"{self.out}: holds codes of {len(codes.info.class_names)} other classes than these "
+                            f"{len(self.source.classes)}; give another --out, or remove that folder")
         shutil.rmtree(self.parts, ignore_errors=True)  # left by a kill between the last file and this
         return True
 
     def count(self) -> int:
         """Return the number of parts."""
-        return -(-len(self.folder) // PART)
+        return -(-len(self.source) // PART)
 
     def range(self, part: int) -> range:
         """Return the image numbers of a part."""
-        return range(part * PART, min((part + 1) * PART, len(self.folder)))
+        return range(part * PART, min((part + 1) * PART, len(self.source)))
 
     def is_done(self, part: int) -> bool:
         """Tell whether a part is there, is of this recipe and these files, and had no unreadable image."""
@@ -88,7 +91,7 @@ class StoreWriter:
             unreadable: reason by file name of the others.
         """
         meta = {"fingerprint": self._fingerprint(part), "unreadable": json.dumps(unreadable)}
-        labels = np.array([self.folder.labels[i] for i in self.range(part) if self.folder.files[i] not in unreadable],
+        labels = np.array([self.source.labels[i] for i in self.range(part) if self.source.files[i] not in unreadable],
                           dtype=np.int64)
         write_atomic(self._path(part), lambda aside: save_file({"codes": codes, "labels": labels}, aside, meta))
 
@@ -103,7 +106,7 @@ class StoreWriter:
     def merge(self, tokenizer: str, grid: tuple[int, int], vocabulary: int) -> None:
         """Join all parts into ``codes.npy``, ``labels.npy`` and, last, ``codes.json``; then remove the parts."""
         unreadable = self.unreadable()
-        count = len(self.folder) - len(unreadable)
+        count = len(self.source) - len(unreadable)
         shape = (count, len(self.recipe.views), grid[0] * grid[1])
         aside = self.parts / "codes.npy"  # a merge cut short leaves nothing beside the parts
         codes = np.lib.format.open_memmap(aside, mode="w+", dtype=np.uint16, shape=shape)
@@ -117,12 +120,14 @@ class StoreWriter:
                 place += len(part_labels)
         codes.flush()
         blocks = [slice(first, first + BLOCK) for first in range(0, count, BLOCK)]
-        info = CodesInfo(grid, vocabulary, class_names(self.folder.classes), list(self.recipe.views), self.recipe.crop,
+        kept = [name for name in self.source.files if name not in unreadable]
+        info = CodesInfo(grid, vocabulary, self.source.class_names(), list(self.recipe.views), self.recipe.crop,
                          self.recipe.image_size, tokenizer, self.recipe.tokenizer_hash,
-                         [block_checksum(codes[b], labels[b]) for b in blocks])
+                         [block_checksum(codes[b], labels[b]) for b in blocks], _digest(kept))
         os.replace(aside, self.out / "codes.npy")
         write_atomic(self.out / "labels.npy", lambda path: _save_array(path, labels))
-        write_json(self.out / "encode.json", {**self.manifest, "unreadable": unreadable})
+        made = {**self.manifest, "classes": self.source.classes, "unreadable": unreadable}
+        write_json(self.out / "encode.json", made)
         write_json(self.out / "codes.json", info.to_json())
         shutil.rmtree(self.parts)
 
@@ -131,11 +136,11 @@ class StoreWriter:
 
     def _fingerprint(self, part: int) -> str:
         images = self.range(part)
-        return _digest([asdict(self.recipe), _listing(self.folder, slice(images.start, images.stop))])
+        return _digest([asdict(self.recipe), _listing(self.source, slice(images.start, images.stop))])
 
 
-def _listing(folder: ImageFolder, images: slice) -> list:
-    return [folder.files[images], folder.sizes[images], folder.labels[images].tolist()]
+def _listing(source: ImageSource, images: slice) -> list:
+    return [source.files[images], source.sizes[images], source.labels[images].tolist()]
 
 
 def _digest(value: object) -> str:

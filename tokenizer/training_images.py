@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from mutor_img.data import StatelessOrder
-from mutor_img.images import read_image
 from mutor_img.streams import Stream, uniform
 from tokenizer.crops import center_crop, crop_rule, pil_mode, pixels, random_crop, read_squares, to_float
-from tokenizer.folder import ImageFolder
+from tokenizer.sources import ImageSource
 
 _CACHE_BYTES = 2**30  # folders whose cropped pixels take up to 1 GiB are read once and kept
 
@@ -34,7 +33,7 @@ class TrainingImages:
         workers: reading threads, where the images do not fit in memory or are cropped at random.
     """
 
-    def __init__(self, folder: ImageFolder, channels: int, image_size: int, *, seed: int, mirror: bool,
+    def __init__(self, folder: ImageSource, channels: int, image_size: int, *, seed: int, mirror: bool,
                  crop_min: float, workers: int):
         self.folder, self.channels, self.image_size, self.seed = folder, channels, image_size, seed
         self.mirror, self.crop_min = mirror, crop_min
@@ -78,14 +77,14 @@ class TrainingImages:
         return self.pool.submit(self._one, sample, int(items[0]))
 
     def _one(self, sample: int, item: int) -> Tensor:
-        path, mode = self.folder.path(item), pil_mode(self.channels)
+        image = self.folder.read(item, pil_mode(self.channels))
         if self.crop_min == 1:
-            return pixels(center_crop(read_image(path, mode), self.image_size))
+            return pixels(center_crop(image, self.image_size))
         draws = uniform(self.seed, Stream.AUGMENT, sample, torch.arange(1, 4)).tolist()
-        return pixels(random_crop(read_image(path, mode), self.image_size, self.crop_min, tuple(draws)))
+        return pixels(random_crop(image, self.image_size, self.crop_min, tuple(draws)))
 
 
-def read_all(folder: ImageFolder, numbers: Sequence[int], channels: int, image_size: int,
+def read_all(folder: ImageSource, numbers: Sequence[int], channels: int, image_size: int,
              pool: ThreadPoolExecutor) -> Tensor:
     """Read and centre-crop the images of ``numbers``: (n, C, H, W) uint8.
 
@@ -93,5 +92,5 @@ def read_all(folder: ImageFolder, numbers: Sequence[int], channels: int, image_s
         UserError: an image cannot be read.
     """
     rule = crop_rule("center")
-    found = pool.map(lambda i: read_squares(folder.path(int(i)), channels, image_size, rule)[0], numbers)
+    found = pool.map(lambda i: read_squares(folder, int(i), channels, image_size, rule)[0], numbers)
     return torch.stack(list(found))

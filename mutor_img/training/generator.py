@@ -13,11 +13,11 @@ from tqdm import tqdm
 from mutor_img.checkpoint import load_strict
 from mutor_img.codes import Codes
 from mutor_img.config import OptimConfig, TrainConfig, check_choice
-from mutor_img.data import StatelessOrder
+from mutor_img.data import TrainingCodes
 from mutor_img.errors import UserError, check_range
 from mutor_img.loading import load_run
 from mutor_img.registers import RegisterLaw, count_targets, cross_entropy_sum, register_targets
-from mutor_img.streams import Stream, generator_seed, integers, uniform
+from mutor_img.streams import Stream, generator_seed, uniform
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.task import Task
 from mutor_img.transformer import PRESETS, ModelConfig, Transformer
@@ -27,8 +27,15 @@ from mutor_img.transformer import PRESETS, ModelConfig, Transformer
 class DataConfig:
     """Where the codes are."""
 
-    codes: str = "codes/imagenet256"  # a code store made by tokenizer.encode
+    codes: Any = "codes/imagenet256"  # a code store made by tokenizer.encode, or several: a list, or a,b
     val_codes: str | None = None  # held-out codes for the validation loss; null: no validation
+
+    def folders(self) -> list[str]:
+        """Return the code stores' folders; raises :class:`UserError` where ``codes`` names none."""
+        found = self.codes.split(",") if isinstance(self.codes, str) else self.codes
+        if not isinstance(found, list) or not found or not all(isinstance(f, str) and f.strip() for f in found):
+            raise UserError(f"data.codes is {self.codes!r}; give the folder of a code store, or several as a,b")
+        return [folder.strip() for folder in found]
 
 
 @dataclass
@@ -99,6 +106,7 @@ class GeneratorConfig:
     pictures: PicturesConfig = field(default_factory=PicturesConfig)
 
     def validate(self) -> None:
+        self.data.folders()
         self.law()
         if self.model.preset not in PRESETS:
             self.model_config()  # raises, naming the nearest
@@ -131,13 +139,13 @@ class GeneratorTask(Task):
         """
         self.config, self.runtime = config, runtime
         self.law = config.law()
-        self.codes = open_codes(config.data.codes, config)
-        self.val_codes = open_codes(config.data.val_codes, config) if config.data.val_codes else None
+        self.data = TrainingCodes([open_codes(f, config, runtime) for f in config.data.folders()], config.seed)
+        self.codes = self.data.stores[0]
+        self.val_codes = open_codes(config.data.val_codes, config, runtime) if config.data.val_codes else None
         if self.val_codes and self.val_codes.info.tokenizer_hash != self.codes.info.tokenizer_hash:
             hashes = [store.info.tokenizer_hash[:12] for store in (self.val_codes, self.codes)]
-            raise UserError(f"{config.data.val_codes}: made by tokenizer {hashes[0]}, but {config.data.codes} by "
+            raise UserError(f"{config.data.val_codes}: made by tokenizer {hashes[0]}, but {self.codes.folder} by "
                             f"{hashes[1]}; encode one of them again")
-        self.order = StatelessOrder(len(self.codes), config.seed)
         torch.manual_seed(generator_seed(config.seed, Stream.INIT))
         self.model = Transformer(config.model_config())
         if config.init_from:
@@ -152,12 +160,8 @@ class GeneratorTask(Task):
 
     def batch(self, step: int, samples: Tensor) -> tuple[Tensor, Tensor]:
         """Return labels (b,), the null class where dropped, and codes (b, N) of global sample numbers."""
-        numbers = samples.cpu().numpy()
-        images, _ = self.order.items(numbers)
-        seed, views = self.config.seed, len(self.codes.info.views)
-        view = integers(views, seed, Stream.VIEW, torch.from_numpy(numbers)).numpy()
-        codes, labels = (x.to(samples.device, non_blocking=True) for x in self.codes.batch(images, view))
-        dropped = uniform(seed, Stream.CLASS_DROP, step, samples) < self.config.model.class_dropout
+        codes, labels = (x.to(samples.device, non_blocking=True) for x in self.data.batch(samples.cpu().numpy()))
+        dropped = uniform(self.config.seed, Stream.CLASS_DROP, step, samples) < self.config.model.class_dropout
         return torch.where(dropped, self.config.model.classes, labels), codes
 
     def loss(self, model: nn.Module, step: int, samples: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -215,11 +219,12 @@ class GeneratorTask(Task):
             tqdm.write(f"no sample grid at step {step}: {error}")
 
     def metadata(self) -> dict[str, Any]:
-        info = self.codes.info
+        info, stores = self.codes.info, self.data.stores
         return {"kind": "generator", "model": self.model.config.to_json(), "codes": {
-            "path": self.config.data.codes, "hash": self.codes.content_hash(), "class_names": info.class_names,
-            "image_size": info.image_size, "crop": info.crop, "views": info.views, "tokenizer": info.tokenizer,
-            "tokenizer_hash": info.tokenizer_hash}}
+            "class_names": info.class_names, "image_size": info.image_size, "tokenizer": info.tokenizer,
+            "tokenizer_hash": info.tokenizer_hash, "stores": [
+                {"path": str(store.folder), "hash": store.content_hash(), "crop": store.info.crop,
+                 "views": store.info.views} for store in stores]}}
 
 
 def start_from(model: Transformer, path: str) -> None:
@@ -238,11 +243,11 @@ def start_from(model: Transformer, path: str) -> None:
     load_strict(model, weights, path)
 
 
-def open_codes(folder: str, config: GeneratorConfig) -> Codes:
-    """Open a code store and check that it fits the model of ``config``.
+def open_codes(folder: str, config: GeneratorConfig, runtime: Runtime) -> Codes:
+    """Open a code store, check that it fits the model of ``config``, and verify it, each process its share of blocks.
 
     Raises:
-        UserError: naming the key of the config that differs from the store.
+        UserError: naming the key of the config that differs from the store, or the block that is damaged.
     """
     codes = Codes(folder)
     found = {"grid": tuple(codes.info.grid), "vocabulary": codes.info.vocabulary,
@@ -254,6 +259,8 @@ def open_codes(folder: str, config: GeneratorConfig) -> Codes:
             raise UserError(f"{folder}: the codes have {name} {value}, the config says model.{name}={wanted}")
     if len(codes) == 0:
         raise UserError(f"{folder}: holds no images")
+    faults = codes.faults(range(runtime.rank, codes.blocks, runtime.world))
+    codes.refuse(runtime.sum(torch.from_numpy(faults).to(runtime.device)).cpu().numpy())
     return codes
 
 

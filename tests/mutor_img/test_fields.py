@@ -125,7 +125,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*/*.yaml"))
 @pytest.mark.parametrize("path", [p for p in CONFIGS if p.stem not in ("tokenizer", "study")],
                          ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_shipped_config_takes_two_steps_on_a_shrunken_model(path, tiny, tmp_path, make_codes, monkeypatch):
-    from mutor_img.codes import Codes
+    from mutor_img.codes import Codes, block_checksum
     from mutor_img.config import load_config
     from mutor_img.training import generator
     from mutor_img.training.loop import train
@@ -138,6 +138,7 @@ def test_every_shipped_config_takes_two_steps_on_a_shrunken_model(path, tiny, tm
             self.info.grid, self.info.vocabulary = tuple(wanted.model.grid), wanted.model.vocabulary
             self.info.class_names = [str(i) for i in range(wanted.model.classes)]
             self.codes = torch.randint(wanted.model.vocabulary, (10, 2, length)).numpy().astype("uint16")
+            self.info.checksums = [block_checksum(self.codes, self.labels)]
 
     wanted = load_config(GeneratorConfig, path, [
         f"run_dir={tmp_path}/run", "train.steps=2", "train.global_batch=2", "train.compile=false", "train.log_every=1",

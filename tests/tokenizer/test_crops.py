@@ -8,6 +8,7 @@ from PIL import Image
 from mutor_img.errors import UserError
 from mutor_img.images import to_uint8
 from tokenizer.crops import center_crop, crop_rule, pixels, random_crop, read_squares, to_float
+from tokenizer.folder import list_images
 
 
 def ramp(width, height):
@@ -45,10 +46,11 @@ def test_a_random_crop_follows_its_draws_and_stays_inside():
 
 
 def test_pixels_survive_the_way_to_floats_and_back(image_folder):
-    path = image_folder() / "a" / "0000.png"
-    squares = read_squares(path, 1, 8, crop_rule("center"))
-    assert squares.shape == (1, 1, 8, 8) and torch.equal(squares[0, 0], torch.from_numpy(np.array(Image.open(path))))
-    assert torch.equal(read_squares(path, 3, 8, crop_rule("center")), squares.expand(-1, 3, -1, -1))
+    folder = list_images(image_folder())
+    squares = read_squares(folder, 0, 1, 8, crop_rule("center"))
+    stored = torch.from_numpy(np.array(Image.open(folder.path(0))))
+    assert squares.shape == (1, 1, 8, 8) and torch.equal(squares[0, 0], stored)
+    assert torch.equal(read_squares(folder, 0, 3, 8, crop_rule("center")), squares.expand(-1, 3, -1, -1))
     everything = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(to_uint8(to_float(everything)), everything)
     assert pixels(Image.new("RGB", (4, 2))).shape == (3, 2, 4)

@@ -13,7 +13,7 @@ from PIL import Image
 from mutor_img.codes import Codes
 from mutor_img.errors import UserError
 from tokenizer import encode, load_tokenizer, store
-from tokenizer.crops import to_float
+from tokenizer.crops import CropRule, center_rule, to_float
 from tokenizer.encode import main, parse_views, view_names
 from tokenizer.folder import list_images
 
@@ -152,16 +152,16 @@ def test_what_cannot_be_encoded_is_refused_in_one_line(tokenizer_run, image_fold
 
 
 def test_views_are_named_for_each_square_that_a_rule_cuts():
-    rule = encode.CropRule(("left", "right"), lambda image, side: [image, image])
-    assert view_names(["plain", "mirror"], rule) == ("plain-left", "plain-right", "mirror-left", "mirror-right")
-    assert view_names(parse_views("mirror"), encode.crop_rule("center")) == ("mirror",)
+    rule = CropRule("sides", ("left", "right"), lambda image, side, number: [image, image])
+    assert view_names(parse_views(None, rule), rule) == ("plain-left", "plain-right", "mirror-left", "mirror-right")
+    assert view_names(parse_views("mirror", center_rule()), center_rule()) == ("mirror",)
 
 
 def test_a_rule_of_several_squares_gives_several_views(tokenizer_run, image_folder, tmp_path, monkeypatch):
-    def cut(image, side):
+    def cut(image, side, number):
         return [image.crop((0, 0, side, side)), image.crop((image.width - side, 0, image.width, side))]
 
-    monkeypatch.setitem(encode.CROPS, "sides", encode.CropRule(("left", "right"), cut))
+    monkeypatch.setitem(encode.CROPS, "sides", lambda: CropRule("sides", ("left", "right"), cut))
     codes = run_encode(tokenizer_run(), image_folder(size=12), tmp_path / "out", "--crop", "sides")
     assert codes.codes.shape == (12, 4, 16) and codes.info.views[1] == "plain-right" and codes.info.crop == "sides"
     assert not np.array_equal(codes.codes[:, 0], codes.codes[:, 1])

@@ -1,0 +1,195 @@
+"""Flat folders with a label file, Parquet files, and lists of classes: the same images however they are stored."""
+
+import io
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from photographs import WNIDS, write_photographs
+
+from mutor_img.errors import UserError
+from tokenizer.folder import list_images
+from tokenizer.layouts import open_images
+from tokenizer.sources import imagenet_words, read_class_list
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """The photographs in class folders."""
+    return write_photographs(tmp_path_factory.mktemp("imagenet") / "train")
+
+
+@pytest.fixture(scope="module")
+def flat(tree, tmp_path_factory):
+    """The same photographs in one folder under numbered names, and name -> WordNet id."""
+    root, source = tmp_path_factory.mktemp("flat"), list_images(tree)
+    order = np.random.default_rng(1).permutation(len(source))
+    labels = {}
+    for number, index in enumerate(order):
+        shutil.copy(source.path(index), root / f"ILSVRC2012_val_{number + 1:08d}.JPEG")
+        labels[f"ILSVRC2012_val_{number + 1:08d}"] = source.classes[source.labels[index]]
+    return root, labels
+
+
+def content(source, index):
+    where = source.open(index)
+    return where.getvalue() if isinstance(where, io.BytesIO) else where.read_bytes()
+
+
+FORMS = {
+    "kaggle": lambda labels: "ImageId,PredictionString\n" + "".join(
+        f"{name},{wnid} 0 14 216 299 {wnid} 3 4 5 6 \n" for name, wnid in reversed(labels.items())),
+    "name and id": lambda labels: "".join(f"{name}.JPEG {wnid}\n" for name, wnid in labels.items()),
+    "csv without a header": lambda labels: "".join(f"val/{name}.JPEG,{wnid}\n" for name, wnid in labels.items()),
+    "tabs and a blank line": lambda labels: "".join(f"{name}\t{wnid}\n\n" for name, wnid in labels.items()),
+    "ids alone": lambda labels: "\n".join(labels.values()),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_label_file_gives_the_labels_of_the_class_folders(form, tree, flat, tmp_path):
+    root, labels = flat
+    (tmp_path / "labels").write_text(FORMS[form](labels))
+    source, folder = open_images(root, labels=tmp_path / "labels"), list_images(tree)
+    assert source.classes == WNIDS and source.files == [f"{name}.JPEG" for name in labels]
+    by_content = {content(folder, i): label for i, label in enumerate(folder.labels)}
+    assert [by_content[content(source, i)] for i in range(128)] == source.labels.tolist()
+
+
+def test_numbers_count_in_the_list_that_is_given(flat, tmp_path):
+    root, labels = flat
+    places = list(imagenet_words())
+    numbers = [places.index(wnid) for wnid in labels.values()]
+    (tmp_path / "labels").write_text("".join(f"{name}.JPEG {n}\n" for name, n in zip(labels, numbers)))
+    source = open_images(root, labels=tmp_path / "labels", classes="imagenet-1k")
+    assert source.labels.tolist() == numbers and len(source.classes) == 1000
+    with pytest.raises(UserError, match=r"labels are numbers.*--classes"):
+        open_images(root, labels=tmp_path / "labels")
+
+
+def one_changed(change):
+    def text(labels):
+        lines = [f"{name}.JPEG {wnid}" for name, wnid in labels.items()]
+        return "\n".join(change(lines))
+    return text
+
+
+@pytest.mark.parametrize("text, message", [
+    (one_changed(lambda lines: lines[:-2]), "2 of 128 images .* have no line .first: ILSVRC2012_val_00000127"),
+    (one_changed(lambda lines: [*lines, "ILSVRC2012_val_00009999.JPEG n01440764"]), "line 129 names .*9999.*no such"),
+    (one_changed(lambda lines: [*lines, lines[0]]), "line 129 names .*0001.* once more"),
+    (one_changed(lambda lines: [lines[0][:-1] + "x", *lines[1:]]), "class 'n.......x' is none of the 1000"),
+    (one_changed(lambda lines: [*lines, "alone"]), "line 129 has 1 fields"),
+    (one_changed(lambda lines: ["a,b,c"]), "line 1 has 3 fields"),
+    (lambda labels: "n01440764\n" * 127, "127 labels for the 128 images"),
+    (lambda labels: "1000\n" * 128, "label 1000 is outside 0 to 999.*development kit"),
+    (lambda labels: "\n", "empty"),
+    (one_changed(lambda lines: ["ILSVRC2012_val_00000001,n01440764 1 2 3 4 n01443537 1 2 3 4"] + [
+        line.replace(" ", ",") for line in lines[1:]]), "line 1 names two classes"),
+])
+def test_a_label_file_that_does_not_fit_is_refused(text, message, flat, tmp_path):
+    root, labels = flat
+    (tmp_path / "labels").write_text(text(labels))
+    with pytest.raises(UserError, match=message):
+        open_images(root, labels=tmp_path / "labels", classes="imagenet-1k")
+
+
+def test_a_flat_folder_without_labels_says_what_is_missing(flat, tmp_path):
+    with pytest.raises(UserError, match=r"outside of the class folders.*--labels"):
+        open_images(flat[0])
+    with pytest.raises(UserError, match=r"labels\.txt: no such file"):
+        open_images(flat[0], labels=tmp_path / "labels.txt")
+
+
+def test_a_list_of_classes_numbers_a_part_as_the_whole(tree, tmp_path):
+    whole = list(imagenet_words())
+    source = open_images(tree, classes="imagenet-1k")
+    assert [whole[label] for label in source.labels[::8]] == WNIDS
+    assert source.class_names()[source.labels[-1]] == "banana"  # n07753592, the words of a person
+    (tmp_path / "list.txt").write_text("".join(f"{wnid} {words}\n" for wnid, words in imagenet_words().items()))
+    assert read_class_list(tmp_path / "list.txt") == whole
+    assert read_class_list(tree) == WNIDS == open_images(tree).classes
+    (tmp_path / "twice.txt").write_text("dog\ncat\ndog\n")
+    for classes, message in ((tmp_path / "no", "no such file"), (tmp_path / "twice.txt", "'dog' stands there twice")):
+        with pytest.raises(UserError, match=message):
+            read_class_list(classes)
+    (tmp_path / "two.txt").write_text("n01440764\nn01443537\n")
+    with pytest.raises(UserError, match="class 'n01484850' is none of the 2"):
+        open_images(tree, classes=tmp_path / "two.txt")
+
+
+def test_what_a_person_should_know_is_noted(tree, image_folder):
+    assert ["16 of imagenet-1k's 1000 classes" in note for note in open_images(tree).notes()] == [True]
+    assert open_images(tree, classes="imagenet-1k").notes() == ["984 of 1000 classes have no image"]
+    folder = image_folder(classes=("a", "b"))
+    assert list_images(folder).notes() == []
+    (folder / "a" / "0000.png.tmp").write_text("")
+    assert list_images(folder).notes() == ["1 files are no images by their name and are left out (first: "
+                                           "a/0000.png.tmp)"]
+    wordnet = image_folder("wordnet", classes=("n00000001", "n01440764"), each=1)
+    assert "1 class folders are none of imagenet-1k's (first: n00000001)" in list_images(wordnet).notes()
+
+
+def write_shards(folder, source, *, split="train", shards=3, names=None, rows=7, **columns):
+    """Write a source's files as Hugging Face does: numbered shards, class names in the schema's metadata."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    folder.mkdir(exist_ok=True)
+    features = {"label": {"names": names or source.classes, "_type": "ClassLabel"}, "image": {"_type": "Image"}}
+    metadata = {} if names == [] else {"huggingface": json.dumps({"info": {"features": features}})}
+    for number, part in enumerate(np.array_split(np.arange(len(source)), shards)):
+        made = {"image": [{"bytes": source.path(i).read_bytes(), "path": source.files[i]} for i in part],
+                "label": pyarrow.array(source.labels[part])} | columns
+        table = pyarrow.table({k: v for k, v in made.items() if v is not None}).replace_schema_metadata(metadata)
+        parquet.write_table(table, folder / f"{split}-{number:05d}-of-{shards:05d}.parquet", row_group_size=rows)
+    return folder
+
+
+def test_parquet_files_hold_the_images_of_the_folder(tree, tmp_path):
+    folder = list_images(tree)
+    source = open_images(write_shards(tmp_path / "data", folder))
+    assert source.classes == WNIDS and np.array_equal(source.labels, folder.labels) and len(set(source.files)) == 128
+    for index in np.random.default_rng(0).permutation(128):
+        assert content(source, index) == content(folder, index)
+
+
+def test_a_split_is_named_and_must_be_whole(tree, tmp_path):
+    folder = list_images(tree)
+    data = write_shards(tmp_path / "data", folder, names=[f"{words}" for words in list(imagenet_words().values())[:16]])
+    write_shards(data, folder, split="validation", shards=1)
+    source = open_images(data / "train")
+    assert len(source) == 128 and source.class_names()[:2] == ["tench", "goldfish"]
+    assert open_images(data / "validation").classes == WNIDS
+    with pytest.raises(UserError, match="holds the splits train, validation"):
+        open_images(data)
+    with pytest.raises(UserError, match="leave --labels out"):
+        open_images(data / "train", labels="labels.txt")
+    (data / "train-00001-of-00003.parquet").unlink()
+    with pytest.raises(UserError, match="2 Parquet files of train, but their names say 00003"):
+        open_images(data / "train")
+
+
+@pytest.mark.parametrize("written, classes, message", [
+    ({"image": None, "pixels": [1] * 128}, None, "columns label int64, pixels int64; expected image struct"),
+    ({"label": None}, None, "expected image struct<bytes, path> and label int64"),
+    ({"names": []}, None, "metadata name no classes.*--classes"),
+    ({"names": ["a", "b"]}, None, "label 15 is outside 0 to 1"),
+    ({"label": [-1] * 128}, None, "label -1 is outside 0 to 15 .a split without labels"),
+    ({}, "imagenet-1k", "has 16 classes, but --classes names 1000"),
+])
+def test_other_parquet_files_are_refused(written, classes, message, tree, tmp_path):
+    data = write_shards(tmp_path / "data", list_images(tree), shards=1, **written)
+    with pytest.raises(UserError, match=message):
+        open_images(data, classes=classes)
+
+
+def test_a_damaged_parquet_file_and_a_missing_pyarrow_are_named(tmp_path, monkeypatch):
+    (tmp_path / "train-00000-of-00001.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(UserError, match=r"train-00000-of-00001\.parquet: not a readable Parquet file"):
+        open_images(tmp_path)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"needs pyarrow: pip install 'mutor_img\[parquet\]'"):
+        open_images(tmp_path)

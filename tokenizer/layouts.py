@@ -1,0 +1,35 @@
+"""Which layout a path is, and its images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mutor_img.errors import UserError
+from tokenizer.folder import list_images
+from tokenizer.label_file import list_labelled
+from tokenizer.parquet import find_shards, list_parquet
+from tokenizer.sources import ImageSource, read_class_list
+
+
+def open_images(images: str | Path, *, labels: str | Path | None = None, classes: str | Path | None = None,
+                progress: bool = False) -> ImageSource:
+    """List the images at a path: class folders, Parquet files, or with ``labels`` images that lie flat.
+
+    Args:
+        images: a folder, or for Parquet files also folder/split.
+        labels: a file that holds the labels (``tokenizer.label_file``).
+        classes: all classes in label order (``tokenizer.sources.read_class_list``); unless given, those found.
+        progress: show a progress bar where it takes seconds.
+
+    Raises:
+        UserError: no layout fits, or the layout's own reasons.
+    """
+    known = None if classes is None else read_class_list(classes)
+    shards = find_shards(images)
+    if shards and labels is not None:
+        raise UserError(f"{images}: holds Parquet files, which hold their labels; leave --labels out")
+    if shards:
+        return list_parquet(shards, known)
+    if labels is not None:
+        return list_labelled(images, labels, known)
+    return list_images(images, known, progress=progress)
