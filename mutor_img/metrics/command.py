@@ -3,43 +3,46 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import PartialState
-
 from mutor_img import cli
 from mutor_img.errors import UserError, check_range, suggest
 from mutor_img.files import write_json
-from mutor_img.metrics.digits import DEFAULT_FOLDER, load_digits
-from mutor_img.metrics.evaluator import METRICS, evaluate, frechet_key, make_reference
-from mutor_img.metrics.features import FeatureNetwork, load_inception
+from mutor_img.metrics.evaluator import evaluate, make_reference
 from mutor_img.metrics.inception_score import ORDERS
+from mutor_img.metrics.networks import add_network_flags, check_network_flags, load_network, start
 from mutor_img.metrics.references import ROLES, open_reference
+from mutor_img.metrics.report import table
+from mutor_img.metrics.requirements import METRICS, OPTIONAL, check_names
 from mutor_img.metrics.samples import open_samples
+from mutor_img.sampling.options import add_sampling_flags, check_sampling_flags, open_source
+from mutor_img.sampling.source import GeneratedImages
 
-FEATURES = ("inception", "mnist")
+SAMPLES = 50_000  # of --checkpoint, unless --num-samples is given
 
 
-def _parser() -> cli.Parser:
+def _parser() -> tuple[cli.Parser, list[str]]:
+    """Return the parser and the names of the sampling flags."""
     parser = cli.Parser(
         description="Score generated images: FID, sFID, Inception Score, precision and recall under ADM's protocol.",
         example="python evaluate_fid.py --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz "
                 "--num-samples 50000 --json scores.json\n"
+                "python evaluate_fid.py --checkpoint runs/imagenet256/mutor2d_b_80 --cfg-scale 2.0 "
+                "--reference VIRTUAL_imagenet256_labeled.npz\n"
                 "python evaluate_fid.py --make-reference imagenet/train_256_png --role generation --out train.npz")
     add = parser.add_argument
     add("--samples", metavar="PATH", help="npz (arr_0 uint8 NHWC, arr_1 labels) or folder of PNGs")
+    add("--checkpoint", metavar="PATH", help="run folder, checkpoint folder or LlamaGen .pt: generate the images of "
+                                             "sample.py and score them as they come, nothing is stored")
     add("--reference", metavar="PATH", help="ADM npz, statistics npz (ours, or mu and sigma), images npz or PNG folder")
-    add("--metrics", metavar="LIST", help=f"some of {','.join(METRICS)}; all that the reference allows if not given")
-    add("--num-samples", type=int, metavar="N", help="score the first N; fewer is an error; all if not given")
+    add("--metrics", metavar="LIST", help=f"some of {','.join((*METRICS, *OPTIONAL))}; all that the reference allows "
+                                          f"of {','.join(METRICS)} if not given")
+    add("--num-samples", type=int, metavar="N", help="score the first N; fewer is an error; all if not given, or 50000 "
+                                                     "with --checkpoint")
     add("--held-out", metavar="PATH", help="real images outside the reference, scored at the same number beside it")
-    add("--features", default="inception", metavar="NAME", help=f"feature network: {' or '.join(FEATURES)}")
-    add("--features-weights", metavar="FOLDER", help=f"digit classifier of --features mnist ({DEFAULT_FOLDER})")
-    add("--inception-weights", metavar="FILE", help="Inception weights elsewhere than in torch's hub folder")
     add("--is-order", default="shuffle", metavar="ORDER", help=f"Inception Score chunks by {' or '.join(ORDERS)}")
     add("--role", metavar="ROLE", help=f"what is scored, or made a reference for: {' or '.join(ROLES)}; generation "
                                        "when scoring, unless given")
@@ -47,9 +50,8 @@ def _parser() -> cli.Parser:
     add("--json", metavar="FILE", help="write the scores and where they come from")
     add("--make-reference", metavar="PATH", help="write a statistics file of these images instead of scoring")
     add("--out", metavar="FILE", help="the statistics file of --make-reference")
-    add("--batch-size", type=int, default=64, help="images a process at once")
-    add("--device", help="cpu, cuda or cuda:N; CUDA if there is one, else the CPU")
-    return parser
+    add_network_flags(parser)
+    return parser, add_sampling_flags(parser.add_argument_group("samples of --checkpoint, as in sample.py"))
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -58,25 +60,33 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     Raises:
         UserError: a mistake in the flags or in the files they name.
     """
-    args = _parser().parse_args(argv)
+    parser, sampling = _parser()
+    args = parser.parse_args(argv)
     _check(args)
-    network = _network(args)
+    if not args.checkpoint:
+        _check_unused(args, {name: parser.get_default(name) for name in sampling}, "has no use without --checkpoint")
+    runtime = start(args.device)
     options = {"batch_size": args.batch_size, "progress": True}
+    network = load_network(args.features, args.features_weights, args.inception_weights, runtime)
     if args.make_reference:
         source = open_reference(args.make_reference)
         if make_reference(source, network, args.role, args.out, **options) is not None:
             print(f"reference of {args.make_reference} for {args.role} -> {args.out}")
         return {}
+    if args.checkpoint:
+        samples = GeneratedImages(open_source(args, runtime), args.num_samples or SAMPLES, args.batch_size)
+    else:
+        samples = open_samples(args.samples)
     result = evaluate(
-        open_samples(args.samples), open_reference(args.reference), network, metrics=_metrics(args.metrics),
-        num_samples=args.num_samples, held_out=None if args.held_out is None else open_samples(args.held_out),
-        role=args.role or "generation", force_role=args.force_role, is_order=args.is_order, **options)
+        samples, open_reference(args.reference), network, metrics=_metrics(args.metrics), num_samples=args.num_samples,
+        held_out=None if args.held_out is None else open_samples(args.held_out), role=args.role or "generation",
+        force_role=args.force_role, is_order=args.is_order, **options)
     if result:
         if args.json:
             write_json(args.json, result)
         for warning in result["warnings"]:
             print(f"warning: {warning}", file=sys.stderr)
-        print(table(result, frechet_key(network)))
+        print(table(result))
     return result
 
 
@@ -87,109 +97,44 @@ def entry() -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse what cannot be meant before anything is read."""
-    for name, value, known in (("--features", args.features, FEATURES), ("--is-order", args.is_order, ORDERS),
-                               ("--role", args.role, ROLES)):
+    for name, value, known in (("--is-order", args.is_order, ORDERS), ("--role", args.role, ROLES)):
         if value is not None and value not in known:
             raise UserError(f"{name} {value!r} is unknown{suggest(value, known)}")
-    check_range("--batch-size", args.batch_size, 1, 100_000)
+    check_network_flags(args)
+    check_sampling_flags(args)
     _metrics(args.metrics)
-    if args.features_weights and args.features == "inception":
-        raise UserError("--features-weights is for --features mnist; Inception's file is given by --inception-weights")
-    if args.inception_weights and args.features != "inception":
-        raise UserError(f"--inception-weights has no use with --features {args.features}")
-    making = {"--make-reference": args.make_reference, "--out": args.out}
-    scoring = {"--samples": args.samples, "--reference": args.reference, "--num-samples": args.num_samples,
-               "--metrics": args.metrics, "--held-out": args.held_out, "--json": args.json,
-               "--force-role": args.force_role or None}
+    if args.num_samples is not None:
+        check_range("--num-samples", args.num_samples, 2, 10**9)
     if args.make_reference:
-        unused = [name for name, value in scoring.items() if value is not None]
-        if unused:
-            raise UserError(f"{unused[0]} has no use with --make-reference")
+        scoring = ("samples", "checkpoint", "reference", "num_samples", "metrics", "held_out", "json")
+        _check_unused(args, {**dict.fromkeys(scoring), "force_role": False}, "has no use with --make-reference")
         if not args.out or not args.role:
             raise UserError(f"--make-reference needs --role ({' or '.join(ROLES)}) and --out FILE")
         return
-    if making["--out"]:
+    if args.out:
         raise UserError("--out is for --make-reference; the scores are written by --json FILE")
-    for name in ("--samples", "--reference"):
-        if not scoring[name]:
-            raise UserError(f"{name} is missing (see --help)")
+    if args.samples and args.checkpoint:
+        raise UserError("--samples and --checkpoint exclude each other; give the one to score")
+    if not args.samples and not args.checkpoint:
+        raise UserError("--samples is missing, or --checkpoint to generate them (see --help)")
+    if not args.reference:
+        raise UserError("--reference is missing (see --help)")
     if args.json and Path(args.json).is_dir():
         raise UserError(f"--json {args.json} is a folder; give a file name")
+
+
+def _check_unused(args: argparse.Namespace, defaults: dict[str, Any], reason: str) -> None:
+    """Refuse flags that would change nothing."""
+    for name, default in defaults.items():
+        if getattr(args, name) != default:
+            raise UserError(f"--{name.replace('_', '-')} {reason}")
 
 
 def _metrics(text: str | None) -> list[str] | None:
     if text is None:
         return None
     names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        if name not in METRICS:
-            raise UserError(f"unknown metric {name!r}{suggest(name, METRICS)}")
     if not names:
-        raise UserError(f"--metrics is empty; choose from {','.join(METRICS)}")
+        raise UserError(f"--metrics is empty; choose from {','.join((*METRICS, *OPTIONAL))}")
+    check_names(names)
     return names
-
-
-def _network(args: argparse.Namespace) -> FeatureNetwork:
-    """Load the feature network on this process's device, the main process first where it may have to download."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        state = PartialState(cpu=args.device == "cpu")
-        device = state.device
-        with state.main_process_first():
-            return _load(args, device)
-    try:
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise UserError(f"--device {args.device!r} is no device; give cpu, cuda or cuda:N") from None
-    devices = {"cpu": 1, "cuda": torch.cuda.device_count()}
-    if (device.index or 0) >= devices.get(device.type, 0):
-        raise UserError(f"--device {args.device}: there is no such device here ({torch.cuda.device_count()} CUDA "
-                        "devices); give another or leave it out")
-    return _load(args, device)
-
-
-def _load(args: argparse.Namespace, device: torch.device) -> FeatureNetwork:
-    if args.features == "mnist":
-        return load_digits(args.features_weights or DEFAULT_FOLDER, device)
-    return load_inception(args.inception_weights, device)
-
-
-def _shortened(count: int) -> str:
-    """50000 -> "50k", 1500 -> "1500"."""
-    return f"{count // 1000}k" if count % 1000 == 0 else str(count)
-
-
-def table(result: dict[str, Any], frechet: str) -> str:
-    """Return the scores as lines for a person; the columns are the samples and, if scored, the held-out images."""
-    columns = {"samples": result}
-    if "real_against_real" in result:
-        if result["samples_at_same_n"]["num_samples"] != result["num_samples"]:
-            columns["samples, same N"] = result["samples_at_same_n"]
-        columns["held-out real"] = result["real_against_real"]
-    size = _shortened(result["num_samples"])
-    names = {frechet: f"{'FID' if frechet == 'fid' else 'FD'}-{size}", "sfid": f"sFID-{size}", "is": "Inception Score",
-             "precision": "precision", "recall": "recall", "recognised": "recognised", "distinct": "distinct",
-             "nearest_training_distance": "nearest training image", "nearer_than_held_out": "nearer than any held-out",
-             "nearer_by_chance": "nearer by chance", "num_samples": "images (N)"}
-    if len(columns) > 1:  # a column of another N must not stand under the name of this one
-        names |= {frechet: names[frechet].split("-")[0], "sfid": "sFID"}
-    rows = [["", *columns]]
-    for key, name in names.items():
-        if key in result or any(key in column for column in columns.values()):
-            rows.append([name, *(_number(column.get(key)) for column in columns.values())])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
-             for row in rows]
-    reference = result["reference"]
-    return "\n".join([
-        *lines,
-        f"features {result['features']} ({result['weights_sha256'][:8]}), reference {reference['name']} "
-        f"(role {reference['role'] or 'undeclared'}; {reference['statistics']}), "
-        f"labels {result['labels'] or 'unknown'}, "
-        f"{'' if result['comparable'] else 'not '}comparable with published scores",
-    ])
-
-
-def _number(value: float | int | None) -> str:
-    if value is None:
-        return "-"
-    return str(value) if isinstance(value, int) else f"{value:.4f}"

@@ -1,24 +1,25 @@
 """One pass of a feature network over an image set, on one process or shared by several.
 
 The images are cut into fixed batches. In every round each process takes one batch, and the features come back in
-index order, so that sums and rows are the same whatever the number of processes.
+index order, so that sums and rows are the same whatever the number of processes. What one of them cannot read stops
+all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
 from mutor_img.errors import UserError
 from mutor_img.metrics.features import FeatureNetwork
 from mutor_img.metrics.frechet import Moments, Statistics
-from mutor_img.metrics.image_sets import ImageSet, rebatch
+from mutor_img.metrics.image_sets import ImageSet, shares
 
 
 @dataclass
@@ -28,22 +29,27 @@ class Features:
     Attributes:
         count: images.
         statistics: mean and covariance by output name ("pool", "spatial").
-        rows: (N, D) float32 features on the CPU by output name, for the outputs that were kept.
+        rows: (N, D) float32 features on the CPU by output name, for the outputs that were kept;
+            N is the number of images, or of the chosen ones.
+        pixels: (N, H, W, C) uint8, the images themselves where they were asked for.
     """
 
     count: int
     statistics: dict[str, Statistics]
     rows: dict[str, Tensor]
+    pixels: np.ndarray | None = None
 
     def subset(self, chosen: Tensor) -> Features:
         """Return the features of the chosen images (n,) int64, with statistics for every output with kept rows."""
         rows = {name: values[chosen] for name, values in self.rows.items()}
-        return Features(len(chosen), {n: _moments(rows[n]).finish() for n in self.statistics if n in rows}, rows)
+        statistics = {n: _moments(rows[n]).finish() for n in self.statistics if n in rows}
+        return Features(len(chosen), statistics, rows, None if self.pixels is None else self.pixels[chosen.numpy()])
 
 
 def extract(
     images: ImageSet, network: FeatureNetwork, *, statistics: Collection[str], rows: Collection[str],
-    count: int | None = None, batch_size: int = 64, progress: bool = False, title: str = "features",
+    chosen: Tensor | None = None, pixels: bool = False, count: int | None = None, batch_size: int = 64,
+    progress: bool = False, title: str = "features",
 ) -> Features | None:
     """Run the network over the first ``count`` images (all by default).
 
@@ -55,37 +61,42 @@ def extract(
         network: the feature network.
         statistics: outputs to gather moments of.
         rows: outputs to keep image by image.
+        chosen: ascending numbers (n,) int64 of the images whose rows are kept; None: all.
+        pixels: keep the images too, for small ones.
         batch_size: images a process and round.
         progress: a bar with an ETA, on a terminal.
         title: of the bar.
 
     Raises:
-        UserError: the set yields fewer images than its length, or they cannot be read.
+        UserError: the set yields fewer images than its length, or they cannot be read; on every process alike.
     """
     count = len(images) if count is None else count
     rank, world = _processes()
     outputs = [name for name in network.dimensions if name in {*statistics, *rows}]
     moments = {name: Moments(network.dimensions[name]) for name in statistics}
-    kept = {name: torch.empty(count if rank == 0 else 0, network.dimensions[name]) for name in rows}
-    batches, done = rebatch(images, batch_size, count), 0
+    chosen = torch.arange(count) if chosen is None else chosen
+    kept = {name: torch.empty(len(chosen) if rank == 0 else 0, network.dimensions[name]) for name in rows}
+    seen: list[np.ndarray] = []
+    own, done = shares(images, batch_size, count, rank, world), 0
     hidden = None if progress and rank == 0 else True
     with tqdm(total=count, desc=title, unit="image", disable=hidden, mininterval=0.5) as bar:
-        # Every process reads the whole round before any computes, so that a damaged file stops all of them.
-        while round_ := list(islice(batches, world)):
-            for features in _in_order(round_, network, outputs, batch_size, rank, world):
-                size = len(features[outputs[0]])
+        while done < count:
+            sizes = [min(batch_size, count - first)
+                     for first in range(done, min(done + batch_size * world, count), batch_size)]
+            for size, features, part in _round(own, network, outputs, sizes, pixels, rank, world):
                 if rank == 0:
                     for name, one in moments.items():
                         one.update(features[name])
+                    low, high = torch.searchsorted(chosen, torch.tensor([done, done + size])).tolist()
                     for name, values in kept.items():
-                        values[done : done + size] = features[name]
+                        values[low:high] = features[name][chosen[low:high] - done]
+                    seen += [part] if pixels else []
                 done += size
                 bar.update(size)
-    if done < count:
-        raise UserError(f"{getattr(images, 'name', 'the image set')} yields {done} images, its length says {count}")
     if rank != 0:
         return None
-    return Features(count, {name: one.finish() for name, one in moments.items()}, kept)
+    return Features(count, {name: one.finish() for name, one in moments.items()}, kept,
+                    np.concatenate(seen) if pixels else None)
 
 
 def _moments(rows: Tensor) -> Moments:
@@ -97,24 +108,43 @@ def _moments(rows: Tensor) -> Moments:
 
 def _processes() -> tuple[int, int]:
     """Return (rank, number of processes)."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
-def _in_order(round_: list[np.ndarray], network: FeatureNetwork, outputs: list[str], batch_size: int, rank: int,
-              world: int) -> Iterator[dict[str, Tensor]]:
-    """Yield the features of each batch of a round, in index order, on the CPU."""
+def _round(own: Iterator[np.ndarray | None], network: FeatureNetwork, outputs: list[str], sizes: list[int],
+           pixels: bool, rank: int, world: int) -> Iterator[tuple[int, dict[str, Tensor], np.ndarray | None]]:
+    """Yield number, features (on the CPU) and images, where wanted, of each batch of a round, in index order."""
     if world == 1:
-        features = network(round_[0])
-        yield {name: features[name].cpu() for name in outputs}
+        batch = next(own)
+        features = network(batch)
+        yield len(batch), {name: features[name].cpu() for name in outputs}, batch if pixels else None
         return
     widths = [network.dimensions[name] for name in outputs]
-    mine = torch.zeros(batch_size, sum(widths), device=network.device)  # (B, all outputs side by side), padded
-    if rank < len(round_):
-        features = network(round_[rank])
-        mine[: len(round_[rank])] = torch.cat([features[name] for name in outputs], 1)
-    parts = [torch.empty_like(mine) for _ in range(world)]
-    torch.distributed.all_gather(parts, mine)
-    for batch, part in zip(round_, parts):
-        yield dict(zip(outputs, part[: len(batch)].cpu().split(widths, 1)))
+    # (B, all outputs side by side); B is that of the first and fullest batch of the round, the others are padded
+    mine, batch, error = torch.zeros(sizes[0], sum(widths), device=network.device), None, None
+    try:
+        batch = next(own)
+        if batch is not None:
+            features = network(batch)
+            mine[: len(batch)] = torch.cat([features[name] for name in outputs], 1)
+    except UserError as mistake:
+        error = str(mistake)
+    _share_error(error, network.device, world)
+    parts, images = [torch.empty_like(mine) for _ in range(world)], [None] * world
+    dist.all_gather(parts, mine)
+    if pixels:
+        dist.all_gather_object(images, batch)
+    for size, part, image in zip(sizes, parts, images):
+        yield size, dict(zip(outputs, part[:size].cpu().split(widths, 1))), image
+
+
+def _share_error(error: str | None, device: torch.device, world: int) -> None:
+    """Raise on every process what one of them met: the others would wait for it for ever."""
+    failed = torch.tensor([error is not None], dtype=torch.int32, device=device)
+    dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+    if failed.item():
+        errors: list[str | None] = [None] * world
+        dist.all_gather_object(errors, error)
+        raise UserError(next(text for text in errors if text is not None))

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from scipy.linalg.lapack import dpstrf
 from torch import Tensor
 
 from mutor_img.errors import UserError
@@ -133,7 +134,8 @@ def _factor(sigma: Tensor) -> Tensor:
     lower, failed = torch.linalg.cholesky_ex(sigma)
     if not failed:
         return lower
-    values, vectors = torch.linalg.eigh(sigma)
-    # What is below rounding is no part of the rank.
-    keep = values > values[-1].clamp(min=0) * sigma.shape[0] * torch.finfo(sigma.dtype).eps
-    return vectors[:, keep] * values[keep].sqrt()
+    # With pivots it stops at the rank: D r^2 in place of D^3, and what is below rounding is no part of it.
+    lower, order, rank, _ = dpstrf(sigma.numpy(), lower=1)
+    factor = torch.zeros(len(sigma), rank, dtype=sigma.dtype)
+    factor[torch.from_numpy(order).long() - 1] = torch.from_numpy(lower).tril()[:, :rank]
+    return factor

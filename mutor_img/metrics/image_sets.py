@@ -2,7 +2,8 @@
 
 An image set is any iterable of (B, H, W, C) uint8 arrays, with B of its own choice and C 1 or 3, whose ``len``
 is the number of images. It can be iterated more than once. The attributes ``name``, ``labels`` ((N,) int64 or
-None) and ``class_names`` are optional.
+None), ``class_names`` and ``size`` ((H, W), or None where it is not known) are optional. So is ``read(start, stop)``,
+which returns images start to stop - 1: of a set that has it, each of several processes reads its own share only.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import os
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -31,23 +34,37 @@ class ImageSet(Protocol):
     def __iter__(self) -> Iterator[np.ndarray]: ...
 
 
-class ArrayImages:
+class _Indexed:
+    """An image set that can be read at any place."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Return images ``start`` to ``stop`` - 1 as (stop - start, H, W, C) uint8."""
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for start in range(0, len(self), _CHUNK):
+            yield self.read(start, min(start + _CHUNK, len(self)))
+
+
+class ArrayImages(_Indexed):
     """Images in memory: (N, H, W, C) uint8, with (N,) integer labels or None."""
 
     def __init__(self, images: np.ndarray, labels: Sequence[int] | np.ndarray | None = None, name: str = "memory"):
         self.images = np.asarray(images)
         _check_layout(name, self.images.dtype, self.images.shape)
         self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
-        self.name = name
+        self.name, self.size = name, self.images.shape[1:3]
         if self.labels is not None and self.labels.shape != (len(self.images),):
             raise UserError(f"{name}: labels have shape {self.labels.shape} for {len(self.images)} images")
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        for start in range(0, len(self), _CHUNK):
-            yield self.images[start : start + _CHUNK]
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self.images[start:stop]
 
 
 class NpzImages:
@@ -68,6 +85,7 @@ class NpzImages:
         if "arr_0" not in self.members:
             raise UserError(f"{path}: no array arr_0 of images; it holds {', '.join(sorted(self.members))}")
         self.shape = _image_shape(self.path, "arr_0")
+        self.size = self.shape[1:3]
         labels = read_npz_array(self.path, "arr_1") if "arr_1" in self.members else None
         if labels is not None and (labels.shape != (len(self),) or labels.dtype.kind not in "iu"):
             raise UserError(f"{path}: arr_1 is {labels.dtype} of shape {labels.shape}; labels are integers, "
@@ -153,7 +171,7 @@ def _check_layout(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
         raise UserError(f"{name} has shape {shape}; images are (N, H, W, 3), at least one")
 
 
-class FolderImages:
+class FolderImages(_Indexed):
     """The PNG images of a folder, or of an ImageFolder tree, whose subfolders in alphabetical order are classes.
 
     Order: that of the sorted relative paths. ``labels`` and ``class_names`` are None where images lie in the
@@ -184,17 +202,21 @@ class FolderImages:
     def __len__(self) -> int:
         return len(self.files)
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        expected = None
-        for start in range(0, len(self.files), _CHUNK):
-            images = []
-            for file in self.files[start : start + _CHUNK]:
-                images.append(np.asarray(read_image(self.path / file)))  # (H, W, 3)
-                expected = expected or images[-1].shape
-                if images[-1].shape != expected:
-                    raise UserError(f"{self.path / file} is {images[-1].shape[1]} x {images[-1].shape[0]} pixels, "
-                                    f"the first image {expected[1]} x {expected[0]}; all must be of one size")
-            yield np.stack(images)
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the first image, which all must have."""
+        return self._image(0).shape[:2]
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        images = [self._image(index) for index in range(start, stop)]
+        for file, image in zip(self.files[start:stop], images):
+            if image.shape[:2] != self.size:
+                raise UserError(f"{self.path / file} is {image.shape[1]} x {image.shape[0]} pixels, the first image "
+                                f"{self.size[1]} x {self.size[0]}; all must be of one size")
+        return np.stack(images)
+
+    def _image(self, index: int) -> np.ndarray:
+        return np.asarray(read_image(self.path / self.files[index]))  # (H, W, 3)
 
     def sha256(self) -> str:
         """Return one hash over the relative paths and the bytes of all files."""
@@ -226,6 +248,32 @@ def rebatch(images: Iterable[np.ndarray], size: int, limit: int) -> Iterator[np.
             break
     if held:
         yield np.concatenate(held)
+
+
+def shares(images: ImageSet, size: int, count: int, rank: int, world: int) -> Iterator[np.ndarray | None]:
+    """Yield this process's batch of each round, in which the ``world`` processes take one batch of ``size`` each.
+
+    None where the last round has no batch left for this process.
+
+    Raises:
+        UserError: the set yields fewer images than its length, or they cannot be read.
+    """
+    name = getattr(images, "name", "the image set")
+    if hasattr(images, "read"):
+        for start in range(rank * size, -(-count // (size * world)) * size * world, size * world):
+            stop = min(start + size, count)
+            batch = images.read(start, stop) if start < count else None
+            if batch is not None and len(batch) < stop - start:
+                raise UserError(f"{name} yields {start + len(batch)} images, its length says {len(images)}")
+            yield batch
+        return
+    batches, seen = rebatch(images, size, count), 0
+    while seen < count:
+        round_ = list(islice(batches, world))
+        wanted, seen = min(seen + size * world, count), seen + sum(map(len, round_))
+        if seen < wanted:
+            raise UserError(f"{name} yields {seen} images, its length says {len(images)}")
+        yield round_[rank] if rank < len(round_) else None
 
 
 def read_all(images: ImageSet, limit: int | None = None) -> np.ndarray:

@@ -41,6 +41,7 @@ class Reference:
         pool_features: (M, D) float32 features the file holds for precision and recall, or None.
         images: the image set, or None in a file of statistics only.
         network, weights_hash: what made the statistics, where the file says.
+        stored_size: (H, W) of the images behind the statistics, where the file says.
         computed: features of ``images`` already computed, one entry a network; filled by the evaluator.
     """
 
@@ -54,12 +55,18 @@ class Reference:
     images: ImageSet | None = None
     network: str | None = None
     weights_hash: str | None = None
+    stored_size: tuple[int, int] | None = None
     computed: dict = field(default_factory=dict, repr=False)
 
     @property
     def labels(self) -> np.ndarray | None:
         """(N,) int64 class numbers of the images, or None."""
         return getattr(self.images, "labels", None)
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(H, W) of the images in pixels, or None where that is not known."""
+        return self.stored_size if self.images is None else getattr(self.images, "size", None)
 
 
 def open_reference(path: str | os.PathLike) -> Reference:
@@ -114,16 +121,18 @@ def check_role(reference: Reference, role: str, force: bool) -> list[str]:
 
 
 def save_reference(path: str | os.PathLike, *, role: str, name: str, source_hash: str | None, network: str,
-                   weights_hash: str, pool: Statistics, spatial: Statistics | None, pool_features: Tensor) -> Path:
+                   weights_hash: str, pool: Statistics, spatial: Statistics | None, pool_features: Tensor,
+                   size: tuple[int, int] | None = None) -> Path:
     """Write our statistics file: a plain npz with a JSON text ``about``; :func:`open_reference` reads it back.
 
     Arrays: ``mu`` (D,) and ``sigma`` (D, D) float64, the same with ``_s`` if there are spatial statistics, and
-    ``pool`` (M, D) float32, the features for precision and recall.
+    ``pool`` (M, D) float32, the features for precision and recall. ``size`` is (H, W) of the images in pixels.
     """
     if role not in ROLES:
         raise UserError(f"unknown role {role!r}{suggest(role, ROLES)}")
     about = {"format": 1, "role": role, "name": name, "count": pool.count, "features": network,
-             "weights_sha256": weights_hash, "source_sha256": source_hash}
+             "weights_sha256": weights_hash, "source_sha256": source_hash,
+             "image_size": None if size is None else list(size)}
     arrays = {"mu": pool.mu.numpy(), "sigma": pool.sigma.numpy(), "pool": pool_features.numpy()}
     if spatial is not None:
         arrays |= {"mu_s": spatial.mu.numpy(), "sigma_s": spatial.sigma.numpy()}
@@ -141,16 +150,21 @@ def _open_own(path: Path, digest: str, members: set[str]) -> Reference:
         about = json.loads(read_npz_array(path, _ABOUT).tobytes())
         role, name, count = about["role"], about["name"], about["count"]
         network, weights_hash = about["features"], about["weights_sha256"]
+        size = None if about.get("image_size") is None else tuple(about["image_size"])
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: its description cannot be read ({error}); make the reference again") from None
     if role not in ROLES or not {"mu", "sigma", "pool"} <= members:
         raise UserError(f"{path}: not a whole statistics file; make the reference again")
+    rows = torch.from_numpy(read_npz_array(path, "pool"))
+    if rows.dtype != torch.float32 or rows.ndim != 2 or not torch.isfinite(rows).all():
+        raise UserError(f"{path}: pool is {rows.dtype} {tuple(rows.shape)}, not finite float32 features of images; "
+                        "make the reference again")
     return Reference(
         name, "mutor_img", digest, role, _statistics(path, members, "mu", "sigma", count),
-        _statistics(path, members, "mu_s", "sigma_s", count), torch.from_numpy(read_npz_array(path, "pool")),
-        network=network, weights_hash=weights_hash)
+        _statistics(path, members, "mu_s", "sigma_s", count), rows, network=network, weights_hash=weights_hash,
+        stored_size=size)
 
 
 def _statistics(path: Path, members: set[str], mean: str, covariance: str, count: int | None = None):
@@ -162,4 +176,6 @@ def _statistics(path: Path, members: set[str], mean: str, covariance: str, count
     if mu.dtype.kind != "f" or sigma.dtype.kind != "f" or mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
         raise UserError(f"{path}: {mean} is {mu.dtype} {mu.shape} and {covariance} {sigma.dtype} {sigma.shape}; "
                         "a mean (D,) and a covariance (D, D) are wanted")
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise UserError(f"{path}: {mean} or {covariance} holds NaN or infinity; make or download the file again")
     return Statistics(torch.from_numpy(mu).double(), torch.from_numpy(sigma).double(), count)

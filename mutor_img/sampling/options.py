@@ -7,7 +7,6 @@ import sys
 
 import torch
 
-from mutor_img.cli import Parser
 from mutor_img.config import check_choice
 from mutor_img.generation import SamplingSettings
 from mutor_img.guidance import SCHEDULES
@@ -22,8 +21,8 @@ WEIGHTS = {"auto": None, "ema": True, "raw": False}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def add_sampling_flags(parser: Parser) -> list[str]:
-    """Add the flags that decide samples; returns their names in the parsed namespace."""
+def add_sampling_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> list[str]:
+    """Add the flags that decide samples to a parser or a group of one; returns their names once parsed."""
     before = {action.dest for action in parser._actions}
     add = parser.add_argument
     add("--tokenizer", metavar="PATH", help="tokenizer folder or LlamaGen .pt; the one the run names unless given")

@@ -74,6 +74,7 @@ class GeneratedImages:
             batch: images at a time where that is free, see :class:`~mutor_img.generation.Sampler`.
         """
         self.source, self.batch, self.name = source, batch, str(source.loaded.path)
+        self.size = tuple(side * source.tokenizer.downsample for side in source.loaded.model.config.grid)
         self.drawn = source.labels(count)  # (count,)
         self.labels = self.drawn.numpy()
         self.manifest = {"generated": True, **source.identity(count)}

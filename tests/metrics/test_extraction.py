@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-from projection import Projection
 
 from mutor_img.errors import UserError
 from mutor_img.metrics.extraction import extract
@@ -30,30 +29,35 @@ def test_a_subset_has_the_statistics_of_its_images(network):
     assert (part.count, set(part.statistics)) == (5, {"pool"})  # spatial rows were not kept
 
 
-def test_a_source_that_ends_early_is_refused(network):
-    class Short(ArrayImages):
-        def __len__(self):
-            return 30
+class Indexed(ArrayImages):
+    """Says it holds 30 images and holds fewer; can be read anywhere."""
 
-        def __iter__(self):
-            yield self.images
+    def __len__(self):
+        return 30
 
+
+class Streamed:
+    """The same, to be read from the beginning only."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __len__(self):
+        return 30
+
+    def __iter__(self):
+        yield self.array
+
+
+@pytest.mark.parametrize("kind", [Indexed, Streamed])
+def test_a_source_that_ends_early_is_refused(kind, network):
     with pytest.raises(UserError, match="yields 21 images, its length says 30"):
-        extract(Short(images().images), network, **ALL)
+        extract(kind(images().images), network, **ALL)
 
 
-def process(rank, world, folder):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
-    found = extract(images(), Projection(), **ALL)
-    assert (found is None) == (rank != 0)
-    if rank == 0:
-        torch.save([found.rows, found.statistics["pool"].sigma], f"{folder}/found.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_get_the_bits_of_one(tmp_path, network):
-    torch.multiprocessing.spawn(process, (2, tmp_path), nprocs=2)
-    rows, sigma = torch.load(tmp_path / "found.pt")
-    alone = extract(images(), network, **ALL)
-    assert all(torch.equal(rows[name], alone.rows[name]) for name in alone.rows)
-    assert torch.equal(sigma, alone.statistics["pool"].sigma)
+def test_chosen_rows_and_the_images_themselves_can_be_kept(network):
+    chosen = torch.tensor([0, 3, 4, 11, 20])
+    found = extract(images(), network, chosen=chosen, pixels=True, **ALL)
+    torch.testing.assert_close(found.rows["pool"], network(images().images)["pool"][chosen])
+    np.testing.assert_array_equal(found.pixels, images().images)
+    assert found.count == 21

@@ -5,18 +5,10 @@ import pytest
 
 from mutor_img import cli
 from mutor_img.errors import UserError
-from mutor_img.metrics import command
-from mutor_img.metrics.command import main, table
-from mutor_img.metrics.digits import main as train_digits
+from mutor_img.metrics import networks
+from mutor_img.metrics.command import main
 from mutor_img.metrics.image_sets import FolderImages, read_all
-
-
-@pytest.fixture(scope="module")
-def classifier(digit_folders, tmp_path_factory):
-    out = tmp_path_factory.mktemp("classifier")
-    train_digits(["--images", str(digit_folders["train"]), "--val", str(digit_folders["val"]), "--out", str(out),
-                  "--epochs", "2"])
-    return out
+from mutor_img.metrics.report import table
 
 
 @pytest.fixture
@@ -59,12 +51,17 @@ def test_a_made_reference_declares_its_role_and_the_other_is_refused(samples, di
 def test_only_fifty_thousand_samples_make_an_fid_50k(count, name):
     result = {"fid": 2.0, "num_samples": count, "features": "inception-v3-compat", "weights_sha256": "0" * 64,
               "labels": None, "comparable": True, "reference": {"name": "r", "role": None, "statistics": "s"}}
-    assert table(result, "fid").splitlines()[1].split() == [name, "2.0000"]
-    assert ("FID-50k" in table(result, "fid")) == (count == 50_000)
+    assert table(result).splitlines()[1].split() == [name, "2.0000"]
+    assert ("FID-50k" in table(result)) == (count == 50_000)
 
 
 @pytest.mark.parametrize("arguments, message", [
     ([], "--samples is missing"),
+    (["--samples", "x.npz", "--checkpoint", "run", "--reference", "y.npz"], "exclude each other"),
+    (["--samples", "x.npz", "--reference", "y.npz", "--cfg-scale", "1.5"], "--cfg-scale has no use without"),
+    (["--samples", "x.npz", "--reference", "y.npz", "--num-samples", "1"], "--num-samples is 1"),
+    (["--checkpoint", "run", "--reference", "y.npz", "--labels", "even"], "--labels"),
+    (["--samples", "x.npz", "--reference", "y.npz", "--features", "timm:test_vit"], "needs --features-weights"),
     (["--samples", "x.npz"], "--reference is missing"),
     (["--samples", "x.npz", "--reference", "y.npz", "--metrics", "fid,sfdi"], "did you mean 'sfid'"),
     (["--samples", "x.npz", "--reference", "y.npz", "--metrics", ","], "--metrics is empty"),
@@ -108,6 +105,6 @@ def test_inception_is_the_default_network(monkeypatch):
     def load(path, device):
         raise AskedFor(path)
 
-    monkeypatch.setattr(command, "load_inception", load)
+    monkeypatch.setattr(networks, "load_inception", load)
     with pytest.raises(AskedFor, match="mine"):
         main(["--samples", "x.npz", "--reference", "y.npz", "--inception-weights", "mine.pth", "--device", "cpu"])

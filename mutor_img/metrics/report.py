@@ -1,0 +1,51 @@
+"""A result as lines for a person."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def _shortened(count: int) -> str:
+    """50000 -> "50k", 1500 -> "1500"."""
+    return f"{count // 1000}k" if count % 1000 == 0 else str(count)
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the scores; the columns are the samples and, if scored, the held-out images."""
+    columns = {"samples": result}
+    if "real_against_real" in result:
+        if result["samples_at_same_n"]["num_samples"] != result["num_samples"]:
+            columns["samples, same N"] = result["samples_at_same_n"]
+        columns["held-out real"] = result["real_against_real"]
+    # A column of another N must not stand under the name of this one.
+    size = f"-{_shortened(result['num_samples'])}" if len(columns) == 1 else ""
+    names = {"fid": f"FID{size}", "fd": f"FD{size}", "sfid": f"sFID{size}", "is": "Inception Score",
+             "precision": "precision", "recall": "recall", "kid": f"KID{size}", "kd": f"KD{size}",
+             "recognised": "recognised", "distinct": "distinct", "nearest_training_distance": "nearest training image",
+             "nearer_than_held_out": "nearer than any held-out", "nearer_by_chance": "nearer by chance",
+             "num_samples": "images (N)"}
+    rows = [["", *columns]]
+    for key, name in names.items():
+        if any(key in column for column in columns.values()):
+            rows.append([name, *(_number(column.get(key)) for column in columns.values())])
+    reference = result["reference"]
+    return "\n".join([
+        *aligned(rows),
+        f"features {result['features']} ({result['weights_sha256'][:8]}), reference {reference['name']} "
+        f"(role {reference['role'] or 'undeclared'}; {reference['statistics']}), "
+        f"labels {result['labels'] or 'unknown'}, "
+        f"{'' if result['comparable'] else 'not '}comparable with published scores",
+    ])
+
+
+def aligned(rows: list[list[str]]) -> list[str]:
+    """Return rows of cells as lines: the first column flush left, the others flush right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
+            for row in rows]
+
+
+def _number(value: float | int | None) -> str:
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, int) else f"{value:.4f}"

@@ -1,0 +1,98 @@
+"""Which scores there are, and whether samples, reference and network can give them: asked before the long pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mutor_img.errors import UserError, suggest
+from mutor_img.metrics.features import FeatureNetwork
+from mutor_img.metrics.references import Reference
+
+METRICS = ("fid", "sfid", "is", "pr")  # what is scored unless the user chooses
+OPTIONAL = ("kid",)
+KNOWN = (*METRICS, *OPTIONAL)
+INCEPTION = "inception-v3-compat"
+_NEEDS = {"fid": "pool", "sfid": "spatial", "is": "logits", "pr": "pool", "kid": "pool"}  # network outputs
+_BY_ROW = {"is", "pr", "kid"}  # scores of the features of single images, not of their moments
+
+
+def frechet_key(network: FeatureNetwork) -> str:
+    """The result's key: only Inception's Frechet distance is called FID."""
+    return "fid" if network.name == INCEPTION else "fd"
+
+
+def kernel_key(network: FeatureNetwork) -> str:
+    """The result's key: only Inception's kernel distance is called KID."""
+    return "kid" if network.name == INCEPTION else "kd"
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise :class:`UserError` for a metric that does not exist, or for none at all."""
+    for name in names:
+        if name not in KNOWN:
+            raise UserError(f"unknown metric {name!r}{suggest(name, KNOWN)}")
+    if not names:
+        raise UserError(f"no metric asked for; choose from {', '.join(KNOWN)}")
+
+
+def moment_outputs(metrics: Sequence[str]) -> set[str]:
+    """Return the network outputs whose mean and covariance the metrics need."""
+    return {_NEEDS[name] for name in metrics} - {"logits"}
+
+
+def row_outputs(metrics: Sequence[str]) -> set[str]:
+    """Return the network outputs that the metrics need image by image."""
+    return {_NEEDS[name] for name in metrics if name in _BY_ROW}
+
+
+def lack(metric: str, reference: Reference, network: FeatureNetwork) -> str | None:
+    """Say what a metric lacks, or None."""
+    output = _NEEDS[metric]
+    if output not in network.dimensions:
+        what = {"spatial": "spatial features", "logits": "classes"}[output]
+        return f"the network {network.name} has no {what}"
+    if metric == "sfid" and reference.spatial is None and (reference.pool is not None or reference.images is None):
+        return f"the reference {reference.name} holds no spatial statistics (mu_s, sigma_s)"
+    if metric == "fid" and reference.pool is None and reference.images is None:
+        return f"the reference {reference.name} holds neither statistics (mu, sigma) nor images"
+    if metric in ("pr", "kid") and reference.pool_features is None and reference.images is None:
+        return f"the reference {reference.name} holds statistics only, no images"
+    return None
+
+
+def resolve(metrics: Sequence[str] | None, reference: Reference, network: FeatureNetwork) -> list[str]:
+    """Check the metrics asked for, or choose all there can be; in the order of ``KNOWN``.
+
+    Raises:
+        UserError: an unknown metric, one that cannot be computed, or a reference made with another network.
+    """
+    _check_network(reference, network)
+    if metrics is None:
+        return [name for name in METRICS if lack(name, reference, network) is None]
+    check_names(metrics)
+    for name in metrics:
+        if missing := lack(name, reference, network):
+            raise UserError(f"the metric {name} cannot be computed: {missing}")
+    return [name for name in KNOWN if name in metrics]
+
+
+def _check_network(reference: Reference, network: FeatureNetwork) -> None:
+    made_by = (reference.network, reference.weights_hash)
+    if reference.network is not None and made_by != (network.name, network.weights_hash):
+        raise UserError(f"the reference {reference.name} was made with {reference.network} "
+                        f"({reference.weights_hash[:8]}), the samples are scored with {network.name} "
+                        f"({network.weights_hash[:8]}); make the reference again")
+    for output, given in (("pool", reference.pool), ("spatial", reference.spatial)):
+        dimension = network.dimensions.get(output)
+        if given is not None and dimension is not None and len(given.mu) != dimension:
+            raise UserError(f"the reference {reference.name} holds statistics of {len(given.mu)} features, the network "
+                            f"{network.name} has {dimension}; give a reference made with this network")
+
+
+def check_size(samples: Any, reference: Reference, what: str = "samples") -> None:
+    """Raise :class:`UserError` where samples and reference are known to be of different sizes in pixels."""
+    ours, theirs = getattr(samples, "size", None), reference.size
+    if ours is not None and theirs is not None and tuple(ours) != tuple(theirs):
+        raise UserError(f"the {what} are {ours[1]} x {ours[0]} pixels, the reference {reference.name} {theirs[1]} x "
+                        f"{theirs[0]}; scores compare images of one size: resize, or give a reference of that size")
