@@ -113,10 +113,30 @@ class FlexAttention:
         self.anchors.copy_(anchors)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend; q, k, v and the result are (B, H, N + R, head dim)."""
-        # Inside a compiled block the kernel misreads the strides of q, k and v as they come out of one product (seen on
-        # CPUs with torch 2.14.1: wrong by as much as the logits are large), so that it gets copies in plain order.
-        return flex_attention(q.contiguous(), k.contiguous(), v.contiguous(), block_mask=self.block_mask)
+        """Attend; q, k, v and the result are (B, H, N + R, head dim).
+
+        Raises:
+            RuntimeError: called outside of a compiled region.
+        """
+        if not torch.compiler.is_compiling():
+            raise RuntimeError("FlexAttention must run compiled: elsewhere it builds the whole matrix of scores")
+        head_dim = q.shape[-1]
+        out = flex_attention(_plain(q), _plain(k), _plain(v), block_mask=self.block_mask, scale=head_dim**-0.5)
+        return out[..., :head_dim]
+
+
+def _plain(x: Tensor) -> Tensor:
+    """Return x (..., head dim) in plain order, with zeros up to the next power of two.
+
+    Plain order, because inside a compiled block the kernel misreads the strides of q, k and v as they come out of one
+    product (seen on CPUs with torch 2.14.1: wrong by as much as the logits are large).
+
+    A power of two, because the GPU kernel computes on that many columns anyway but looks its tile sizes up by the exact
+    head dimension: at the 100 of the 3B preset it falls back to a default tile, which in fp32 needs more shared memory
+    than an H100 has (torch 2.14.1, by reading). Zeros in q and k leave the scores as they are, zeros in v stand in
+    columns that are cut off; the scale must be the real head dimension's.
+    """
+    return F.pad(x, (0, (1 << (x.shape[-1] - 1).bit_length()) - x.shape[-1])).contiguous()
 
 
 def _union_block_mask(rule, length: int, total: int, device: torch.device) -> BlockMask:
