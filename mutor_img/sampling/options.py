@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Collection
 
 import torch
 
@@ -21,10 +22,20 @@ WEIGHTS = {"auto": None, "ema": True, "raw": False}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def add_sampling_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> list[str]:
-    """Add the flags that decide samples to a parser or a group of one; returns their names once parsed."""
+def add_sampling_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup,
+                       without: Collection[str] = ()) -> list[str]:
+    """Add the flags that decide samples to a parser or a group of one; returns their names once parsed.
+
+    Args:
+        parser: takes the flags.
+        without: flags to leave out, which the caller sets before :func:`open_source`.
+    """
     before = {action.dest for action in parser._actions}
-    add = parser.add_argument
+
+    def add(flag: str, **options) -> None:
+        if flag not in without:
+            parser.add_argument(flag, **options)
+
     add("--tokenizer", metavar="PATH", help="tokenizer folder or LlamaGen .pt; the one the run names unless given")
     add("--weights", default="auto", metavar="WHICH", help="ema, raw, or auto: ema where a run has them")
     add("--classes", metavar="LIST", help="numbers or names of classes, comma-separated; all unless given (for a grid "

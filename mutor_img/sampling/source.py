@@ -16,6 +16,7 @@ from mutor_img.generation import Sampler, SamplingSettings
 from mutor_img.loading import Loaded
 from mutor_img.sampling.labels import make_labels
 from mutor_img.sampling.pictures import decode_images
+from mutor_img.transformer import Transformer
 from tokenizer.vq import VQModel
 
 
@@ -58,31 +59,39 @@ class SampleSource:
                 "classes": self.classes, "num_samples": count, "dtype": self.dtype, "device": self.device.type}
 
 
-class GeneratedImages:
-    """The first ``count`` images of a source as an image set that is made while it is read, and never stored.
+class ModelImages:
+    """The images of a generator in memory as an image set that is made while it is read, and never stored.
 
-    Image i is the one that ``sample.py`` writes at place i with the same settings. See
-    :mod:`mutor_img.metrics.image_sets` for what an image set is; several processes each make only what they read.
+    See :mod:`mutor_img.metrics.image_sets` for what an image set is; several processes each make only what they read.
+
+    Attributes:
+        name: for results.
+        size: (H, W) in pixels.
+        labels: (N,) int64.
+        manifest: what decides the images, or None.
     """
 
-    def __init__(self, source: SampleSource, count: int, batch: int):
-        """Draw the labels; nothing is sampled yet.
+    warnings: Sequence[str] = ()
+    manifest: dict[str, Any] | None = None
+
+    def __init__(self, model: Transformer, tokenizer: VQModel, labels: Tensor, settings: SamplingSettings, batch: int,
+                 name: str):
+        """Nothing is sampled yet.
 
         Args:
-            source: the generator and its settings.
-            count: images.
+            model, tokenizer: on one device.
+            labels: (N,) int64 of images 0 .. N - 1.
+            settings: guidance, filtering and seed.
             batch: images at a time where that is free, see :class:`~mutor_img.generation.Sampler`.
+            name: for results.
         """
-        self.source, self.batch, self.name = source, batch, str(source.loaded.path)
-        self.size = tuple(side * source.tokenizer.downsample for side in source.loaded.model.config.grid)
-        self.drawn = source.labels(count)  # (count,)
-        self.labels = self.drawn.numpy()
-        self.manifest = {"generated": True, **source.identity(count)}
-        self.warnings: list[str] = []
+        self.model, self.tokenizer, self.settings, self.batch, self.name = model, tokenizer, settings, batch, name
+        self.size = tuple(side * tokenizer.downsample for side in model.config.grid)
+        self.drawn, self.labels = labels, labels.numpy()
 
     @cached_property
     def _sampler(self) -> Sampler:
-        return Sampler(self.source.loaded.model, self.source.settings, min(self.batch, len(self)))
+        return Sampler(self.model, self.settings, min(self.batch, len(self)))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -90,8 +99,17 @@ class GeneratedImages:
     def read(self, start: int, stop: int) -> np.ndarray:
         """Make images ``start`` to ``stop`` - 1: (stop - start, H, W, 3) uint8."""
         codes = self._sampler.generate(self.drawn[start:stop], torch.arange(start, stop))
-        return decode_images(self.source.tokenizer, codes, self.source.loaded.model.config.grid)
+        return decode_images(self.tokenizer, codes, self.model.config.grid)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         for start in range(0, len(self), self.batch):
             yield self.read(start, min(start + self.batch, len(self)))
+
+
+class GeneratedImages(ModelImages):
+    """The first ``count`` images of a source: image i is what ``sample.py`` writes at place i with its settings."""
+
+    def __init__(self, source: SampleSource, count: int, batch: int):
+        super().__init__(source.loaded.model, source.tokenizer, source.labels(count), source.settings, batch,
+                         str(source.loaded.path))
+        self.manifest = {"generated": True, **source.identity(count)}

@@ -1,16 +1,16 @@
 """Small stand-ins: noise, folders of digits that are bars, Inception with random weights."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from projection import Projection
+from tiny_runs import write_generator, write_tokenizer
 
-from mutor_img.checkpoint import write_checkpoint
 from mutor_img.metrics.digits import main as train_digits
 from mutor_img.metrics.features import InceptionGraph
-from tokenizer import load_tokenizer
-from tokenizer.vq import VQModel
 
 
 @pytest.fixture
@@ -79,13 +79,5 @@ def classifier(digit_folders, tmp_path_factory):
 @pytest.fixture
 def run(random_model, tmp_path):
     """The run folder of a tiny generator (8 x 8 codes of 11, 3 classes) of grey 32-pixel images, with its tokenizer."""
-    torch.manual_seed(0)
-    vq = VQModel(image_channels=1, channels=8, multipliers=(1, 1, 2), blocks=1, latent_channels=8, code_dim=4,
-                 vocabulary=11, groups=4, attention=False)
-    write_checkpoint(tmp_path / "vq", 1, {"model": vq.state_dict()},
-                     {"kind": "tokenizer", "model": vq.options, "image_size": 32}, 1)
-    vq, model = load_tokenizer(tmp_path / "vq"), random_model((8, 8))
-    codes = {"tokenizer": vq.path, "tokenizer_hash": vq.hash, "class_names": ["0", "1", "2"], "image_size": 32}
-    write_checkpoint(tmp_path / "run", 3, {"model": model.state_dict()},
-                     {"kind": "generator", "model": model.config.to_json(), "codes": codes}, 1)
-    return tmp_path / "run"
+    vq = write_tokenizer(tmp_path / "vq", multipliers=(1, 1, 2))
+    return Path(write_generator(tmp_path / "run", random_model((8, 8)), vq, class_names=["0", "1", "2"], image_size=32))

@@ -1,0 +1,115 @@
+"""``python -m mutor_img.sweep``: which guidance scale, and which temperature?"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mutor_img.cli import Parser, run
+from mutor_img.errors import UserError
+from mutor_img.files import read_json, write_json
+from mutor_img.metrics.networks import add_network_flags, check_network_flags, load_network, start
+from mutor_img.metrics.references import open_reference
+from mutor_img.metrics.requirements import METRICS, OPTIONAL, check_names, frechet_key
+from mutor_img.sampling.options import add_sampling_flags, check_sampling_flags, open_source
+from mutor_img.sweep.points import best_point, grid, sweep
+from mutor_img.sweep.report import advice, draw, table
+
+SEED = 1  # not that of sample.py and evaluate_fid.py: a choice must not be made on the samples that are reported
+_REPEATED = ("checkpoint", "tokenizer", "weights", "classes", "labels", "cfg_schedule", "cfg_parameter", "top_k",
+             "top_p", "dtype", "reference", "features", "features_weights", "inception_weights")
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        description="Score a checkpoint over guidance scales and temperatures with few samples a point. A killed sweep "
+                    "goes on with the same command; more values are added to what is there.",
+        example="torchrun --nproc-per-node 8 -m mutor_img.sweep --checkpoint runs/imagenet256/mutor2d_b_80 "
+                "--cfg-scales 1.5,1.75,2,2.25 --reference VIRTUAL_imagenet256_labeled.npz --num-samples 5000")
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="PATH", help="run folder, checkpoint folder, or LlamaGen .pt")
+    add("--reference", required=True, metavar="PATH", help="as for evaluate_fid.py")
+    add("--cfg-scales", default="1,1.5,2,2.5,3", metavar="LIST", help="guidance scales, comma-separated")
+    add("--temperatures", default="1", metavar="LIST", help="temperatures, comma-separated")
+    add("--num-samples", type=int, default=2000, help="samples a point")
+    add("--metrics", metavar="LIST", help=f"fid, and more of {','.join((*METRICS, *OPTIONAL))}; all that the reference "
+                                          f"allows of {','.join(METRICS)} if not given")
+    add("--out", metavar="FOLDER", help="for sweep.json and sweep.png; sweep in the run folder unless given")
+    add_network_flags(parser)
+    add_sampling_flags(parser, without=("--cfg-scale", "--temperature"))
+    parser.set_defaults(seed=SEED)
+    return parser
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    """The command; see ``--help``. Returns what ``sweep.json`` holds (empty on ranks other than 0).
+
+    Raises:
+        UserError: a mistake in the flags or in the files they name.
+    """
+    parser = _parser()
+    args = parser.parse_args(argv)
+    check_network_flags(args)
+    check_sampling_flags(args)
+    points = grid(_numbers("--cfg-scales", args.cfg_scales), _numbers("--temperatures", args.temperatures))
+    metrics = None if args.metrics is None else [name.strip() for name in args.metrics.split(",")]
+    if metrics is not None:
+        check_names(metrics)
+    runtime = start(args.device)
+    network = load_network(args.features, args.features_weights, args.inception_weights, runtime)
+    args.cfg_scale, args.temperature = points[0]
+    source, reference = open_source(args, runtime), open_reference(args.reference)
+    out = Path(args.out) if args.out else _default_folder(Path(args.checkpoint))
+    key, rows = frechet_key(network), []
+    for number, row in enumerate(sweep(source, points, args.num_samples, reference, network, out=out / "sweep.json",
+                                       metrics=metrics, batch_size=args.batch_size, progress=True, runtime=runtime)):
+        rows.append(row)
+        if runtime.is_main:
+            print(f"point {number + 1} of {len(points)}: cfg-scale {row['cfg_scale']:g}, temperature "
+                  f"{row['temperature']:g}: {key} {row[key]:.4f} ({row['seconds']:.0f} s)", flush=True)
+    if not runtime.is_main:
+        return {}
+    best = best_point(rows, network)
+    command = full_command(parser, args, best)
+    result = {**read_json(out / "sweep.json"), "best": best, "command": command}
+    write_json(out / "sweep.json", result)
+    print("\n".join([table(rows, best), *advice(rows, best, key), "the score of 50000 samples there:", f"  {command}",
+                     f"{out / 'sweep.json'}, {draw(rows, best, key, out / 'sweep.png')}"]))
+    return result
+
+
+def full_command(parser: argparse.ArgumentParser, args: argparse.Namespace, best: dict[str, Any]) -> str:
+    """Return the command that scores 50 000 other samples at the best point."""
+    words = ["python", "evaluate_fid.py"]
+    for name in _REPEATED:
+        value = getattr(args, name)
+        if value != parser.get_default(name):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    words += ["--cfg-scale", f"{best['cfg_scale']:g}", "--temperature", f"{best['temperature']:g}",
+              "--seed", str(0 if args.seed else SEED), "--num-samples", "50000", "--json", "scores.json"]
+    return shlex.join(words)
+
+
+def _default_folder(checkpoint: Path) -> Path:
+    """Return ``sweep`` in a run folder, else a folder beside the checkpoint."""
+    if (checkpoint / "checkpoints").is_dir():
+        return checkpoint / "sweep"
+    return checkpoint.resolve().with_name(f"sweep_{checkpoint.resolve().stem}")
+
+
+def _numbers(flag: str, text: str) -> list[float]:
+    """Return the numbers of a comma-separated list, all different."""
+    try:
+        numbers = [float(word) for word in text.split(",")]
+    except ValueError:
+        raise UserError(f"{flag} {text!r}: give numbers with commas between them, as in 1,1.5,2") from None
+    if len(set(numbers)) < len(numbers):
+        raise UserError(f"{flag} {text!r}: a number is given twice")
+    return numbers
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,119 @@
+"""The points of a sweep, scored one after the other; what is scored is kept and never scored again.
+
+All points share labels and random streams, so that they differ by their settings alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mutor_img.errors import UserError, check_range
+from mutor_img.files import read_json, write_json
+from mutor_img.metrics.evaluator import evaluate
+from mutor_img.metrics.features import FeatureNetwork
+from mutor_img.metrics.references import Reference
+from mutor_img.metrics.requirements import frechet_key, resolve
+from mutor_img.sampling.source import GeneratedImages, SampleSource
+from mutor_img.training.runtime import Runtime
+
+FORMAT = "mutor_img sweep 1"
+KEPT = ("fid", "fd", "sfid", "is", "precision", "recall", "kid", "kd", "recognised", "distinct", "num_samples",
+        "comparable", "seconds")  # of a result: what a table or a choice may want
+
+
+class SweepPoint(NamedTuple):
+    """The settings that vary."""
+
+    cfg_scale: float
+    temperature: float
+
+
+def grid(scales: Iterable[float], temperatures: Iterable[float]) -> list[SweepPoint]:
+    """Return every pair, the temperatures one after the other."""
+    scales = list(scales)
+    return [SweepPoint(scale, temperature) for temperature in temperatures for scale in scales]
+
+
+def sweep(source: SampleSource, points: Sequence[SweepPoint], count: int, reference: Reference,
+          network: FeatureNetwork, *, out: str | os.PathLike | None = None, metrics: Sequence[str] | None = None,
+          batch_size: int = 64, progress: bool = False, runtime: Runtime | None = None) -> Iterator[dict[str, Any]]:
+    """Score the first ``count`` samples of each point; yields one row a point, in order.
+
+    Under torch.distributed every process calls this alike; ranks other than 0 yield empty rows.
+
+    Args:
+        source: the checkpoint and the settings that all points share.
+        points: what varies.
+        count: samples a point.
+        reference: what they are scored against; its own features are computed once.
+        network: the feature network.
+        out: a JSON file that keeps each row as soon as it is there; a row in it is not computed again. None: no file.
+        metrics: as for :func:`~mutor_img.metrics.evaluator.evaluate`; "fid" must be among them.
+        batch_size: images a process at once.
+        progress: bars with an ETA, on a terminal.
+        runtime: this process, if there are several.
+
+    Yields:
+        ``cfg_scale``, ``temperature`` and those of ``KEPT`` that were scored.
+
+    Raises:
+        UserError: settings out of range, ``out`` holds rows of something else, or the scores cannot be computed.
+    """
+    for point in points:
+        _at(source, point).settings.validate(source.loaded.model.config.vocabulary)
+    check_range("--num-samples", count, 2, 10**9)
+    metrics = resolve(metrics, reference, network)
+    if "fid" not in metrics:
+        raise UserError("a sweep is judged by the Frechet distance; give --metrics with fid among them")
+    key = sweep_key(source, count, reference, network, metrics)
+    kept = _read(out, key)
+    if runtime is not None:
+        runtime.barrier()  # all have read the same file before the first row is added to it
+    for point in points:
+        if point not in kept:
+            images = GeneratedImages(_at(source, point), count, batch_size)
+            result = evaluate(images, reference, network, metrics=metrics, batch_size=batch_size, progress=progress)
+            scores = {name: result[name] for name in KEPT if name in result}
+            kept[point] = {**point._asdict(), **scores} if result else {}
+            if result and out is not None:
+                write_json(out, {"key": key, "points": list(kept.values())})
+        yield kept[point]
+
+
+def best_point(rows: Sequence[dict[str, Any]], network: FeatureNetwork) -> dict[str, Any]:
+    """Return the row with the lowest Frechet distance; of equal ones the first."""
+    return min(rows, key=lambda row: row[frechet_key(network)])
+
+
+def sweep_key(source: SampleSource, count: int, reference: Reference, network: FeatureNetwork,
+              metrics: Sequence[str]) -> dict[str, Any]:
+    """Return everything but the point that decides a row, as JSON values."""
+    identity = source.identity(count)
+    for name in SweepPoint._fields:
+        del identity[name]
+    return {"format": FORMAT, **identity, "metrics": list(metrics), "features": network.name,
+            "features_hash": network.weights_hash, "reference": reference.name, "reference_hash": reference.sha256}
+
+
+def _at(source: SampleSource, point: SweepPoint) -> SampleSource:
+    settings = dataclasses.replace(source.settings, **point._asdict())
+    return dataclasses.replace(source, settings=settings)
+
+
+def _read(out: str | os.PathLike | None, key: dict[str, Any]) -> dict[SweepPoint, dict[str, Any]]:
+    """Return the rows that an earlier run kept."""
+    if out is None or not Path(out).exists():
+        return {}
+    found = read_json(out)
+    try:
+        for name, wanted in key.items():
+            if found["key"].get(name) != wanted:
+                raise UserError(f"{out}: its points were scored with {name} {found['key'].get(name)}, now it is "
+                                f"{wanted}; remove the file, or choose another --out")
+        return {SweepPoint(row["cfg_scale"], row["temperature"]): row for row in found["points"]}
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{out}: was not made by this program; remove it, or choose another --out") from None

@@ -1,0 +1,69 @@
+"""A sweep as a table, as a picture, and as advice on what to run next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from mutor_img.files import write_atomic
+from mutor_img.metrics.report import aligned
+
+_COLUMNS = {"fid": "FID", "fd": "FD", "sfid": "sFID", "is": "IS", "precision": "precision", "recall": "recall",
+            "kid": "KID", "kd": "KD", "recognised": "recognised", "distinct": "distinct"}
+
+
+def table(rows: Sequence[dict[str, Any]], best: dict[str, Any]) -> str:
+    """Return one line a point; a star marks the best."""
+    keys = [key for key in _COLUMNS if key in rows[0]]
+    size = rows[0]["num_samples"]
+    lines = [["cfg-scale", "temperature", *(f"{_COLUMNS[key]}-{size}" if key in ("fid", "fd", "sfid") else _COLUMNS[key]
+                                            for key in keys), "seconds", ""]]
+    for row in rows:
+        lines.append([f"{row['cfg_scale']:g}", f"{row['temperature']:g}", *(f"{row[key]:.4f}" for key in keys),
+                      f"{row['seconds']:.0f}", "*" if row is best else " "])
+    return "\n".join(aligned(lines))
+
+
+def advice(rows: Sequence[dict[str, Any]], best: dict[str, Any], key: str) -> list[str]:
+    """Return sentences on the best point and on how far to trust it."""
+    size, name = best["num_samples"], _COLUMNS[key]
+    lines = [f"lowest {name}-{size}: cfg-scale {best['cfg_scale']:g}, temperature {best['temperature']:g}",
+             f"{name} of {size} samples stands above that of 50000, since its bias falls as 1/N: compare these rows "
+             "with each other only"]
+    for setting in ("cfg_scale", "temperature"):
+        values = sorted({row[setting] for row in rows})
+        if len(values) > 1 and best[setting] in (values[0], values[-1]) and not (
+                setting == "cfg_scale" and best[setting] == 1):
+            flag = setting.replace("_", "-")
+            lines.append(f"it lies at the end of the {flag}s: the lowest may lie beyond {best[setting]:g}")
+    return lines
+
+
+def draw(rows: Sequence[dict[str, Any]], best: dict[str, Any], key: str, path: str | Path) -> Path:
+    """Draw the Frechet distance, and what else was scored, over the setting that has more values; returns the path."""
+    across, curves = "cfg_scale", "temperature"
+    if len({row["temperature"] for row in rows}) > len({row["cfg_scale"] for row in rows}):
+        across, curves = curves, across
+    panels = [[key], *([name] for name in ("is",) if name in best), *([["precision", "recall"]] * ("recall" in best))]
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), layout="constrained", squeeze=False)
+    for place, names in zip(axes[0], panels):
+        for value in sorted({row[curves] for row in rows}):
+            chosen = sorted((row for row in rows if row[curves] == value), key=lambda row: row[across])
+            for name, style in zip(names, ("o-", "s--")):
+                label = f"{_COLUMNS[name]}, " * (len(names) > 1) + f"{curves.replace('_', '-')} {value:g}"
+                place.plot([row[across] for row in chosen], [row[name] for row in chosen], style, label=label,
+                           markersize=4, linewidth=1)
+        place.set(xlabel=across.replace("_", "-"), ylabel=" and ".join(_COLUMNS[name] for name in names))
+        place.grid(alpha=0.3)
+        place.legend(fontsize=7)
+    axes[0][0].plot(best[across], best[key], "*", color="black", markersize=12, zorder=3)
+    figure.suptitle(f"{best['num_samples']} samples a point; the star is the lowest {_COLUMNS[key]}", fontsize=10)
+    write_atomic(path, lambda aside: figure.savefig(aside, format="png", dpi=120))
+    plt.close(figure)
+    return Path(path)
