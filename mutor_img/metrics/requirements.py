@@ -12,6 +12,7 @@ from mutor_img.metrics.references import Reference
 METRICS = ("fid", "sfid", "is", "pr")  # what is scored unless the user chooses
 OPTIONAL = ("kid",)
 KNOWN = (*METRICS, *OPTIONAL)
+SCORES = ("fid", "fd", "sfid", "is", "precision", "recall", "kid", "kd", "recognised", "distinct")  # keys of a result
 INCEPTION = "inception-v3-compat"
 _NEEDS = {"fid": "pool", "sfid": "spatial", "is": "logits", "pr": "pool", "kid": "pool"}  # network outputs
 _BY_ROW = {"is", "pr", "kid"}  # scores of the features of single images, not of their moments

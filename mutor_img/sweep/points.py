@@ -16,13 +16,12 @@ from mutor_img.files import read_json, write_json
 from mutor_img.metrics.evaluator import evaluate
 from mutor_img.metrics.features import FeatureNetwork
 from mutor_img.metrics.references import Reference
-from mutor_img.metrics.requirements import frechet_key, resolve
+from mutor_img.metrics.requirements import SCORES, frechet_key, resolve
 from mutor_img.sampling.source import GeneratedImages, SampleSource
 from mutor_img.training.runtime import Runtime
 
 FORMAT = "mutor_img sweep 1"
-KEPT = ("fid", "fd", "sfid", "is", "precision", "recall", "kid", "kd", "recognised", "distinct", "num_samples",
-        "comparable", "seconds")  # of a result: what a table or a choice may want
+KEPT = (*SCORES, "num_samples", "comparable", "seconds")  # of a result: what a table or a choice may want
 
 
 class SweepPoint(NamedTuple):
