@@ -25,6 +25,7 @@ class ResidualBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(inputs, outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, H, W) -> (B, C_out, H, W); the shortcut is a 1x1 convolution where the channels change."""
         y = self.conv1(F.silu(self.norm1(x)))
         y = self.conv2(F.silu(self.norm2(y)))
         return y + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
@@ -42,6 +43,7 @@ class SelfAttention(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same shape; memory grows with (H * W) ** 2 where no fused kernel is at hand."""
         y = self.norm(x)
         q, k, v = (f(y).flatten(2).transpose(1, 2).unsqueeze(1) for f in (self.q, self.k, self.v))  # (B, 1, H*W, C)
         y = F.scaled_dot_product_attention(q, k, v)  # (B, 1, H*W, C), scaled by C ** -0.5
@@ -56,6 +58,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H / 2, W / 2)."""
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -67,6 +70,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, 2 H, 2 W)."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
@@ -80,6 +84,7 @@ class Level(nn.Module):
         self.attn = nn.ModuleList(SelfAttention(outputs, groups) for _ in range(blocks if attention else 0))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, H, W) -> (B, C_out, H', W'), H' being half or twice H where the level resamples."""
         for index, block in enumerate(self.res):
             x = block(x)
             if len(self.attn):
@@ -115,6 +120,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], latent_channels, kernel, padding=kernel // 2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, image_channels, H, W) in [-1, 1] -> (B, latent_channels, H / f, W / f)."""
         x = self.conv_in(x)
         for level in self.conv_blocks:
             x = level(x)
@@ -140,6 +146,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], image_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, latent_channels, h, w) -> (B, image_channels, h * f, w * f), not clamped."""
         x = self.mid(self.conv_in(x))
         for level in self.conv_blocks:
             x = level(x)

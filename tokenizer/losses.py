@@ -1,6 +1,6 @@
 """What makes a reconstruction good: a list of weighted terms, by name.
 
-A term that needs weights of its own is a class in ``TERMS``; instances are made once a run and called each update.
+A term that needs weights of its own reads them when it is made, once a run.
 """
 
 from __future__ import annotations
@@ -8,27 +8,37 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mutor_img.errors import suggest
+from tokenizer.perceptual import load_lpips
 
 
 class Term(Protocol):
     """One term of the reconstruction loss."""
 
-    def __call__(self, reconstruction: Tensor, images: Tensor, step: int) -> Tensor:
+    def __call__(self, reconstruction: Tensor, images: Tensor) -> Tensor:
         """Return the mean over the images given: both (B, C, H, W) fp32 in about [-1, 1] -> scalar."""
 
 
-class L2:
-    """Mean squared error of pixels in [-1, 1] (LlamaGen's reconstruction term)."""
-
-    def __call__(self, reconstruction: Tensor, images: Tensor, step: int) -> Tensor:
-        return F.mse_loss(reconstruction, images)
+def make_l2(device: torch.device, lpips_weights: str | None) -> Term:
+    """Return the mean squared error of pixels in [-1, 1] (LlamaGen's reconstruction term)."""
+    return F.mse_loss
 
 
-TERMS: dict[str, Callable[[], Term]] = {"l2": L2}
+def make_lpips(device: torch.device, lpips_weights: str | None) -> Term:
+    """Return the mean of LPIPS on ``device``, with the weights of a folder as in :func:`load_lpips`.
+
+    Raises:
+        UserError: they are missing or not the published ones.
+    """
+    lpips = load_lpips(lpips_weights, device)
+    return lambda reconstruction, images: lpips(reconstruction, images).mean()
+
+
+TERMS: dict[str, Callable[[torch.device, str | None], Term]] = {"l2": make_l2, "lpips": make_lpips}
 
 
 class ReconstructionLoss:
@@ -36,15 +46,17 @@ class ReconstructionLoss:
 
     Args:
         weights: weight by name in ``TERMS``; a weight of 0 leaves its term out.
+        device: where a term's own weights go.
+        lpips_weights: folder of LPIPS's two files, or None, see :func:`~tokenizer.perceptual.find_files`.
     """
 
-    def __init__(self, weights: dict[str, float]):
-        self.terms = {name: (weight, TERMS[name]()) for name, weight in weights.items() if weight}
+    def __init__(self, weights: dict[str, float], device: torch.device, lpips_weights: str | None = None):
+        self.terms = {name: (weight, TERMS[name](device, lpips_weights)) for name, weight in weights.items() if weight}
 
-    def __call__(self, reconstruction: Tensor, images: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, reconstruction: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted sum, and each term unweighted by name; all are means over the images given."""
         reconstruction, images = reconstruction.float(), images.float()
-        values = {name: term(reconstruction, images, step) for name, (_, term) in self.terms.items()}
+        values = {name: term(reconstruction, images) for name, (_, term) in self.terms.items()}
         return sum(self.terms[name][0] * value for name, value in values.items()), values
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mutor_img.errors import UserError
 
 USED_SLOTS = 65536  # length of the released files' codebook_used, and the largest vocabulary that uint16 holds
+USAGE_TEMPERATURE = 0.01  # of the soft choice in the codebook-usage loss (LlamaGen's)
 _SCORES_AT_ONCE = 2**24  # 64 MiB of fp32 scores, whatever the vocabulary
 
 
@@ -24,7 +25,7 @@ class Quantised(NamedTuple):
 
     latents: Tensor  # (B, C, h, w): the chosen codes, with the gradient of the normalised latents
     indices: Tensor  # (B, h*w) int64, raster order
-    losses: dict[str, Tensor]  # scalars: "codebook" moves codes to latents, "commitment" latents to codes
+    losses: dict[str, Tensor]  # scalars: "codebook" moves codes to latents, "commitment" latents to codes; "entropy"
     unit: Tensor  # (B, C, h, w) fp32: the normalised latents before quantisation, without gradient
 
 
@@ -33,6 +34,10 @@ class Quantizer(nn.Module):
 
     The buffer ``codebook_used`` has the name and the size that released files give it. Here entry k counts the
     updates since code k was last chosen; in a released file it is a list of recent codes, which nothing reads.
+
+    Attributes:
+        with_usage_loss: add the loss ``"entropy"``, :func:`usage_loss`, in training; off at first, for it keeps a
+            score of every code for every latent.
 
     Raises:
         UserError: the vocabulary is not in 2 .. 65536.
@@ -45,6 +50,7 @@ class Quantizer(nn.Module):
         self.vocabulary = vocabulary
         self.embedding = nn.Embedding(vocabulary, code_dim)
         self.register_buffer("codebook_used", torch.zeros(USED_SLOTS))
+        self.with_usage_loss = False
 
     def forward(self, latents: Tensor) -> Quantised:
         """Quantise latents (B, C, h, w) of any float dtype; distances and losses are fp32.
@@ -59,6 +65,8 @@ class Quantizer(nn.Module):
                 "codebook": F.mse_loss(chosen, unit.detach()),
                 "commitment": F.mse_loss(unit, chosen.detach()),
             }
+            if self.with_usage_loss and self.training:
+                losses["entropy"] = usage_loss(unit, self.codes())
             straight = unit + (chosen - unit).detach()
         return Quantised(straight, indices, losses, unit.detach())
 
@@ -99,6 +107,25 @@ class Quantizer(nn.Module):
         """Move ``codes`` (n,) onto unit ``latents`` (n, C) and count them as just used."""
         self.embedding.weight[codes] = latents.to(self.embedding.weight)
         self.codebook_used[codes] = 0
+
+
+def usage_loss(unit: Tensor, codes: Tensor) -> Tensor:
+    """Return the entropy of each latent's soft choice of a code, less that of the choices together, in nats.
+
+    Small where every latent is sure of its code and all codes are in equal use: -log(vocabulary) at best. The choice
+    is a softmax of minus the squared distance over :data:`USAGE_TEMPERATURE` (MAGVIT-v2, arXiv 2310.05737, section
+    3.1; LlamaGen's entropy loss). The second entropy is that of the mean over the latents given.
+
+    Args:
+        unit: (B, C, h, w) fp32 unit latents.
+        codes: (vocabulary, C) fp32 unit codes. Both get a gradient.
+    """
+    rows = unit.flatten(2).transpose(1, 2).flatten(0, 1)  # (B*h*w, C)
+    logits = rows @ codes.t() * (2 / USAGE_TEMPERATURE)  # |z - e|^2 = 2 - 2 z e between unit vectors
+    choice = logits.log_softmax(dim=1)  # (B*h*w, vocabulary)
+    mean = choice.exp().mean(dim=0)  # (vocabulary,)
+    spread = -(mean * mean.clamp(min=torch.finfo(mean.dtype).tiny).log()).sum()
+    return -(choice.exp() * choice).sum(dim=1).mean() - spread
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:

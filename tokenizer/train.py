@@ -3,113 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from mutor_img.cli import run
-from mutor_img.config import OptimConfig, TrainConfig
-from mutor_img.errors import UserError, check_range
 from mutor_img.images import to_nhwc, write_png
 from mutor_img.streams import Stream, generator_seed, integers
 from mutor_img.training.command import parse_training, run_task
+from mutor_img.training.optimizer import learning_rate
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.task import Task
+from tokenizer.adversary import Adversary
+from tokenizer.config import TokenizerConfig
 from tokenizer.crops import to_float
 from tokenizer.folder import list_images
-from tokenizer.losses import ReconstructionLoss, check_terms
+from tokenizer.losses import ReconstructionLoss
 from tokenizer.measures import psnr
 from tokenizer.pictures import before_after
+from tokenizer.plan import build_discriminator, forward_flops, plan_tokenizer
 from tokenizer.quantizer import Quantised, perplexity
 from tokenizer.training_images import TrainingImages, read_all
-from tokenizer.vq import VQModel, preset
+from tokenizer.vq import VQModel
 
 _VALIDATION_BATCH = 32
 _PICTURES = 10
-
-
-@dataclass
-class DataConfig:
-    """The images."""
-
-    images: str = "imagenet/train"  # folder with one sub-folder of images a class
-    val_images: str | None = None  # held-out images, likewise; null: no validation
-    val_count: int = 1000  # held-out images used, spread evenly over the folder
-    image_size: int = 256  # pixels a side
-    mirror: bool = True  # flip every second sample, by draw
-    crop_min: float = 0.8  # smallest share of the shorter side that a random crop keeps; 1: centre crop
-    workers: int = 8  # reading threads a process
-
-    def validate(self) -> None:
-        check_range("data.val_count", self.val_count, 1, 10**9)
-        check_range("data.crop_min", self.crop_min, 0.1, 1.0)
-        check_range("data.workers", self.workers, 1, 256)
-
-
-@dataclass
-class ModelConfig:
-    """The network: a preset, and what differs from it."""
-
-    preset: str = "vq16"  # vq16, vq8, mnist
-    image_channels: int | None = None  # 1 or 3; null: the preset's, as below
-    channels: int | None = None  # width at full resolution
-    vocabulary: int | None = None  # number of codes
-    code_dim: int | None = None  # numbers a code
-
-    def options(self) -> dict[str, Any]:
-        """Return the constructor arguments of :class:`~tokenizer.vq.VQModel`."""
-        names = ("image_channels", "channels", "vocabulary", "code_dim")
-        return preset(self.preset) | {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-
-
-@dataclass
-class LossConfig:
-    """Weights."""
-
-    terms: dict[str, float] = field(default_factory=lambda: {"l2": 1.0})  # reconstruction terms by name
-    codebook: float = 1.0  # codes towards latents
-    commitment: float = 0.25  # latents towards codes
-
-    def validate(self) -> None:
-        check_range("loss.codebook", self.codebook, 0.0, 1e6)
-        check_range("loss.commitment", self.commitment, 0.0, 1e6)
-        problem = check_terms(self.terms)
-        if problem:
-            raise UserError(problem)
-
-
-@dataclass
-class RevivalConfig:
-    """Codes that nothing chooses get no gradient: they are moved onto latents of the current batch."""
-
-    after: int = 100  # updates a code may go unused; 0: never revive
-    until: float = 0.8  # share of the run after which no code is moved any more
-
-    def validate(self) -> None:
-        check_range("revival.after", self.after, 0, 10**9)
-        check_range("revival.until", self.until, 0.0, 1.0)
-
-
-@dataclass
-class TokenizerConfig:
-    """A tokenizer's training run."""
-
-    run_dir: str = ""  # empty: the config's path with configs/ read as runs/
-    seed: int = 0
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    revival: RevivalConfig = field(default_factory=RevivalConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-
-    def validate(self) -> None:
-        with torch.device("meta"):
-            VQModel(**self.model.options()).grid_for(self.data.image_size)
 
 
 class TokenizerTask(Task):
@@ -122,12 +42,16 @@ class TokenizerTask(Task):
         """List the images, read them where they are few, and build the model.
 
         Raises:
-            UserError: folders that are missing or hold no classes, or unreadable images.
+            UserError: folders that are missing or hold no classes, unreadable images, or no weights for LPIPS.
         """
         self.config, self.runtime = config, runtime
-        data = config.data
+        data, loss = config.data, config.loss
         torch.manual_seed(generator_seed(config.seed, Stream.INIT))
         self.model = VQModel(**config.model.options())
+        self.model.quantize.with_usage_loss = loss.entropy > 0
+        self.adversary: Adversary | None = None
+        if loss.adversarial_weight:
+            self.adversary = Adversary(build_discriminator(config), config.optim, loss.adversarial_weight, runtime)
         self.images = TrainingImages(
             list_images(data.images), self.model.image_channels, data.image_size, seed=config.seed,
             mirror=data.mirror, crop_min=data.crop_min, workers=data.workers)
@@ -136,27 +60,48 @@ class TokenizerTask(Task):
             held_out = list_images(data.val_images)
             self.val_images = read_all(held_out, held_out.spread(data.val_count), self.model.image_channels,
                                        data.image_size, self.images.pool)  # (n, C, H, W) uint8
-        self.reconstruction = ReconstructionLoss(config.loss.terms)
-        self.headline = ("loss", *self.reconstruction.terms, "commitment")
+        self.reconstruction = ReconstructionLoss(loss.terms, runtime.device, loss.lpips_weights)
+        self.headline = ("loss", *self.reconstruction.terms, "commitment", "adversarial", "discriminator")
         self.flops_per_sample = 3 * forward_flops(config)
         self.seen: list[tuple[int, Quantised]] = []  # first sample number and codes of each micro-batch of an update
 
     def loss(self, model: nn.Module, step: int, samples: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return this micro-batch's share of the weighted sum of all terms, and of each term unweighted.
+
+        The terms are ``config.loss.terms``, the quantiser's losses and, from ``adversarial_start`` on, ``adversarial``
+        (LlamaGen, arXiv 2406.06525, section 2.1).
+        """
         # The layout of the fastest convolutions, which every activation inherits. Weights keep the default one: fused
         # AdamW walks over weights and restored moments alike, whatever their strides.
         images = self.images.batch(samples).contiguous(memory_format=torch.channels_last)  # (b, C, H, W)
         reconstruction, quantised = model(images)
         self.seen.append((int(samples[0]), quantised))
-        total, values = self.reconstruction(reconstruction, images, step)
+        total, values = self.reconstruction(reconstruction, images)
         weights = self.config.loss
-        total = total + weights.codebook * quantised.losses["codebook"]
-        total = total + weights.commitment * quantised.losses["commitment"]
+        terms = {"codebook": weights.codebook, "commitment": weights.commitment, "entropy": weights.entropy,
+                 "adversarial": weights.adversarial_weight}
+        values.update(quantised.losses)
+        if self._judged(step):
+            values["adversarial"] = self.adversary.judge(images, reconstruction)
+        total = total + sum(terms[name] * value for name, value in values.items() if name in terms)
         share = len(samples) / self.config.train.global_batch
-        return total * share, {name: value * share for name, value in {**values, **quantised.losses}.items()}
+        return total * share, {name: value * share for name, value in values.items()}
+
+    def _judged(self, step: int) -> bool:
+        """Tell whether a discriminator has its say in update ``step``."""
+        return self.adversary is not None and step >= self.config.loss.adversarial_start
+
+    def before_update(self, step: int) -> dict[str, float]:
+        """Make the discriminator's gradients; returns what :meth:`Adversary.learn` does, once it judges."""
+        if not self._judged(step):
+            return {}
+        return self.adversary.learn(self.config.train.global_batch, self.config.train.precision)
 
     @torch.no_grad()
     def after_update(self, model: nn.Module, step: int) -> dict[str, float]:
-        """Count the global batch's use of each code, and move codes that went unused for too long."""
+        """Move the discriminator, count the use of each code, and move codes that went unused for too long."""
+        if self._judged(step):
+            self.adversary.step(learning_rate(self.config.optim, step, self.config.train.steps))
         quantizer, revival = model.quantize, self.config.revival
         indices = torch.cat([quantised.indices.flatten() for _, quantised in self.seen])
         counts = self.runtime.sum(torch.bincount(indices, minlength=quantizer.vocabulary))
@@ -208,45 +153,18 @@ class TokenizerTask(Task):
         reconstruction, _ = model(images)
         write_png(folder / f"reconstructions_{step:08d}.png", before_after(to_nhwc(images), to_nhwc(reconstruction)))
 
-    def compile(self) -> None:
-        for part in (self.model.encoder, self.model.decoder):
-            part.compile(dynamic=False)
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        return [model.encoder, model.decoder]
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        return self.adversary.tensors() if self.adversary else {}
+
+    def resume(self, folder: Path) -> None:
+        if self.adversary:
+            self.adversary.resume(folder)
 
     def metadata(self) -> dict[str, Any]:
         return {"kind": "tokenizer", "model": self.model.options, "image_size": self.config.data.image_size}
-
-
-def forward_flops(config: TokenizerConfig) -> int:
-    """Return the FLOPs of one image's reconstruction, counted operation by operation on shapes alone."""
-    size = config.data.image_size
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model = VQModel(**config.model.options())
-        model(torch.empty(1, model.image_channels, size, size))
-    return counter.get_total_flops()
-
-
-def plan_tokenizer(config: TokenizerConfig) -> dict[str, Any]:
-    """Return what ``--dry-run`` prints: parameters, codes and FLOPs an update, memory a device. Needs no images."""
-    with torch.device("meta"):
-        model = VQModel(**config.model.options())
-    parameters = sum(weight.numel() for weight in model.parameters())
-    rows, columns = model.grid_for(config.data.image_size)
-    batch, flops = config.train.global_batch, 3 * forward_flops(config)
-    gib = 2.0**30
-    return {
-        "parameters": parameters,
-        "codes an image": rows * columns,
-        "vocabulary": model.vocabulary,
-        "images an update": batch,
-        "tokens an update": batch * rows * columns,
-        "FLOPs an update": batch * flops,
-        "updates": config.train.steps,
-        "FLOPs in all": batch * flops * config.train.steps,
-        "memory a device: weights, GiB": 4 * parameters / gib,
-        "memory a device: gradients, GiB": 4 * parameters / gib,
-        "memory a device: optimiser, GiB": 8 * parameters / gib,
-        "memory a device: EMA, GiB": (4 * parameters if config.train.ema else 0) / gib,
-    }
 
 
 def main(argv: Sequence[str]) -> None:

@@ -9,6 +9,9 @@ import yaml
 from mutor_img.config import OptimConfig, TrainConfig, default_run_dir, field_names, load_config, to_yaml
 from mutor_img.errors import UserError
 from mutor_img.training.generator import GeneratorConfig
+from tokenizer.config import TokenizerConfig
+from tokenizer.plan import plan_tokenizer
+from tokenizer.vq import preset
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -105,8 +108,21 @@ def test_an_imagenet_config_is_the_papers_recipe(name):
     assert c.run_dir.endswith(f"runs/imagenet256/{name}")
 
 
-def test_every_imagenet_file_is_in_the_table():
-    assert {p.stem for p in (CONFIGS / "imagenet256").glob("*.yaml")} == set(PAPER)
+def test_the_tokenizer_config_is_llamagens_recipe():
+    c = load_config(TokenizerConfig, CONFIGS / "imagenet256" / "tokenizer.yaml")
+    assert c.model.options() == preset("vq16")
+    assert (c.data.image_size, c.data.crop_min, c.data.mirror) == (256, 0.8, True)
+    assert c.loss.terms == {"l2": 1.0, "lpips": 1.0} and (c.loss.codebook, c.loss.commitment) == (1.0, 0.25)
+    assert (c.loss.adversarial_weight, c.loss.adversarial_start, c.loss.entropy) == (0.5, 20_000, 0.0)
+    assert (c.loss.discriminator_channels, c.loss.discriminator_layers, c.revival.after) == (64, 3, 0)
+    assert (c.optim.lr, tuple(c.optim.betas), c.optim.weight_decay, c.optim.clip) == (1e-4, (0.9, 0.95), 0.0, 1.0)
+    assert (c.train.global_batch, c.train.steps) == (128, 1_281_167 // 128 * 40)
+    plan = plan_tokenizer(c)  # on shapes: the networks take images of 256 pixels
+    assert (plan["parameters"], plan["parameters of the discriminator"]) == (71_883_403, 2_765_633)
+
+
+def test_every_imagenet_file_is_in_a_table():
+    assert {p.stem for p in (CONFIGS / "imagenet256").glob("*.yaml")} == {*PAPER, "tokenizer"}
 
 
 def test_shared_values_stand_once():

@@ -74,3 +74,20 @@ def refused(capsys):
         return lines[-1]
 
     return call
+
+
+@pytest.fixture
+def command(image_folder, tmp_path):
+    """The arguments of a training run of seconds."""
+    images = image_folder(size=16)
+    config = tmp_path / "configs" / "tiny.yaml"
+    config.parent.mkdir()
+    config.write_text(f"""
+data: {{images: {images}, val_images: {images}, image_size: 16, mirror: true, crop_min: 1.0, workers: 1}}
+model: {{preset: mnist, channels: 8, vocabulary: 32, code_dim: 4}}
+revival: {{after: 2, until: 1.0}}
+optim: {{lr: 3.0e-3, weight_decay: 0.0}}
+train: {{steps: 6, global_batch: 8, micro_batch: 4, precision: fp32, compile: false, log_every: 1, ema: 0.9,
+        checkpoint_every: 3, validate_every: 6, picture_every: 6}}
+""")
+    return ["--config", str(config)]

@@ -6,16 +6,12 @@ from tokenizer.losses import TERMS, ReconstructionLoss, check_terms
 
 
 def test_terms_are_weighted_and_a_zero_leaves_one_out(monkeypatch):
-    class Constant:
-        def __call__(self, reconstruction, images, step):
-            return torch.tensor(float(step))
-
-    monkeypatch.setitem(TERMS, "constant", Constant)
+    monkeypatch.setitem(TERMS, "constant", lambda device, folder: lambda reconstruction, images: torch.tensor(7.0))
     a, b = torch.zeros(2, 1, 4, 4), torch.full((2, 1, 4, 4), 0.5)
-    total, values = ReconstructionLoss({"l2": 2.0, "constant": 3.0})(a, b, 7)
+    total, values = ReconstructionLoss({"l2": 2.0, "constant": 3.0}, torch.device("cpu"))(a, b)
     assert float(total) == 2 * 0.25 + 3 * 7
     assert {name: float(value) for name, value in values.items()} == {"l2": 0.25, "constant": 7.0}
-    assert set(ReconstructionLoss({"l2": 1.0, "constant": 0.0}).terms) == {"l2"}
+    assert set(ReconstructionLoss({"l2": 1.0, "constant": 0.0}, torch.device("cpu")).terms) == {"l2"}
 
 
 def test_a_table_of_weights_is_checked():

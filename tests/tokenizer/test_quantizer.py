@@ -2,12 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 
 from tokenizer import quantizer
-from tokenizer.quantizer import Quantizer, perplexity
+from tokenizer.quantizer import Quantizer, perplexity, usage_loss
 
 
 def build(vocabulary=50, dim=4, seed=0):
@@ -97,3 +99,30 @@ def test_bf16_latents_are_compared_in_fp32():
 @pytest.mark.parametrize("counts, expected", [([7, 7, 7, 7], 4), ([9, 0, 0, 0], 1), ([1, 3], math.exp(0.5623351446))])
 def test_perplexity_is_the_number_of_codes_in_equal_use(counts, expected):
     assert perplexity(torch.tensor(counts)) == pytest.approx(expected)
+
+
+def test_the_usage_loss_is_one_entropy_less_another():
+    codebook, latents = build(vocabulary=9, dim=3)
+    assert "entropy" not in codebook(latents[:, :3]).losses
+    codebook.with_usage_loss = True
+    found = codebook(latents[:, :3]).losses["entropy"]
+    z = latents[:, :3].permute(0, 2, 3, 1).reshape(-1, 3).double().numpy()
+    e = codebook.embedding.weight.detach().double().numpy()
+    z, e = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (z, e))
+    scores = -((z[:, None] - e) ** 2).sum(2) / 0.01  # (positions, codes)
+    choice = np.exp(scores - scores.max(1, keepdims=True))
+    choice /= choice.sum(1, keepdims=True)
+    expected = scipy.stats.entropy(choice, axis=1).mean() - scipy.stats.entropy(choice.mean(0))
+    assert float(found) == pytest.approx(expected, abs=1e-5)
+    assert "entropy" not in codebook.eval()(latents[:, :3]).losses
+
+
+def test_the_usage_loss_is_least_where_all_codes_are_chosen_surely_and_pulls_unused_ones_in():
+    codes = torch.eye(4)
+    even = usage_loss(codes.t().reshape(1, 4, 2, 2), codes)
+    assert float(even) == pytest.approx(-math.log(4), abs=1e-5)
+    lonely = codes[:1].t().repeat(1, 4).reshape(1, 4, 2, 2).requires_grad_()
+    loss = usage_loss(lonely, codes.requires_grad_())
+    assert float(loss) > -1e-5  # one code for all: no spread to be had
+    loss.backward()
+    assert bool(lonely.grad.isfinite().all() and codes.grad.isfinite().all())

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mutor_img.config import OptimConfig, TrainConfig, field_names, load_config
+from mutor_img.errors import UserError
 from mutor_img.training.log import read_metrics
 from mutor_img.training.loop import train
 from mutor_img.training.runtime import Runtime
@@ -26,6 +27,9 @@ def shapes(trainer):
     return {k: tuple(v.shape) for k, v in trainer.model.state_dict().items()}
 
 
+JUDGED = ("loss.adversarial_weight=0.5", "loss.adversarial_start=0", "loss.discriminator_channels=4",
+          "loss.discriminator_layers=1")
+
 FIELDS = {
     "run_dir": ((), "{tmp}/elsewhere", lambda t: t.run_dir),
     "seed": ((), "1", losses),
@@ -44,6 +48,12 @@ FIELDS = {
     "loss.terms": ((), "{{l2: 2.0}}", losses),
     "loss.codebook": ((), "3", losses),
     "loss.commitment": ((), "3", losses),
+    "loss.lpips_weights": ((), "", None),
+    "loss.entropy": ((), "0.5", losses),
+    "loss.adversarial_weight": (JUDGED[1:], "0.5", losses),
+    "loss.adversarial_start": (JUDGED, "1", losses),
+    "loss.discriminator_channels": (JUDGED, "8", losses),
+    "loss.discriminator_layers": (JUDGED, "2", losses),
     "revival.after": (("train.steps=4",), "0", losses),
     "revival.until": (("train.steps=4",), "0.0", losses),
 }
@@ -54,7 +64,7 @@ def test_every_field_has_a_row():
     assert set(FIELDS) | shared == set(field_names(TokenizerConfig))
 
 
-@pytest.mark.parametrize("name", [n for n in FIELDS if n != "model.preset"])
+@pytest.mark.parametrize("name", [n for n in FIELDS if n not in ("model.preset", "loss.lpips_weights")])
 def test_a_field_changes_what_it_names(name, image_folder, tmp_path):
     images = image_folder(size=16)
     other = image_folder("other", each=3, size=24)
@@ -86,3 +96,14 @@ def test_the_preset_changes_the_network():
 
             seen.append({k: tuple(v.shape) for k, v in VQModel(**config.model.options()).state_dict().items()})
     assert seen[0] != seen[1]
+
+
+def test_the_weights_of_lpips_are_looked_for_where_the_config_says(image_folder, tmp_path):
+    config = TokenizerConfig()
+    config.model.preset, config.data.images, config.data.image_size = "mnist", str(image_folder(size=16)), 16
+    config.loss.terms, config.loss.lpips_weights = {"lpips": 1.0}, str(tmp_path / "here")
+    with pytest.raises(UserError, match=r"here/vgg16-397923af\.pth is missing"):
+        TokenizerTask(config, Runtime(torch.device("cpu")))
+    config.data.image_size = 8
+    with pytest.raises(UserError, match="LPIPS needs 16 pixels"):
+        config.validate()

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import pytest
 import torch
 
 from mutor_img.checkpoint import find_checkpoint
@@ -14,23 +13,6 @@ from tokenizer import load_tokenizer
 from tokenizer.train import TokenizerConfig, TokenizerTask, main
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def command(image_folder, tmp_path):
-    """The arguments of a training run of seconds."""
-    images = image_folder(size=16)
-    config = tmp_path / "configs" / "tiny.yaml"
-    config.parent.mkdir()
-    config.write_text(f"""
-data: {{images: {images}, val_images: {images}, image_size: 16, mirror: true, crop_min: 1.0, workers: 1}}
-model: {{preset: mnist, channels: 8, vocabulary: 32, code_dim: 4}}
-revival: {{after: 2, until: 1.0}}
-optim: {{lr: 3.0e-3, weight_decay: 0.0}}
-train: {{steps: 6, global_batch: 8, micro_batch: 4, precision: fp32, compile: false, log_every: 1, ema: 0.9,
-        checkpoint_every: 3, validate_every: 6, picture_every: 6}}
-""")
-    return ["--config", str(config)]
 
 
 def weights(run):
