@@ -1,4 +1,4 @@
-"""Per-block compilation, and no way out of it unseen."""
+"""Compilation with no way out of it unseen."""
 
 from __future__ import annotations
 
@@ -13,17 +13,22 @@ def compile_whole(function: Callable, backend: str | Callable = "inductor") -> C
     return torch.compile(function, backend=backend, dynamic=False, fullgraph=True)
 
 
-def compile_blocks(blocks: Sequence[nn.Module], backend: str | Callable = "inductor") -> None:
-    """Compile each block in place for fixed shapes.
+def forbid_fallback(blocks: int) -> None:
+    """Make it an error if any of so many compiled blocks would run uncompiled, for the whole process.
 
-    Blocks share one compilation where nothing but their weights differs. Past a number of them torch would run further
-    blocks uncompiled and say so once in a warning: FlexAttention would then build whole matrices of scores. So that is
-    an error here, and the number leaves room: stochastic depth is a constant of its own in each block, and training,
-    validation and the last, smaller batch of it are graphs of their own.
+    Blocks share one compilation where nothing but their weights differs. Past a number of compilations torch runs
+    further blocks uncompiled and says so once in a warning, and uncompiled FlexAttention builds whole matrices of
+    scores. The number leaves room: stochastic depth is a constant of its own in each block, and training, validation
+    and the last, smaller batch of it are graphs of their own.
     """
     settings = torch._dynamo.config
     settings.fail_on_recompile_limit_hit = True
-    settings.recompile_limit = max(settings.recompile_limit, 8 + 4 * len(blocks))
+    settings.recompile_limit = max(settings.recompile_limit, 8 + 4 * blocks)
     settings.accumulated_recompile_limit = max(settings.accumulated_recompile_limit, 2 * settings.recompile_limit)
+
+
+def compile_blocks(blocks: Sequence[nn.Module], backend: str | Callable = "inductor") -> None:
+    """Compile each block in place for fixed shapes; see :func:`forbid_fallback`."""
+    forbid_fallback(len(blocks))
     for block in blocks:
-        block.compile(backend=backend, dynamic=False)
+        block.forward = compile_whole(block.forward, backend)

@@ -18,6 +18,7 @@ from mutor_img.errors import UserError, check_range
 from mutor_img.loading import load_run
 from mutor_img.registers import RegisterLaw, count_targets, cross_entropy_sum, register_targets
 from mutor_img.streams import Stream, generator_seed, uniform
+from mutor_img.training.preflight import Preflight, preflight
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.task import Task
 from mutor_img.transformer import PRESETS, ModelConfig, Transformer
@@ -138,6 +139,7 @@ class GeneratorTask(Task):
             UserError: missing or damaged codes, or codes that do not fit the config.
         """
         self.config, self.runtime = config, runtime
+        self.preflight: Preflight | None = None
         self.law = config.law()
         self.data = TrainingCodes([open_codes(f, config, runtime) for f in config.data.folders()], config.seed)
         self.codes = self.data.stores[0]
@@ -172,7 +174,7 @@ class GeneratorTask(Task):
             next_token = cross_entropy_sum(model(labels, codes[:, :-1]), codes) / total
             return next_token, {"next_token": next_token}
         anchors, offsets = self.law.draw(self.config.seed, step, samples)  # (b, R) each
-        if self.model.flex is None and self.wants_flex(samples.device):
+        if self.model.flex is None and self.flex_passes(samples.device):
             self.model.use_flex(anchors, fixed=self.law.count is None)
         logits, register_logits = model(labels, codes[:, :-1], anchors, offsets)
         next_token = cross_entropy_sum(logits, codes) / total
@@ -185,6 +187,14 @@ class GeneratorTask(Task):
         """Return whether registers attend by FlexAttention there; it has no backward on CPUs."""
         compiled = self.config.train.compile  # uncompiled FlexAttention would build the whole matrix of scores
         return self.config.model.attention == "auto" and compiled and device.type == "cuda"
+
+    def flex_passes(self, device: torch.device) -> bool:
+        """Return whether to use FlexAttention; the first call, before any update, compares it on every process."""
+        if self.preflight is None and self.wants_flex(device):
+            self.preflight = preflight(self.law, self.model.config, self.config.train.precision, self.config.seed,
+                                       self.runtime)
+            self.preflight.record(self.config.run_dir, self.runtime)
+        return self.preflight is not None and self.preflight.passed
 
     def _register_count(self, step: int, device: torch.device) -> Tensor | int:
         """Return how many registers of the whole global batch have a target: a mean over ranks would depend on them."""
@@ -220,7 +230,8 @@ class GeneratorTask(Task):
 
     def metadata(self) -> dict[str, Any]:
         info, stores = self.codes.info, self.data.stores
-        return {"kind": "generator", "model": self.model.config.to_json(), "codes": {
+        checked = {"preflight": self.preflight.to_json()} if self.preflight else {}
+        return {"kind": "generator", "model": self.model.config.to_json(), **checked, "codes": {
             "class_names": info.class_names, "image_size": info.image_size, "tokenizer": info.tokenizer,
             "tokenizer_hash": info.tokenizer_hash, "stores": [
                 {"path": str(store.folder), "hash": store.content_hash(), "crop": store.info.crop,

@@ -12,12 +12,15 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from mutor_img.attention import FlexAttention, SdpaAttention
+from mutor_img.files import write_json
 from mutor_img.parity import Difference, compare_attention
 from mutor_img.registers import RegisterLaw, register_ids
 from mutor_img.training.compiling import compile_whole
@@ -75,6 +78,14 @@ class Preflight:
                 "failed_ranks": self.failed_ranks, "seconds": round(self.seconds, 1), "torch": torch.__version__,
                 "compared": [{"draw": draw, **difference.to_json()} for draw, difference in self.found]}
 
+    def record(self, run_dir: str | Path, runtime: Runtime) -> None:
+        """Log the result and write ``preflight.json`` into the run's folder; a process of its own failure says so."""
+        if runtime.is_main:
+            tqdm.write(self.describe())
+            write_json(Path(run_dir) / "preflight.json", self.to_json())
+        elif self.failures:
+            tqdm.write(f"process {runtime.rank}: {self.describe()}")
+
 
 def preflight(law: RegisterLaw, config: ModelConfig, precision: str, seed: int, runtime: Runtime, *,
               backend: type = FlexAttention, compiled: Callable = compile_whole,
@@ -95,7 +106,8 @@ def preflight(law: RegisterLaw, config: ModelConfig, precision: str, seed: int, 
                        f"{head_dim}, {precision}")
     devices = [runtime.device] if runtime.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices):
+        # A run calls this inside its autocast, which would round what the comparison wants exact.
+        with torch.random.fork_rng(devices), torch.autocast(runtime.device.type, enabled=False):
             for found in examine(law, head_dim, precision, seed, runtime.device, backend, compiled, gradients):
                 result.found.append(found)
     except Exception as error:  # whatever a compiler or a driver raises means the same: do not use it

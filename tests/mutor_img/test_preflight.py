@@ -7,9 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mutor_img import transformer
 from mutor_img.attention import FlexAttention
+from mutor_img.checkpoint import find_checkpoint, read_meta
 from mutor_img.parity import compare_attention, dense_mask, exact_attention
 from mutor_img.registers import RegisterLaw
+from mutor_img.training import generator
+from mutor_img.training.generator import GeneratorTask
+from mutor_img.training.log import read_metrics
 from mutor_img.training.preflight import preflight
 from mutor_img.training.runtime import Runtime
 from mutor_img.transformer import ModelConfig
@@ -34,7 +39,7 @@ class Dense:
 class OneAnchorTooFar(Dense):
     def update(self, anchors):
         self.anchors = anchors.clone()
-        self.anchors[1, 7] += 1
+        self.anchors[1, 3] += 1
 
 
 class FirstDrawForever(Dense):
@@ -196,3 +201,46 @@ def test_flex_attention_refuses_to_run_uncompiled():
     flex = FlexAttention(64, torch.zeros(1, 20, dtype=torch.int64), fixed_anchors=False)
     with pytest.raises(RuntimeError, match="must run compiled"):
         flex(*torch.zeros(3, 1, 1, 84, 16))
+
+
+# ---- in a run
+
+
+def uncompiled(backend):
+    return lambda *given: preflight(*given, backend=backend, compiled=lambda function: function)
+
+
+@pytest.fixture
+def run_with_flex(run_training, monkeypatch):
+    """Train the small run as on a GPU, where it would use the given stand-in for FlexAttention."""
+
+    def run(backend):
+        monkeypatch.setattr(GeneratorTask, "wants_flex", lambda self, device: True)
+        monkeypatch.setattr(generator, "preflight", uncompiled(backend))
+        monkeypatch.setattr(transformer, "FlexAttention", backend)
+        return run_training("train.steps=2")
+
+    return run
+
+
+def test_a_run_uses_a_backend_that_passes_and_its_metadata_say_so(run_with_flex, capsys):
+    trainer = run_with_flex(Dense)
+    assert isinstance(trainer.model.flex, Dense)
+    recorded = read_meta(find_checkpoint(trainer.run_dir))["preflight"]
+    assert recorded["attention"] == "flex" and recorded["failures"] == []
+    assert recorded == json.loads((trainer.run_dir / "preflight.json").read_text())
+    assert capsys.readouterr().out.count("preflight: FlexAttention is right for 6 registers (2d) on 4 x 5 codes") == 1
+
+
+@pytest.mark.parametrize("backend", [OneAnchorTooFar, Raises, WrongGradient])
+def test_a_run_whose_backend_fails_trains_with_sdpa_to_the_same_losses(backend, run_with_flex, run_training, tmp_path,
+                                                                              capsys):
+    plain = run_training("train.steps=2", f"run_dir={tmp_path}/plain")
+    trainer = run_with_flex(backend)
+    assert trainer.model.flex is None
+    recorded = read_meta(find_checkpoint(trainer.run_dir))["preflight"]
+    assert recorded["attention"] == "sdpa" and recorded["failures"]
+    assert recorded["failures"][0] in capsys.readouterr().out
+    losses = [row["loss"] for row in read_metrics(trainer.run_dir)]
+    assert losses == [row["loss"] for row in read_metrics(plain.run_dir)]
+    assert "preflight" not in read_meta(find_checkpoint(plain.run_dir))
