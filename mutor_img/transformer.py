@@ -18,8 +18,9 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from mutor_img.attention import FlexAttention, SdpaAttention
+from mutor_img.chunked_loss import chunked_cross_entropy_sum
 from mutor_img.errors import UserError, suggest
-from mutor_img.registers import register_ids
+from mutor_img.registers import cross_entropy_sum, register_ids, register_targets
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -241,17 +242,20 @@ class Transformer(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.output.weight)
 
-    def forward(self, labels: Tensor, codes: Tensor, anchors: Tensor | None = None,
-                offsets: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, labels: Tensor, codes: Tensor, anchors: Tensor | None = None, offsets: Tensor | None = None,
+                targets: Tensor | None = None, loss_chunk: int = 0) -> Tensor | tuple[Tensor, Tensor]:
         """Return logits of the next codes and, with registers, of the registers' targets.
 
         Args:
             labels: (B,) int64 in 0 .. classes; ``classes`` is the null class.
             codes: (B, S - 1) int64, x_1 .. x_{S-1}, S <= N; with registers S = N.
             anchors, offsets: (B, R) int64 of the registers, in any order.
+            targets: (B, S) int64, x_1 .. x_S; with them, losses come back in place of logits.
+            loss_chunk: for losses, the most rows of logits at a time; 0: all of them.
 
         Returns:
-            (B, S, V), or that and (B, R, V). Register rows without a target are unspecified.
+            (B, S, V), or that and (B, R, V). Register rows without a target are unspecified. With ``targets`` the
+            cross-entropy summed over the regular inputs, or that and the registers' sum: fp32 scalars.
 
         Raises:
             ValueError: shapes that do not fit each other or the grid, or registers on a model without them.
@@ -270,10 +274,17 @@ class Transformer(nn.Module):
             x = layer(x, rope, attend)
         x = self.norm(x)
         if anchors is None:
-            return self.output(x)  # (B, S, V)
+            return self._read(x, targets, loss_chunk)  # (B, S, V) or a scalar
         regular, register = x.split([length, anchors.shape[1]], dim=1)
+        register_wanted = None if targets is None else register_targets(targets, anchors, offsets)
         # Two products, not one that is cut: slices of logits are copied, forward and backward, and logits are large.
-        return self.output(regular), self.output(register)  # (B, S, V), (B, R, V)
+        return self._read(regular, targets, loss_chunk), self._read(register, register_wanted, loss_chunk)
+
+    def _read(self, x: Tensor, targets: Tensor | None, loss_chunk: int) -> Tensor:
+        """Return x's logits or, given targets, their loss: a sharded head is whole only while forward runs."""
+        if targets is not None and loss_chunk:
+            return chunked_cross_entropy_sum(x, self.output.weight, targets, loss_chunk)
+        return self.output(x) if targets is None else cross_entropy_sum(self.output(x), targets)
 
     def use_flex(self, anchors: Tensor, fixed: bool) -> None:
         """Attend with FlexAttention from now on, whenever registers are given (training on GPUs).

@@ -1,0 +1,65 @@
+"""The head's cross-entropy without its logits: as many rows at a time as there is memory for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mutor_img.registers import IGNORE
+
+
+def chunked_cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
+    """Return ``cross_entropy_sum(hidden @ weight.T, targets)`` with no more than ``rows`` rows of logits at a time.
+
+    A chunk's gradients are made while its logits are there, so that nothing is computed twice and only sums stay: one
+    row of ``hidden``'s size a row, and one matrix of the head's size in fp32. Logits have autocast's dtype, as a linear
+    layer's would; from there on everything is fp32 up to the gradient of the logits, which is rounded back, and the
+    head's gradient, a sum in fp32 over chunks.
+
+    Args:
+        hidden: (B, S, dim), what the head reads.
+        weight: (V, dim), the head.
+        targets: (B, S) int64, ``IGNORE`` where there is none.
+        rows: rows of logits at a time, at least 1.
+
+    Returns:
+        A scalar fp32 tensor.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), rows, wanted)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """See :func:`chunked_cross_entropy_sum`; hidden is (rows, dim) here."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int, wanted: bool) -> Tensor:
+        total, head = torch.zeros((), device=hidden.device), weight.to(hidden.dtype)
+        hidden_grad = torch.empty_like(hidden) if wanted else hidden  # (rows, dim)
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if wanted else None  # (V, dim)
+        parts = (x.split(rows) for x in (hidden, hidden_grad, targets))
+        for inputs, place, target in zip(*parts, strict=True):
+            log_p = (inputs @ head.T).float().log_softmax(dim=-1)  # (chunk, V)
+            kept = (target != IGNORE)[:, None]  # (chunk, 1)
+            index = target[:, None].where(kept, 0)
+            total -= log_p.gather(1, index).where(kept, 0.0).sum()
+            if wanted:  # the slope of each row's loss by its logits: p, less 1 at the target
+                slope = log_p.exp_().scatter_add_(1, index, -torch.ones_like(index, dtype=torch.float32))
+                slope = slope.mul_(kept).to(inputs.dtype)
+                torch.mm(slope, head, out=place)
+                weight_grad += slope.T @ inputs
+        if wanted:
+            ctx.save_for_backward(hidden_grad, weight_grad)
+            ctx.dtype = weight.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        hidden_grad, weight_grad = ctx.saved_tensors
+        scaled = (hidden_grad.float() * grad).to(hidden_grad.dtype)  # a factor rounded to bf16 would bias every row
+        return scaled, (weight_grad * grad).to(ctx.dtype), None, None, None
