@@ -1,11 +1,12 @@
-"""Images a second of the sampler, beside a plain Python sampling loop, on random weights.
+"""Images a second of :func:`mutor_img.generate`, beside a plain Python sampling loop, on random weights.
 
-    python benchmarks/sampling.py                              # B, bf16, batches of 8 and 32, guidance 2.0
-    python benchmarks/sampling.py --dtype fp32 --tokens 256    # every token of the images
+    python benchmarks/sampling.py                                   # B, bf16, 49 codes, batches of 8 and 32
+    python benchmarks/sampling.py --dtype fp32 --grid 16 --rounds 1 # all codes of an image of 256 pixels
 
-A step's cost grows with its position, so that ``--tokens`` positions are spread evenly over the image and the rest is
-taken to cost their mean. The plain loop is what public samplers of such models do: a cache of the full length with a
-mask, attention over all of it by separate matrix products, rotations in fp32 step by step, nothing prepared ahead.
+Both make whole images in turn, in one process, and the medians are compared; the first image of a shape is not timed.
+The plain loop does what public samplers of such models do: a cache of the full length in the weights' dtype with a
+mask, whose keys and values are repeated for grouped heads (once each), attention without fused kernels, rotations in
+fp32 step by step, guidance, softmax and multinomial at each step, whose probabilities are kept.
 """
 
 from __future__ import annotations
@@ -21,73 +22,68 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mutor_img import generate
 from mutor_img.cli import Parser, run
 from mutor_img.config import check_choice
-from mutor_img.decoder import decode_one
 from mutor_img.errors import check_range
-from mutor_img.generation import Sampler, SamplingSettings, draw
-from mutor_img.guidance import guide
 from mutor_img.transformer import ModelConfig, Transformer
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SCALE = 2.0
 
 
-def ours(model: Transformer, batch: int) -> Callable[[int], None]:
-    """Return a function that samples the code at one position of ``batch`` images."""
-    sampler = Sampler(model, SamplingSettings(cfg_scale=SCALE), batch)
-    sampler.decoder.cache.store.normal_()
-    codes = torch.zeros(sampler.decoder.rows, dtype=torch.int64, device=sampler.device)
-    numbers = torch.rand(sampler.count, dtype=torch.float64, device=sampler.device)
-
-    def step(position: int) -> None:
-        for _ in range(-(-batch // sampler.count)):
-            logits = (decode_one(sampler.decoder, codes, position) if sampler.graphed is None
-                      else sampler.graphed(codes, position))
-            draw(guide(logits.float(), SCALE), numbers, sampler.settings)
-
-    return step
-
-
-def plain(model: Transformer, batch: int) -> Callable[[int], None]:
-    """Return the same as a plain loop would do it."""
+@torch.no_grad()
+def plain_generate(model: Transformer, labels: Tensor) -> Tensor:
+    """Sample codes (B, N) of labels (B,) int64 by the plain loop."""
     config, weight = model.config, model.output.weight
-    rows, device = 2 * batch, weight.device
-    shape = (rows, config.heads, config.length, config.dim // config.heads)
-    caches = [torch.randn(2, *shape, dtype=weight.dtype, device=device) for _ in model.layers]
-    visible = torch.ones(config.length, config.length, dtype=torch.bool, device=device).tril().repeat(rows, 1, 1)
-    codes = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+    rows, slots, device = 2 * len(labels), -(-(config.length + 1) // 8) * 8, weight.device
+    shape = (rows, config.heads, slots, config.dim // config.heads)
+    caches = [torch.zeros(2, *shape, dtype=weight.dtype, device=device) for _ in model.layers]
+    visible = torch.ones(slots, slots, dtype=torch.bool, device=device).tril().repeat(rows, 1, 1)
 
-    def step(position: int) -> None:
-        at = torch.tensor([position], device=device)
-        mask, rope = visible[:, None, at], model.rope(at)[None]  # (2 B, 1, 1, N), (1, 1, 2, head dim / 2)
-        x = model.tok_embeddings(codes)  # (2 B, 1, dim)
+    def step(x: Tensor, at: Tensor) -> Tensor:
+        mask, rope = visible[:, None, at], model.rope(at)[None]  # (2 B, 1, 1, slots), (1, 1, 2, head dim / 2)
         for layer, (keys, values) in zip(model.layers, caches):
-            def attend(q: Tensor, k: Tensor, v: Tensor, keys=keys, values=values, mask=mask) -> Tensor:
+            def attend(q: Tensor, k: Tensor, v: Tensor, keys=keys, values=values) -> Tensor:
                 keys[:, :, at], values[:, :, at] = k, v
+                grouped = keys.repeat_interleave(1, dim=1), values.repeat_interleave(1, dim=1)
                 with sdpa_kernel(SDPBackend.MATH):
-                    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+                    return F.scaled_dot_product_attention(q, *grouped, attn_mask=mask)
 
             x = layer(x, rope, attend)
-        logits = guide(model.output(model.norm(x))[:, -1].float(), SCALE)  # (B, V)
-        torch.multinomial(logits.softmax(-1), 1)
+        conditional, unconditional = model.output(model.norm(x))[:, -1].float().chunk(2)  # (B, V) each
+        return (unconditional + (conditional - unconditional) * SCALE).softmax(-1)
 
-    return step
+    kept = [step(model.cls_embedding(torch.cat([labels, labels * 0 + config.classes]))[:, None],
+                 torch.arange(1, device=device))]
+    codes = [torch.multinomial(kept[-1], 1)]
+    position = torch.ones(1, dtype=torch.int64, device=device)
+    while len(codes) < config.length:
+        kept.append(step(model.tok_embeddings(codes[-1].repeat(2, 1)), position))
+        codes.append(torch.multinomial(kept[-1], 1))
+        position += 1
+    return torch.cat(codes, 1)
 
 
-def seconds_an_image(step: Callable[[int], None], batch: int, length: int, tokens: int, device: torch.device) -> float:
-    """Time ``tokens`` positions spread over 1 .. length - 1 after one for warming up."""
-    step(1)
-    times = []
-    for index in range(tokens):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        step(1 + index * (length - 1) // tokens)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.fmean(times) * length / batch
+def seconds(sample: Callable[[], Tensor], device: torch.device) -> float:
+    """Time one call."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    sample()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def compare(model: Transformer, batch: int, rounds: int) -> tuple[float, float]:
+    """Return the images a second of the plain loop and of :func:`generate`: medians of ``rounds``, taken in turn."""
+    device = model.output.weight.device
+    labels = torch.arange(batch, device=device) % model.config.classes
+    samplers = (lambda: plain_generate(model, labels), lambda: generate(model, labels, cfg_scale=SCALE))
+    times = [[seconds(sample, device) for sample in samplers] for _ in range(1 + rounds)][1:]
+    plain, ours = (batch / statistics.median(column) for column in zip(*times))
+    return plain, ours
 
 
 def machine(device: torch.device) -> str:
@@ -103,29 +99,30 @@ def machine(device: torch.device) -> str:
 def main(argv: Sequence[str]) -> None:
     """The command; see ``--help``."""
     parser = Parser(description="Images a second of the sampler, beside a plain sampling loop.",
-                    example="python benchmarks/sampling.py --batch-sizes 8,32 --tokens 16")
+                    example="python benchmarks/sampling.py --batch-sizes 8,32 --threads 2")
     parser.add_argument("--preset", default="B", help="model size")
-    parser.add_argument("--grid", type=int, default=16, help="rows and columns of codes")
+    parser.add_argument("--grid", type=int, default=7, help="rows and columns of codes")
     parser.add_argument("--vocabulary", type=int, default=16384, help="number of codes")
     parser.add_argument("--dtype", default="bf16", help="bf16 or fp32")
     parser.add_argument("--batch-sizes", default="8,32", help="images at a time, comma-separated")
-    parser.add_argument("--tokens", type=int, default=16, help="positions timed")
+    parser.add_argument("--rounds", type=int, default=3, help="timed calls of each")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
     check_choice("--dtype", args.dtype, tuple(DTYPES))
-    length, device = args.grid**2, torch.device(args.device)
-    check_range("--tokens", args.tokens, 1, length)
+    for name, value in (("--grid", args.grid), ("--rounds", args.rounds), ("--threads", args.threads)):
+        check_range(name, value, 1, 1000)
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
     config = ModelConfig.preset(args.preset, grid=(args.grid, args.grid), vocabulary=args.vocabulary)
     model = Transformer(config).to(device, DTYPES[args.dtype]).eval()
     nn.init.normal_(model.output.weight, std=0.02)
     print(f"{machine(device)}; torch {torch.__version__}, Python {platform.python_version()}")
-    print(f"{args.preset}, {args.dtype}, {length} codes, guidance {SCALE}; images a second, pixels not decoded")
+    print(f"{args.preset}, {args.dtype}, {config.length} codes, guidance {SCALE}; images a second, pixels not decoded")
     print(f"{'batch':>6} {'plain loop':>11} {'ours':>9} {'ratio':>7}")
-    with torch.inference_mode():
-        for batch in map(int, args.batch_sizes.split(",")):
-            rates = [1 / seconds_an_image(make(model, batch), batch, length, args.tokens, device)
-                     for make in (plain, ours)]
-            print(f"{batch:>6} {rates[0]:>11.3f} {rates[1]:>9.3f} {rates[1] / rates[0]:>6.1f}x", flush=True)
+    for batch in map(int, args.batch_sizes.split(",")):
+        plain, ours = compare(model, batch, args.rounds)
+        print(f"{batch:>6} {plain:>11.3f} {ours:>9.3f} {ours / plain:>6.1f}x", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,17 @@ in row i mod CHUNK of them, whoever its neighbours are.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mutor_img.decoder import Decoder, GraphedDecode, decode_one, prefill
+from mutor_img.decoder import Decoder, pack
 from mutor_img.errors import UserError, check_range
 from mutor_img.guidance import guidance_scales, guide
+from mutor_img.static_decoder import static_decoder
 from mutor_img.streams import Stream, uniform
 from mutor_img.transformer import Transformer
 
@@ -90,6 +92,9 @@ def generate_samples(model: Transformer, labels: Tensor, samples: Tensor, settin
 class Sampler:
     """A model's weights made ready for sampling, and one cache for all batches. Make a new one after an update.
 
+    What is costly to prepare (weights laid out for a CPU, a step compiled for a GPU) is kept beside the model, and
+    serves the next sampler too where neither weights nor shapes have changed.
+
     Attributes:
         count: sequences the network runs on at a time; batches are cut and padded to it.
     """
@@ -107,17 +112,17 @@ class Sampler:
         """
         config, weight = model.config, model.output.weight
         settings.validate(config.vocabulary)
-        self.config, self.settings, self.device = config, settings, weight.device
+        self.model, self.config, self.settings, self.device = model, config, settings, weight.device
         self.fixed = weight.device.type == "cpu" and weight.dtype == torch.float32
         self.count = CHUNK if self.fixed else batch
         self.scales = guidance_scales(settings.cfg_schedule, settings.cfg_scale, settings.cfg_parameter, config.length)
         # After the last guided token, or without any, there is no second half of the batch.
         self.guided_until = max((token + 1 for token, scale in enumerate(self.scales) if scale > 1), default=0)
         self.halves = 2 if self.guided_until else 1
-        graphs = weight.device.type == "cuda"
-        with torch.inference_mode():
-            self.decoder = Decoder(model, self.halves * self.count, masked=graphs)
-            self.graphed = GraphedDecode(self.decoder) if graphs else None
+        rows = self.halves * self.count
+        self.static = weight.device.type != "cpu"
+        with torch.no_grad():
+            self.decoder = static_decoder(model, rows) if self.static else Decoder(pack(model), rows)
 
     def generate(self, labels: Tensor, samples: Tensor) -> Tensor:
         """Return codes (B, N) int64 on the model's device for labels and sample numbers (B,) int64, any B.
@@ -137,7 +142,7 @@ class Sampler:
             slots = samples[rows] % self.count if self.fixed else torch.arange(len(rows), device=self.device)
             padded = torch.zeros(2, self.count, dtype=torch.int64, device=self.device)
             padded[:, slots] = torch.stack([labels[rows], samples[rows]])
-            with torch.inference_mode():
+            with _evaluating(self.model), torch.no_grad() if self.static else torch.inference_mode():
                 made = self._run(*padded)  # (count, N)
             codes[rows] = made[slots]
         if len(codes) and int(codes.min()) < 0:
@@ -157,7 +162,7 @@ class Sampler:
         numbers = uniform(self.settings.seed, Stream.TOKEN, samples[:, None], places).T.contiguous()  # (N, count)
         codes = torch.empty(len(places), self.count, dtype=torch.int64, device=self.device)
         nulls = [torch.full_like(labels, self.config.classes)] if self.halves == 2 else []
-        logits = prefill(self.decoder, torch.cat([labels, *nulls]))  # (2 count or count, V)
+        logits = self.decoder.first(torch.cat([labels, *nulls]))  # (2 count or count, V)
         for position, scale in enumerate(self.scales):
             if position:
                 logits = self._decode(codes[position - 1], position)
@@ -168,9 +173,20 @@ class Sampler:
     def _decode(self, codes: Tensor, position: int) -> Tensor:
         """Return logits (2 count or count, V) at ``position``; both halves of a batch go on with the same codes."""
         codes = codes.clamp(min=0)  # not finite: go on with anything, and say so at the end
-        if self.graphed is not None:
-            return self.graphed(codes.repeat(self.halves), position)
-        return decode_one(self.decoder, codes.repeat(2) if position < self.guided_until else codes, position)
+        halves = self.halves if self.static or position < self.guided_until else 1
+        return self.decoder.next(codes.repeat(halves), position)
+
+
+@contextmanager
+def _evaluating(model: Transformer) -> Iterator[None]:
+    """Switch dropout off for a while, and leave every module in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def draw(logits: Tensor, numbers: Tensor, settings: SamplingSettings) -> Tensor:
@@ -186,7 +202,8 @@ def draw(logits: Tensor, numbers: Tensor, settings: SamplingSettings) -> Tensor:
     Returns:
         (B,) int64; -1 where the logits are not finite.
     """
-    logits = logits / settings.temperature
+    if settings.temperature != 1:
+        logits = logits / settings.temperature
     if settings.top_k:
         logits = keep_top_k(logits, settings.top_k)
     if settings.top_p < 1:

@@ -61,4 +61,4 @@ def guidance_scales(schedule: str, scale: float, parameter: float | None, length
 def guide(logits: Tensor, scale: float) -> Tensor:
     """Combine logits (2 B, V), conditional rows first, into (B, V); any floating dtype."""
     conditional, unconditional = logits.chunk(2)  # (B, V) each
-    return unconditional + scale * (conditional - unconditional)
+    return (conditional - unconditional).mul_(scale).add_(unconditional)  # one large temporary, not three

@@ -1,5 +1,6 @@
 """Generation: the cache against whole forward passes, filters against numpy, and rows that know no neighbours."""
 
+import gc
 import math
 
 import numpy as np
@@ -7,11 +8,13 @@ import pytest
 import torch
 from reference import sampling as reference
 
+from mutor_img import decoder as decoder_module
 from mutor_img import generate
-from mutor_img.decoder import Decoder, decode_one, prefill
+from mutor_img.decoder import Decoder, pack
 from mutor_img.errors import UserError
 from mutor_img.generation import CHUNK, Sampler, SamplingSettings, draw, generate_samples, keep_top_k, keep_top_p
 from mutor_img.guidance import SCHEDULES, guidance_scales
+from mutor_img.static_decoder import StaticDecoder, static_decoder
 
 LABELS = torch.tensor([2, 0, 1, 1, 0])
 
@@ -21,18 +24,26 @@ def codes_of(model, labels=LABELS, first=0, **settings):
     return generate_samples(model, labels, samples, SamplingSettings(**settings))
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["prefix", "masked"])
+def packed_decoder(model, rows):
+    return Decoder(pack(model), rows)
+
+
+def cached_logits(decoder, labels, codes):
+    """Logits (B, N, V) of every position, one step at a time."""
+    steps = [decoder.first(labels), *(decoder.next(codes[:, t - 1], t).clone() for t in range(1, codes.shape[1]))]
+    return torch.stack(steps, 1)
+
+
+@pytest.mark.parametrize("build", [packed_decoder, StaticDecoder], ids=["packed", "static"])
 @pytest.mark.parametrize("heads", [1, 2, 4])
-def test_cached_logits_equal_those_of_whole_forward_passes(random_model, heads, masked):
+def test_cached_logits_equal_those_of_whole_forward_passes(random_model, monkeypatch, heads, build):
     model = random_model(heads=heads)
     codes = torch.randint(11, (5, 20), generator=torch.Generator().manual_seed(1))
     labels = torch.tensor([0, 1, 2, 3, 0])  # 3: the null class
-    decoder = Decoder(model, 5, masked)
-    with torch.inference_mode():
-        steps = [prefill(decoder, labels)]
-        for t in range(1, 20):
-            steps.append(decode_one(decoder, codes[:, t - 1], torch.tensor([t]) if masked else t))
-        torch.testing.assert_close(torch.stack(steps, 1), model(labels, codes[:, :-1]), rtol=0, atol=1e-5)
+    monkeypatch.setattr(StaticDecoder, "compile_step", lambda self, **options: setattr(self, "compiled", self))
+    with torch.no_grad():
+        ours = cached_logits(build(model, 5), labels, codes)
+        torch.testing.assert_close(ours, model(labels, codes[:, :-1]), rtol=0, atol=1e-5)
 
 
 def test_a_used_cache_gives_the_next_images_the_same_logits(random_model):
@@ -46,13 +57,10 @@ def test_a_used_cache_gives_the_next_images_the_same_logits(random_model):
 def test_cached_logits_in_other_dtypes_are_within_their_rounding(random_model, dtype):
     model = random_model(dtype=dtype)
     codes = torch.randint(11, (5, 20), generator=torch.Generator().manual_seed(1))
-    decoder = Decoder(model, 5)
     with torch.inference_mode():
-        prefill(decoder, LABELS)
-        steps = [decode_one(decoder, codes[:, t - 1], t) for t in range(1, 20)]
-        whole = model(LABELS, codes[:, :-1])[:, 1:]
+        ours, whole = cached_logits(packed_decoder(model, 5), LABELS, codes), model(LABELS, codes[:, :-1])
     tolerance = 0.1 if dtype == torch.bfloat16 else 1e-5
-    torch.testing.assert_close(torch.stack(steps, 1), whole, rtol=0, atol=tolerance)
+    torch.testing.assert_close(ours, whole, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("settings", [
@@ -199,6 +207,95 @@ def test_the_public_signature_gives_int64_codes_and_leaves_the_model_alone(rando
     assert model.training and not codes.is_inference()
     assert torch.equal(codes, generate(model.eval(), torch.tensor([1, 2]), 1.5, 0.9, 5, 0.9, 3, 7))
     assert generate(model, []).shape == (0, 20)
+
+
+@pytest.mark.parametrize("write", [lambda weight: weight.data.mul_(2), lambda weight: weight.detach().mul_(2),
+                                   lambda weight: setattr(weight, "data", weight.data * 2)],
+                         ids=["data", "in place", "replaced"])
+@pytest.mark.parametrize("name", ["output.weight", "layers.1.feed_forward.w3.weight", "norm.weight",
+                                  "tok_embeddings.weight"])
+def test_weights_that_change_between_calls_count(random_model, name, write):
+    model, fresh = random_model(), random_model()
+    before = generate(model, LABELS)
+    for each in (model, fresh):
+        write(each.get_parameter(name))
+    after = generate(model, LABELS)
+    assert torch.equal(after, generate(fresh, LABELS)) and not torch.equal(after, before)
+
+
+def test_weights_are_packed_once_and_go_with_their_model(random_model, monkeypatch):
+    model, made = random_model(), []
+    real = decoder_module.PackedTransformer
+    monkeypatch.setattr(decoder_module, "PackedTransformer", lambda model: made.append(1) or real(model))
+    for settings in ({}, {"cfg_scale": 1.0}, {"temperature": 0.5}):
+        for count in (2, 5):
+            generate(model, LABELS[:count], **settings)
+    assert len(made) == 1
+    kept = len(decoder_module._PACKED)
+    del model
+    gc.collect()
+    assert len(decoder_module._PACKED) == kept - 1
+
+
+def test_dropout_is_never_applied_and_modes_are_left_alone(random_model):
+    model = random_model(dropout=0.5).train()
+    model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    expected = codes_of(random_model())
+    assert torch.equal(codes_of(model), expected) and modes == [module.training for module in model.modules()]
+
+
+class Graphs:
+    """A compiler that runs what it is given and keeps which inputs are static: of fixed address, never copied."""
+
+    def __init__(self):
+        self.static = []
+
+    def __call__(self, graph, inputs):
+        inputs = [node.meta for node in graph.graph.nodes if node.op == "placeholder"]
+        self.static.append([bool(meta.get("tensor_dict", {}).get("_dynamo_static_input_type")) for meta in inputs])
+        return graph.forward
+
+
+def test_the_step_for_gpus_is_one_graph_for_all_positions_over_static_weights_and_cache(random_model):
+    torch._dynamo.reset()
+    model, graphs = random_model(), Graphs()
+    decoder = StaticDecoder(model, 5)
+    decoder.compile_step(backend=graphs)
+    codes = torch.randint(11, (5, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours = cached_logits(decoder, LABELS, codes)
+        torch.testing.assert_close(ours, model(LABELS, codes[:, :-1]), rtol=0, atol=1e-5)
+        cached_logits(decoder, LABELS, codes)
+    assert len(graphs.static) == 1  # fullgraph: one graph, and no other for any position or batch
+    # Everything but the codes and the position: 7 weights a layer and 3 (not the labels' embedding), the rotary
+    # table, the places, and two caches a layer.
+    assert sorted(graphs.static[0]) == [False] * 2 + [True] * (2 * 7 + 3 + 1 + 1 + 2 * 2)
+
+
+def test_the_gpu_path_gives_the_codes_of_the_cpu_path(random_model, monkeypatch):
+    monkeypatch.setattr(StaticDecoder, "compile_step", lambda self, **options: setattr(self, "compiled", self))
+    model = random_model(dropout=0.5).train()
+    for settings in ({}, {"cfg_scale": 1.0}, {"cfg_schedule": "interval", "cfg_parameter": 2, "top_k": 5}):
+        sampler = Sampler(model, SamplingSettings(**settings), 4)
+        sampler.fixed, sampler.static, sampler.count = False, True, 4
+        sampler.decoder = static_decoder(model, 4 * sampler.halves)
+        assert torch.equal(sampler.generate(LABELS, torch.arange(5)), codes_of(model, **settings))
+
+
+def test_memory_does_not_grow_with_steps(random_model, monkeypatch):
+    model, held = random_model((16, 16), vocabulary=64), []
+    step = Decoder.step
+
+    def count(self, x, position):
+        if position in (50, 100, 250):
+            tensors = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.layout == torch.strided]
+            held.append(sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()))
+        return step(self, x, position)
+
+    monkeypatch.setattr(Decoder, "step", count)
+    codes_of(model, torch.zeros(2, dtype=torch.int64))
+    assert len(held) == 3 and max(held) - min(held) < 16 * 64 * 4 * 2  # less than two steps' logits
 
 
 @pytest.mark.gpu
