@@ -1,8 +1,8 @@
 """Writing a code store: parts that survive a kill, and their merge into the arrays that count.
 
-While images are encoded, ``<out>/parts/`` fills with one file for each ``PART`` images. A part carries a fingerprint of
-all it was made from, so that a part of another tokenizer, crop or file is made again and never reused. The last
-file to appear is ``codes.json``; without it the folder is no code store.
+While images are encoded, ``<out>/parts/`` fills with one file for up to ``PART`` images. A part carries a fingerprint
+of all it was made from, so that a part of another tokenizer, crop or file is made again and never reused. The last file
+to appear is ``codes.json``; without it the folder is no code store.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from mutor_img.errors import UserError
 from mutor_img.files import read_json, write_atomic, write_json
 from tokenizer.sources import ImageSource
 
-PART = 1024  # images a part: seconds of work on a GPU
+PART = 1024  # images a part at most: seconds of work on a GPU
+_LEAST, _PARTS = 16, 64  # few images are cut into more and smaller parts, so that every process has some
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,18 @@ class StoreWriter:
         shutil.rmtree(self.parts, ignore_errors=True)  # left by a kill between the last file and this
         return True
 
+    @property
+    def part_size(self) -> int:
+        """Images a part: a function of their number alone, so that any number of processes makes the same parts."""
+        return min(PART, max(_LEAST, -(-len(self.source) // _PARTS)))
+
     def count(self) -> int:
         """Return the number of parts."""
-        return -(-len(self.source) // PART)
+        return -(-len(self.source) // self.part_size)
 
     def range(self, part: int) -> range:
         """Return the image numbers of a part."""
-        return range(part * PART, min((part + 1) * PART, len(self.source)))
+        return range(part * self.part_size, min((part + 1) * self.part_size, len(self.source)))
 
     def is_done(self, part: int) -> bool:
         """Tell whether a part is there, is of this recipe and these files, and had no unreadable image."""

@@ -23,7 +23,8 @@ train: {{steps: 3, global_batch: 4, precision: fp32, compile: false, log_every: 
 """
 
 
-def write_codes(folder: Path, seed: int = 0, images: int = 10, views: int = 2, tokenizer_hash: str = "a" * 64) -> Path:
+def write_codes(folder: Path, seed: int = 0, images: int = 10, views: int = 2, tokenizer_hash: str = "a" * 64,
+                block: int = 10**9) -> Path:
     """Write a valid code store of 4 x 5 grids over 16 codes and 3 classes."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(seed)
@@ -32,7 +33,7 @@ def write_codes(folder: Path, seed: int = 0, images: int = 10, views: int = 2, t
     np.save(folder / "codes.npy", codes)
     np.save(folder / "labels.npy", labels)
     info = CodesInfo((4, 5), 16, ["a", "b", "c"], ["plain", "mirror"][:views], "center", 32, "tok", tokenizer_hash,
-                     [block_checksum(codes, labels)])
+                     [block_checksum(codes[i: i + block], labels[i: i + block]) for i in range(0, images, block)])
     write_json(folder / "codes.json", info.to_json())
     return folder
 
@@ -70,7 +71,7 @@ def run_training(run_file, tiny):
 
     def run(*overrides: str):
         config = load_config(GeneratorConfig, run_file, overrides)
-        runtime = Runtime.start()
+        runtime = Runtime.start(config.train.timeout_minutes)
         return train(GeneratorTask(config, runtime), config, runtime)
 
     return run

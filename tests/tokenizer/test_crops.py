@@ -59,3 +59,37 @@ def test_pixels_survive_the_way_to_floats_and_back(image_folder):
 def test_an_unknown_rule_names_the_nearest():
     with pytest.raises(UserError, match="'center'"):
         crop_rule("centre")
+
+
+def test_ten_crops_are_corners_and_middle_of_the_image_and_of_its_mirror_image():
+    image, side = ramp(53, 47), 20  # 20 * 1.1 = 22
+    large = np.asarray(center_crop(image, 22))
+    expected = []
+    for seen in (large, large[:, ::-1]):
+        expected += [seen[:20, :20], seen[:20, 2:], seen[2:, :20], seen[2:, 2:], seen[1:21, 1:21]]
+    rule = crop_rule("ten-crop", scale=1.1)
+    cut = rule.cut(image, side, 0)
+    assert len(cut) == len(rule.squares) == 10 and rule.mirrored
+    assert all(np.array_equal(a, b) for a, b in zip(cut, expected))
+
+
+def test_random_crops_are_a_function_of_seed_image_and_view():
+    image = ramp(60, 40)
+
+    def cut(seed, number, count=6):
+        return [np.asarray(square) for square in crop_rule("random", least=0.5, count=count, seed=seed).cut(
+            image, 24, number)]
+
+    first = cut(0, 3)
+    assert all(np.array_equal(a, b) for a, b in zip(first, cut(0, 3, count=20)))  # further views change none
+    others = [cut(0, 4), cut(1, 3)]
+    assert all(any((a != b).any() for a, b in zip(first, other)) for other in others)
+    assert len({square.tobytes() for square in first}) == 6 and all(square.shape == (24, 24) for square in first)
+    rising = [np.diff(square.astype(int), axis=1).mean() > 0 for square in cut(0, 0, count=200)]
+    assert 70 < sum(rising) < 130  # mirrored by a fair draw: 100 and a deviation of 7
+
+
+def test_options_of_crop_rules_have_a_range():
+    for name, options in (("ten-crop", {"scale": 0.9}), ("random", {"least": 1.1}), ("random", {"count": 0})):
+        with pytest.raises(UserError, match="give a value in"):
+            crop_rule(name, **options)
