@@ -19,8 +19,8 @@ from tokenizer.crops import crop_rule, to_float
 from tokenizer.encode import Squares
 from tokenizer.folder import list_images
 from tokenizer.loading import load_tokenizer
-from tokenizer.measures import CodeUse, psnr, ssim
 from tokenizer.pictures import before_after
+from tokenizer.scores import METRICS, ReconstructionScores
 from tokenizer.sources import spread
 from tokenizer.vq import VQModel
 
@@ -28,8 +28,9 @@ _PICTURES = 20
 
 
 def reconstruct_folder(vq: VQModel, images: str | Path, *, num_images: int = 0, image_size: int | None = None,
-                       batch_size: int = 32, workers: int = 0,
-                       picture: str | Path | None = None) -> dict[str, Any]:
+                       batch_size: int = 32, workers: int = 0, picture: str | Path | None = None,
+                       metrics: Sequence[str] | None = None, inception_weights: str | None = None,
+                       lpips_weights: str | None = None) -> dict[str, Any]:
     """Reconstruct centre-cropped images and score them.
 
     Args:
@@ -40,13 +41,16 @@ def reconstruct_folder(vq: VQModel, images: str | Path, *, num_images: int = 0, 
         batch_size: images at a time.
         workers: reading processes; 0 reads in this one.
         picture: where to write a PNG of 20 images before and after, or None.
+        metrics, inception_weights, lpips_weights: as in :class:`~tokenizer.scores.ReconstructionScores`.
 
     Returns:
-        ``psnr`` in dB, ``ssim`` (pixels in [0, 1], data range 1), ``codes_used`` (share of the vocabulary),
-        ``perplexity`` of the codes, ``num_images``, and what they were measured on.
+        ``psnr`` in dB, ``ssim`` (pixels in [0, 1], data range 1), where their weights are at hand ``rfid`` and
+        ``lpips``, ``sharpness`` (mean gradient, a ratio to the images'), ``codes_used`` (share of the vocabulary),
+        ``perplexity`` of the codes, ``num_images``, what they were measured on, and ``not_computed`` with reasons.
 
     Raises:
-        UserError: a folder without classes, an unreadable image, or an image size that does not fit.
+        UserError: a folder without classes, an unreadable image, an image size that does not fit, or weights that
+            were asked for and are missing.
     """
     image_size = image_size or vq.image_size
     if image_size is None:
@@ -58,7 +62,9 @@ def reconstruct_folder(vq: VQModel, images: str | Path, *, num_images: int = 0, 
     loader = DataLoader(Squares(folder, numbers, vq.image_channels, image_size, crop_rule("center")), batch_size,
                         num_workers=workers)
     shown = set(spread(len(numbers), _PICTURES).tolist())
-    use, sums, kept, place = CodeUse(vq.vocabulary), np.zeros(2), [], 0
+    scores = ReconstructionScores(vq.vocabulary, len(numbers), image_size, metrics, device=device,
+                                  inception_weights=inception_weights, lpips_weights=lpips_weights)
+    kept, place = [], 0
     with tqdm(total=len(numbers), desc="reconstruct", unit="image", mininterval=1.0) as bar:
         for squares, errors in loader:  # (B, 1, C, H, W) uint8
             for error in filter(None, errors):
@@ -66,52 +72,73 @@ def reconstruct_folder(vq: VQModel, images: str | Path, *, num_images: int = 0, 
             pixels = to_float(squares[:, 0].to(device))
             codes = vq.encode(pixels)  # (B, N)
             before, after = to_nhwc(pixels), to_nhwc(vq.decode(codes))  # (B, H, W, 3) uint8
-            use.add(codes)
-            sums += len(before) * np.array([psnr(before, after), ssim(before, after)])
+            scores.add(codes, before, after)
             kept += [(before[i], after[i]) for i in range(len(before)) if place + i in shown]
             place += len(before)
             bar.update(len(before))
     if picture:
         before, after = (np.stack(side) for side in zip(*kept))
         write_png(picture, before_after(before, after))
-    means = sums / len(numbers)
-    return {"psnr": float(means[0]), "ssim": float(means[1]), **use.scores(), "num_images": len(numbers),
-            "images": str(images), "image_size": image_size, "tokenizer": vq.path, "tokenizer_hash": vq.hash}
+    return {**scores.result(), "num_images": len(numbers), "images": str(images), "image_size": image_size,
+            "tokenizer": vq.path, "tokenizer_hash": vq.hash}
 
 
 def main(argv: Sequence[str]) -> None:
     """Parse, reconstruct and print."""
-    parser = Parser(
-        description="Encode and decode images: PSNR, SSIM, code usage, and a before/after picture.",
-        example="python -m tokenizer.reconstruct --tokenizer runs/mnist/tokenizer --images data/mnist/val "
-                "--out reconstructions.png",
-        prog="python -m tokenizer.reconstruct",
-    )
-    parser.add_argument("--tokenizer", required=True, help="tokenizer run folder, or released LlamaGen .pt")
-    parser.add_argument("--images", required=True, help="folder with one sub-folder of images a class")
-    parser.add_argument("--num-images", type=int, default=0, help="images, spread evenly over the folder; 0: all")
-    parser.add_argument("--image-size", type=int, help="pixels a side (the tokenizer's own unless given)")
-    parser.add_argument("--batch-size", type=int, default=32, help="images at a time")
-    parser.add_argument("--workers", type=int, default=2, help="reading processes; 0: none")
-    parser.add_argument("--out", metavar="PNG", help="before/after picture to write")
-    parser.add_argument("--json", metavar="FILE", help="JSON file to write the scores to")
-    options = parser.parse_args(argv)
+    options = _parser().parse_args(argv)
     check_range("--num-images", options.num_images, 0, 10**9)
     check_range("--batch-size", options.batch_size, 1, 65536)
     check_range("--workers", options.workers, 0, 256)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     scores = reconstruct_folder(
         load_tokenizer(options.tokenizer, device), options.images, num_images=options.num_images,
-        image_size=options.image_size, batch_size=options.batch_size, workers=options.workers, picture=options.out)
-    print(f"images       {scores['num_images']}")
-    print(f"PSNR         {scores['psnr']:.2f} dB")
-    print(f"SSIM         {scores['ssim']:.4f}   (data range 1)")
-    print(f"codes used   {scores['codes_used']:.1%}")
-    print(f"perplexity   {scores['perplexity']:.1f}")
+        image_size=options.image_size, batch_size=options.batch_size, workers=options.workers, picture=options.out,
+        metrics=options.metrics.split(",") if options.metrics else None,
+        inception_weights=options.inception_weights, lpips_weights=options.lpips_weights)
+    print(table(scores))
     if options.out:
         print(f"picture      {options.out}")
     if options.json:
         write_json(options.json, scores)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        description="Encode and decode images: PSNR, SSIM, rFID, LPIPS, code usage, and a before/after picture.",
+        example="python -m tokenizer.reconstruct --tokenizer runs/mnist/tokenizer --images data/mnist/val "
+                "--out reconstructions.png",
+        prog="python -m tokenizer.reconstruct",
+    )
+    add = parser.add_argument
+    add("--tokenizer", required=True, help="tokenizer run folder, or released LlamaGen .pt")
+    add("--images", required=True, help="folder with one sub-folder of images a class")
+    add("--num-images", type=int, default=0, help="images, spread evenly over the folder; 0: all")
+    add("--image-size", type=int, help="pixels a side (the tokenizer's own unless given)")
+    add("--batch-size", type=int, default=32, help="images at a time")
+    add("--workers", type=int, default=2, help="reading processes; 0: none")
+    add("--metrics", metavar="LIST", help=f"some of {','.join(METRICS)}; psnr, ssim and those whose weights are at "
+                                          "hand if not given")
+    add("--inception-weights", metavar="FILE", help="Inception weights of rFID elsewhere than in torch's hub folder")
+    add("--lpips-weights", metavar="FOLDER", help="vgg16-397923af.pth and vgg.pth elsewhere than in torch's hub folder "
+                                                  "and the package lpips")
+    add("--out", metavar="PNG", help="before/after picture to write")
+    add("--json", metavar="FILE", help="JSON file to write the scores to")
+    return parser
+
+
+def table(scores: dict[str, Any]) -> str:
+    """Return the result of :func:`reconstruct_folder` as lines for a person."""
+    lines = [f"images       {scores['num_images']}"]
+    formats = {"psnr": ("PSNR", "{:.2f} dB"), "ssim": ("SSIM", "{:.4f}   (data range 1)"),
+               "rfid": ("rFID", "{:.2f}   (against these images)"), "lpips": ("LPIPS", "{:.4f}"),
+               "sharpness": ("sharpness", "{:.2f}   (mean gradient, a ratio to the images')")}
+    lines += [f"{name:<12} {text.format(scores[key])}" for key, (name, text) in formats.items()
+              if scores.get(key) is not None]
+    lines += [f"codes used   {scores['codes_used']:.1%}", f"perplexity   {scores['perplexity']:.1f}"]
+    if scores["not_computed"]:
+        names = ",".join(scores["not_computed"])
+        lines.append(f"not computed {names}   (no weights at hand; --metrics {names} says which)")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.ndimage import uniform_filter
 
-from tokenizer.measures import CodeUse, psnr, ssim
+from tokenizer.measures import CodeUse, psnr, sharpness, ssim
 
 
 def pair(channels):
@@ -43,3 +43,15 @@ def test_code_use_is_a_share_and_a_perplexity():
     use.add(torch.tensor([[0, 1], [0, 1]]))
     use.add(torch.tensor([3, 3, 4, 4]))
     assert use.scores() == {"codes_used": 0.5, "perplexity": pytest.approx(4.0)}
+
+
+def test_sharpness_is_the_slope_of_a_ramp_and_falls_under_a_blur():
+    rows, columns = np.mgrid[:10, :12]
+    ramp = np.repeat((3 * rows + 4 * columns).astype(np.uint8)[None, :, :, None], 3, axis=3)
+    assert sharpness(ramp) == pytest.approx(5.0)
+    assert sharpness(ramp[..., :1]) == pytest.approx(5.0) and sharpness(ramp * 0) == 0
+    noise, _ = pair(3)
+    blurred = np.stack([uniform_filter(image, (3, 3, 1)) for image in noise])
+    assert sharpness(blurred) < 0.5 * sharpness(noise)
+    green = noise * np.array([0, 1, 0], np.uint8)
+    assert sharpness(green) == pytest.approx(0.587 * sharpness(noise[..., 1:2]))
