@@ -5,6 +5,8 @@ A run folder holds ``checkpoints/step_00001000/`` with ``model.safetensors``, wh
 again, and size and sha256 of every tensor file. A folder is written aside, flushed, renamed, and only then
 named in ``checkpoints/latest``; older ones are pruned last. So a kill at any moment leaves the newest complete
 checkpoint in place.
+
+A sharded run writes ``model.00000-of-00008.safetensors`` and so on, one file a process (see ``tensor_files.py``).
 """
 
 from __future__ import annotations
@@ -13,53 +15,93 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mutor_img.errors import UserError
-from mutor_img.files import file_hash, read_json, write_atomic, write_json
+from mutor_img.files import read_json, write_atomic, write_json
+from mutor_img.tensor_files import Files, Slice, TensorGroup, flush, write_groups
 
 FORMAT = "mutor_img checkpoint 1"
 
 
-def write_checkpoint(run_dir: str | Path, step: int, tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any],
-                     keep: int) -> Path:
+class Processes(Protocol):
+    """Who writes a sharded checkpoint together."""
+
+    rank: int
+    world: int
+
+    def barrier(self) -> None:
+        """Wait for all."""
+
+
+def write_checkpoint(run_dir: str | Path, step: int, tensors: dict[str, dict[str, Tensor | Slice]],
+                     meta: dict[str, Any], keep: int, processes: Processes | None = None) -> Path:
     """Write one complete checkpoint, mark it as the latest, and prune all but the ``keep`` newest.
 
     Args:
-        run_dir: the run folder.
+        run_dir: the run folder; with ``processes`` one that all of them see.
         step: updates done.
-        tensors: groups of named tensors, e.g. ``{"model": {...}, "ema": {...}}``; each becomes a file.
+        tensors: groups of named tensors, e.g. ``{"model": {...}, "ema": {...}}``; each becomes a file, or one a process
+            where some are slices.
         meta: what else the JSON holds; plain JSON values only.
+        processes: None: this process has everything. Else all of them call this, each with its slices; tensors that
+            are whole are taken from rank 0.
+
+    Raises:
+        UserError: the files of another process cannot be seen from here.
+        OSError: the disk is full.
     """
+    rank = processes.rank if processes else 0
+    barrier = processes.barrier if processes else (lambda: None)
     root = Path(run_dir) / "checkpoints"
     final = root / f"step_{step:08d}"
     aside = root / f".step_{step:08d}.part"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    if rank == 0:
+        for old in root.glob(".step_*.part"):  # of this attempt or of a killed one
+            shutil.rmtree(old)
+        aside.mkdir(parents=True)
+    barrier()
     try:
-        files = {}
-        for group, content in tensors.items():
-            path = aside / f"{group}.safetensors"
-            save_file({k: v.detach().contiguous().cpu() for k, v in content.items()}, path)
-            _flush(path)
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
-        write_json(aside / "checkpoint.json", {"format": FORMAT, "step": step, **meta, "files": files})
-        shutil.rmtree(final, ignore_errors=True)  # only ever an earlier, incomplete attempt at this step
-        os.rename(aside, final)
+        files = write_groups(aside, tensors, rank, processes.world if processes else 1)
+        if rank > 0:
+            write_json(aside / f"rank_{rank:05d}.json", files)
+        barrier()
+        if rank == 0:
+            for other in range(1, processes.world if processes else 1):
+                files.update(_files_of(aside / f"rank_{other:05d}.json"))
+            write_json(aside / "checkpoint.json", {"format": FORMAT, "step": step, **meta, "files": files})
+            shutil.rmtree(final, ignore_errors=True)  # only ever an earlier, incomplete attempt at this step
+            os.rename(aside, final)
     except SafetensorError as error:
         raise OSError(28, f"could not write ({error})", str(aside)) from None
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    _flush(root)
-    write_atomic(root / "latest", lambda path: path.write_text(final.name + "\n"))
-    for old in sorted(_complete(root))[:-keep]:
-        shutil.rmtree(old)
+        if rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+    if rank == 0:
+        flush(root)
+        write_atomic(root / "latest", lambda path: path.write_text(final.name + "\n"))
+        for old in sorted(_complete(root))[:-keep]:
+            shutil.rmtree(old)
+    barrier()
     return final
+
+
+def _files_of(path: Path) -> Files:
+    """Return and remove what another process wrote of its files.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: this process does not see what another one wrote; run_dir must be on a file system "
+                        "that all nodes share")
+    files = read_json(path)
+    path.unlink()
+    return files
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -95,32 +137,23 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
+def open_group(folder: Path, group: str, rank: int = 0, world: int = 1) -> TensorGroup:
+    """Open one group (``"model"``, ``"ema"``, ``"optimizer"``) of a checkpoint; ``world`` processes share the checking.
+
+    Raises:
+        UserError: a file is missing, shorter than written, or its hash differs.
+    """
+    return TensorGroup(folder, read_meta(folder)["files"], group, rank, world)
+
+
 def read_tensors(folder: Path, group: str) -> dict[str, Tensor]:
-    """Return the named tensors of one group (``"model"``, ``"ema"``, ``"optimizer"``), on the CPU.
+    """Return the named tensors of one group (``"model"``, ``"ema"``, ``"optimizer"``), whole, on the CPU.
 
     Raises:
-        UserError: the file is missing, shorter than written, or its hash differs.
+        UserError: a file is missing, shorter than written, or its hash differs.
     """
-    path = folder / f"{group}.safetensors"
-    expected = read_meta(folder)["files"].get(path.name)
-    if expected is None or not path.is_file():
-        raise UserError(f"{path}: no such file in this checkpoint")
-    if path.stat().st_size != expected["bytes"] or file_hash(path) != expected["sha256"]:
-        raise UserError(f"{path}: damaged (its size or sha256 differs from checkpoint.json); use another checkpoint")
-    return read_safetensors(path)
-
-
-def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """Return every tensor of a safetensors file, on the CPU.
-
-    Raises:
-        UserError: the file cannot be read as safetensors.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+    opened = open_group(folder, group)
+    return {name: opened.read(name) for name in opened.shapes}
 
 
 def load_strict(model: torch.nn.Module, tensors: dict[str, Tensor], origin: str | Path) -> None:
@@ -129,16 +162,24 @@ def load_strict(model: torch.nn.Module, tensors: dict[str, Tensor], origin: str 
     Raises:
         UserError: naming the first key that is missing, unknown or of another shape.
     """
-    own = model.state_dict()
-    for key in own.keys() - tensors.keys():
-        raise UserError(f"{origin}: weight {key!r} is missing; the file is of another model")
-    for key in tensors.keys() - own.keys():
-        raise UserError(f"{origin}: unknown weight {key!r}; the file is of another model")
-    for key, tensor in tensors.items():
-        if tensor.shape != own[key].shape:
-            raise UserError(f"{origin}: weight {key!r} has shape {tuple(tensor.shape)}; the model has "
-                            f"{tuple(own[key].shape)}")
+    check_shapes(model, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, origin)
     model.load_state_dict(tensors)
+
+
+def check_shapes(model: torch.nn.Module, shapes: dict[str, tuple[int, ...]], origin: str | Path) -> None:
+    """Check that weights of these names and shapes are all that ``model`` has, and nothing else.
+
+    Raises:
+        UserError: naming the first key that is missing, unknown or of another shape.
+    """
+    own = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    for key in own.keys() - shapes.keys():
+        raise UserError(f"{origin}: weight {key!r} is missing; the file is of another model")
+    for key in shapes.keys() - own.keys():
+        raise UserError(f"{origin}: unknown weight {key!r}; the file is of another model")
+    for key, shape in shapes.items():
+        if shape != own[key]:
+            raise UserError(f"{origin}: weight {key!r} has shape {shape}; the model has {own[key]}")
 
 
 def _complete(root: Path) -> list[Path]:
@@ -151,12 +192,3 @@ def _complete(root: Path) -> list[Path]:
         if all((folder / n).is_file() and (folder / n).stat().st_size == f["bytes"] for n, f in files.items()):
             folders.append(folder)
     return folders
-
-
-def _flush(path: Path) -> None:
-    """Make a file or a folder's entries durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

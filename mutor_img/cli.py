@@ -46,20 +46,20 @@ def run(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = No
     """Run a command's ``main(argv)`` and exit: 0, or 2 with one line on stderr for a user's mistake.
 
     A full disk is a user's mistake too. Under a launcher with several processes the mistake is the same in
-    each, so that only rank 0 prints it.
+    each, so that only rank 0 prints it, unless the error says of itself who ``speaks``.
     """
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        _fail(str(error))
+        _fail(str(error), error)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         _fail(f"no space left on the device while writing {error.filename or 'a file'}; free some and run the "
-              "same command again")
+              "same command again", error)
 
 
-def _fail(message: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
+def _fail(message: str, error: Exception) -> None:
+    if getattr(error, "speaks", os.environ.get("RANK", "0") == "0"):
         print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(2)

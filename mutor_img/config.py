@@ -57,6 +57,9 @@ class TrainConfig:
     micro_batch: int = 0  # a process and a forward pass; 0: the whole share of the process
     precision: str = "bf16"  # bf16: autocast over fp32 weights; fp32
     compile: bool = True  # torch.compile, block by block
+    activation_checkpointing: bool = False  # compute each block's activations again in the backward pass: less memory
+    parallel: str = "ddp"  # several processes: ddp: each holds all; fsdp: weights, gradients, optimiser and EMA sharded
+    timeout_minutes: float = 30.0  # silence after which another process is taken for dead
     ema: float = 0.0  # decay of the averaged weights, warmed up; 0: none
     log_every: int = 50  # steps between log lines
     checkpoint_every: int = 5000  # steps between checkpoints; 0: at the end only
@@ -71,7 +74,9 @@ class TrainConfig:
         for name in ("micro_batch", "checkpoint_every", "validate_every", "picture_every"):
             check_range(f"train.{name}", getattr(self, name), 0, 10**9)
         check_range("train.ema", self.ema, 0.0, 0.999999)
+        check_range("train.timeout_minutes", self.timeout_minutes, 0.0, 1e5, low_open=True)
         check_choice("train.precision", self.precision, ("bf16", "fp32"))
+        check_choice("train.parallel", self.parallel, ("ddp", "fsdp"))
 
 
 def check_choice(name: str, value: str, known: Sequence[str]) -> None:

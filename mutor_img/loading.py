@@ -18,6 +18,7 @@ from mutor_img.errors import UserError
 from mutor_img.files import file_hash
 from mutor_img.llamagen import read_pt
 from mutor_img.registers import RegisterLaw
+from mutor_img.tensor_files import group_hash, has_group
 from mutor_img.transformer import PRESETS, ModelConfig, Transformer
 
 RELEASED_GRID = (16, 16)  # a bare state dict does not say its grid; this is 256 pixels at stride 16
@@ -46,10 +47,10 @@ class Loaded:
 
     @cached_property
     def weights_hash(self) -> str:
-        """The sha256 of the weights file."""
+        """The sha256 of the weights file; of a sharded checkpoint's files, that of their hashes."""
         if not self.meta:
             return file_hash(self.path)
-        return self.meta["files"][f"{_group(self.which)}.safetensors"]["sha256"]
+        return group_hash(self.meta["files"], _group(self.which))
 
 
 def load_checkpoint(path: str | Path, *, ema: bool | None = None, device: torch.device | str = "cpu",
@@ -95,7 +96,7 @@ def _load_folder(path: Path, ema: bool | None, grid: tuple[int, int] | None, hea
     if meta.get("kind") != "generator":
         raise UserError(f"{folder}: a checkpoint of a {meta.get('kind', 'model of unknown kind')}, not of a generator; "
                         "give the run folder of a generator")
-    averaged = "ema.safetensors" in meta["files"]
+    averaged = has_group(meta["files"], "ema")
     if ema and not averaged:
         raise UserError(f"{folder}: holds no EMA weights; leave ema off")
     which = "ema" if averaged and ema is not False else "raw"

@@ -11,6 +11,7 @@ from mutor_img.checkpoint import find_checkpoint, load_strict, read_meta, read_t
 from mutor_img.errors import UserError
 from mutor_img.files import file_hash
 from mutor_img.llamagen import read_pt
+from mutor_img.tensor_files import group_hash, has_group
 from tokenizer.vq import VQModel, preset
 
 RELEASED = ("vq16", "vq8")  # presets that released files are tried against
@@ -41,14 +42,14 @@ def _load_folder(path: Path) -> VQModel:
     meta = read_meta(folder)
     if meta.get("kind") != "tokenizer":
         raise UserError(f"{folder}: a checkpoint of a {meta.get('kind', 'model of unknown kind')}, not of a tokenizer")
-    group = "ema" if "ema.safetensors" in meta["files"] else "model"
+    group = "ema" if has_group(meta["files"], "ema") else "model"
     try:
         vq = _empty(meta["model"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder / 'checkpoint.json'}: does not describe a tokenizer ({error})") from None
     load_strict(vq, read_tensors(folder, group), folder / f"{group}.safetensors")
     vq.image_size = meta["image_size"]
-    vq.hash = meta["files"][f"{group}.safetensors"]["sha256"]
+    vq.hash = group_hash(meta["files"], group)
     return vq
 
 

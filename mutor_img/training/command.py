@@ -10,6 +10,7 @@ from mutor_img.config import load_config, to_yaml
 from mutor_img.training.generator import GeneratorConfig, GeneratorTask, plan_generator
 from mutor_img.training.loop import Trainer, train
 from mutor_img.training.runtime import Runtime
+from mutor_img.training.stopping import Stopped, StopRequest
 from mutor_img.training.task import Task
 
 
@@ -44,10 +45,27 @@ def _readable(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def run_task(task: type[Task], config: Any) -> Trainer:
-    """Join the processes of the launch and train ``task(config, runtime)``."""
-    runtime = Runtime.start()
-    return train(task(config, runtime), config, runtime)
+def run_task(task: type[Task], config: Any) -> Trainer | None:
+    """Join the processes of the launch and train ``task(config, runtime)``.
+
+    Returns:
+        The :class:`Trainer`, or None if SIGTERM or SIGINT came before there was anything to save.
+    """
+    runtime = None
+    with StopRequest() as stop:
+        try:
+            with stop.at_once():
+                runtime = Runtime.start(config.train.timeout_minutes)
+            with runtime.one_voice():
+                with stop.at_once():
+                    job = task(config, runtime)
+                trainer = train(job, config, runtime, stop)
+                runtime.leave()
+                return trainer
+        except Stopped:
+            if runtime is None or (runtime.is_main and not runtime.failed()):
+                print("stopped before the first update was done; to resume, run the same command again")
+            return None
 
 
 def main(argv: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -131,6 +132,7 @@ class GeneratorTask(Task):
 
     unit = "tokens"
     headline = ("loss", "next_token", "register", "val_next_token")
+    shardable = True
 
     def __init__(self, config: GeneratorConfig, runtime: Runtime):
         """Open the codes and build the model.
@@ -141,6 +143,7 @@ class GeneratorTask(Task):
         self.config, self.runtime = config, runtime
         self.preflight: Preflight | None = None
         self.law = config.law()
+        self._counted: tuple[int, Tensor | None] = -1, None  # a step, and its registers with a target
         self.data = TrainingCodes([open_codes(f, config, runtime) for f in config.data.folders()], config.seed)
         self.codes = self.data.stores[0]
         self.val_codes = open_codes(config.data.val_codes, config, runtime) if config.data.val_codes else None
@@ -156,9 +159,8 @@ class GeneratorTask(Task):
         self.flops_per_sample = 3 * self.model.forward_flops(
             self.law.length, self.law.registers, attended_pairs(self.law, config.seed))
 
-    def compile(self) -> None:
-        for layer in self.model.layers:
-            layer.compile(dynamic=False)
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        return list(model.layers)
 
     def batch(self, step: int, samples: Tensor) -> tuple[Tensor, Tensor]:
         """Return labels (b,), the null class where dropped, and codes (b, N) of global sample numbers."""
@@ -201,8 +203,11 @@ class GeneratorTask(Task):
         batch = self.config.train.global_batch
         if self.law.count is not None:
             return batch * self.law.count  # anchors are drawn among those with a target
-        everyone = torch.arange(step * batch, (step + 1) * batch, device=device)
-        return count_targets(*self.law.draw(self.config.seed, step, everyone), self.law.length).clamp(min=1)
+        if self._counted[0] != step:  # once an update, not once a micro-batch
+            everyone = torch.arange(step * batch, (step + 1) * batch, device=device)
+            drawn = self.law.draw(self.config.seed, step, everyone)
+            self._counted = step, count_targets(*drawn, self.law.length).clamp(min=1)
+        return self._counted[1]
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Return the next-token loss on the held-out codes, first view, in nats a token."""
@@ -210,14 +215,23 @@ class GeneratorTask(Task):
             return {}
         count, size = len(self.val_codes), min(250, self.config.train.global_batch)
         sums = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
-        for first in range(self.runtime.rank * size, count, self.runtime.world * size):
-            images = torch.arange(first, min(first + size, count)).numpy()
+        for first in range(0, count, self.runtime.world * size):
+            mine = np.arange(count)[first:first + self.runtime.world * size][self.runtime.rank * size:][:size]
+            images = mine if len(mine) else np.zeros(1, dtype=np.int64)  # a sharded model runs everywhere or nowhere
             codes, labels = self.val_codes.batch(images, images * 0)
             codes, labels = codes.to(self.runtime.device), labels.to(self.runtime.device)
-            sums[0] += cross_entropy_sum(model(labels, codes[:, :-1]), codes)
-            sums[1] += codes.numel()
+            loss = cross_entropy_sum(model(labels, codes[:, :-1]), codes)
+            if len(mine):
+                sums += torch.stack([loss, loss.new_tensor(codes.numel())])
         total, tokens = self.runtime.sum(sums).tolist()
         return {"val_next_token": total / tokens}
+
+    def score(self, model: nn.Module, step: int) -> dict[str, float]:
+        try:
+            return self.scores(model)
+        except UserError as error:  # weights of this moment that cannot be sampled from: training goes on
+            tqdm.write(f"no scores at step {step}: {error}")
+            return {}
 
     def draw_pictures(self, model: nn.Module, folder: Path, step: int) -> None:
         from mutor_img.sampling import draw_training_grid  # the picture needs the tokenizer, training does not

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 from torch.utils.tensorboard import SummaryWriter
 
 from mutor_img.files import write_atomic
+from mutor_img.training.task import Task
 
 
 class RunLog:
@@ -67,3 +68,15 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def log_line(values: dict[str, float], step: int, steps: int, task: Task, seconds_a_step: float) -> str:
+    """Return one line: step, samples, losses, gradient norm, lr, throughput, MFU, ETA."""
+    left = int(seconds_a_step * (steps - step))
+    parts = [f"step {step}/{steps}", f"samples {values['samples']}"]
+    parts += [f"{name} {values[name]:.4f}" for name in task.headline if name in values]
+    parts += [f"grad {values['gradient_norm']:.3f}", f"lr {values['lr']:.2e}",
+              f"{values[f'{task.unit}_per_second']:,.0f} {task.unit}/s"]
+    if "mfu" in values:
+        parts.append(f"MFU {values['mfu']:.1%}")
+    return " · ".join([*parts, f"ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"])

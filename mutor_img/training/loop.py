@@ -7,27 +7,38 @@ function of the sample number. So "to resume, run the same command again" gives 
 from __future__ import annotations
 
 import math
-import signal
 import time
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from mutor_img.checkpoint import load_strict, newest_checkpoint, read_meta, read_tensors, write_checkpoint
+from mutor_img.checkpoint import newest_checkpoint, open_group, read_meta, write_checkpoint
 from mutor_img.config import to_dict, to_yaml
 from mutor_img.errors import UserError
 from mutor_img.files import write_atomic
 from mutor_img.streams import Stream, generator_seed
 from mutor_img.training.hardware import peak_flops
-from mutor_img.training.log import RunLog
+from mutor_img.training.log import RunLog, log_line
 from mutor_img.training.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
+from mutor_img.training.parallel import (
+    as_slices,
+    blank_copy,
+    distribute,
+    gather,
+    is_sharded,
+    load_model,
+    prepare_blocks,
+    reduce_gradients,
+    shard,
+)
 from mutor_img.training.runtime import Runtime
+from mutor_img.training.stopping import Stopped, StopRequest
 from mutor_img.training.task import Task
 
 
@@ -57,38 +68,51 @@ class Trainer:
         if self.local_batch % self.micro_batch:
             raise UserError(f"train.micro_batch is {self.micro_batch}, but each of {runtime.world} processes has "
                             f"{self.local_batch} of the global batch, which is not a multiple of it")
-        self.model = task.model.to(runtime.device)
-        self.optimizer = build_optimizer(self.model, config.optim)
-        # The copy is made before compiling: it serves validation and pictures, whose shapes differ.
+        if config.train.parallel == "fsdp" and not task.shardable:
+            raise UserError("train.parallel is 'fsdp', which is for generators; give train.parallel=ddp")
+        self.sharded = is_sharded(config.train, runtime)
+        self.model = task.model if self.sharded else task.model.to(runtime.device)  # sharding moves block by block
+        self._blank = blank_copy(self.model) if self.sharded else None
+        # The average is of the plain model: it serves validation and pictures, whose shapes differ.
         self.ema = None
         if config.train.ema:
             self.ema = ModelEmaV3(self.model, config.train.ema, use_warmup=True, warmup_gamma=9, warmup_power=1)
-        self.step, self.seconds = 0, 0.0
+        blocks = task.blocks(self.model)
+        prepare_blocks(blocks, config.train)
+        self.wrapped = distribute(self.model, blocks, config.train, runtime)
+        if self.ema is not None and self.sharded:
+            shard(self.ema.module, task.blocks(self.ema.module), config.train, runtime)
+        self.optimizer = build_optimizer(self.model, config.optim)
+        self.step, self.seconds, self.saved_step = 0, 0.0, 0
         self._resume()
-        if config.train.compile:
-            task.compile()
-        self.wrapped: nn.Module = self.model
-        if runtime.world > 1:
-            devices = [runtime.device] if runtime.device.type == "cuda" else None
-            self.wrapped = DistributedDataParallel(self.model, device_ids=devices, gradient_as_bucket_view=True,
-                                                   broadcast_buffers=False)
 
     def _resume(self) -> None:
         folder = newest_checkpoint(self.run_dir)
         if folder is None:
             return
-        meta = read_meta(folder)
-        load_strict(self.model, read_tensors(folder, "model"), folder)
-        load_optimizer_tensors(self.model, self.optimizer, read_tensors(folder, "optimizer"))
+        meta, rank, world = read_meta(folder), self.runtime.rank, self.runtime.world
+        load_model(self.model, open_group(folder, "model", rank, world))
+        load_optimizer_tensors(self.model, self.optimizer, open_group(folder, "optimizer", rank, world))
         if self.ema is not None:
-            load_strict(self.ema.module, read_tensors(folder, "ema"), folder)
+            load_model(self.ema.module, open_group(folder, "ema", rank, world))
         self.task.resume(folder)
-        self.step, self.seconds = meta["step"], meta["seconds"]
+        self.step, self.seconds, self.saved_step = meta["step"], meta["seconds"], meta["step"]
 
     @property
     def best_model(self) -> nn.Module:
         """The averaged model where there is one, else the model."""
         return self.ema.module if self.ema is not None else self.model
+
+    def whole_model(self, everywhere: bool = True) -> nn.Module | None:
+        """Return :attr:`best_model` unsharded, in eval mode; all processes call this.
+
+        Args:
+            everywhere: False: on rank 0 only, None elsewhere.
+        """
+        model, wanted = self.best_model, everywhere or self.runtime.is_main
+        if self.sharded:
+            model = gather(model, self._blank, self.runtime, wanted)
+        return model.eval() if wanted else None
 
     def update(self) -> dict[str, float]:
         """Do one optimiser update over the global batch; returns the logged values, the same on all ranks.
@@ -104,15 +128,15 @@ class Trainer:
             samples = torch.arange(first + offset, first + offset + self.micro_batch, device=runtime.device)
             torch.manual_seed(generator_seed(self.config.seed, Stream.DROPOUT, self.step, runtime.rank, offset))
             last = offset + self.micro_batch == self.local_batch
-            if runtime.world > 1:
-                self.wrapped.require_backward_grad_sync = last  # one all-reduce an update, not one a micro-batch
+            reduce_gradients(self.wrapped, now=last)
             with runtime.autocast(train.precision):
                 loss, values = self.task.loss(self.wrapped, self.step, samples)
-            # DDP averages gradients over processes; each loss is a share of a sum.
+            # DDP and FSDP2 average gradients over processes; each loss is a share of a sum.
             (loss * runtime.world).backward()
             for name, value in {"loss": loss, **values}.items():
                 totals[name] = totals.get(name, 0.0) + value.detach()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip or math.inf)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         sums = runtime.sum(torch.stack([totals[name].float() for name in totals]))
         logged = dict(zip((*totals, "gradient_norm"), [*sums.tolist(), norm.item()]))
         logged.update(self.task.before_update(self.step))
@@ -134,29 +158,42 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint; every process waits for it."""
-        if self.runtime.is_main:
-            tensors = {"model": self.model.state_dict(), "optimizer": optimizer_tensors(self.model, self.optimizer)}
-            if self.ema is not None:
-                tensors["ema"] = self.ema.module.state_dict()
-            tensors.update(self.task.tensors())
-            meta = {"seconds": self.seconds, "samples": self.step * self.config.train.global_batch,
-                    **self.task.metadata(), "config": to_dict(self.config)}
+        tensors = {"model": self.model.state_dict(), "optimizer": optimizer_tensors(self.model, self.optimizer)}
+        if self.ema is not None:
+            tensors["ema"] = self.ema.module.state_dict()
+        tensors.update(self.task.tensors())
+        meta = {"seconds": self.seconds, "samples": self.step * self.config.train.global_batch,
+                **self.task.metadata(), "config": to_dict(self.config)}
+        if self.sharded:
+            tensors = {group: as_slices(content) for group, content in tensors.items()}
+            write_checkpoint(self.run_dir, self.step, tensors, meta, self.config.train.keep, self.runtime)
+        elif self.runtime.is_main:
             write_checkpoint(self.run_dir, self.step, tensors, meta, self.config.train.keep)
         self.runtime.barrier()
+        self.saved_step = self.step
 
 
-def train(task: Task, config: Any, runtime: Runtime) -> Trainer:
+def train(task: Task, config: Any, runtime: Runtime, stop: StopRequest | None = None) -> Trainer:
     """Train ``task`` to ``config.train.steps`` updates, from the run's newest checkpoint where there is one.
 
     Args:
         task: the job; its model is not yet on the device.
         config: a config with ``run_dir``, ``seed``, ``optim`` and ``train``.
         runtime: this process.
+        stop: signals, if the caller notes them already.
 
     Returns:
         The :class:`Trainer`, whose ``step`` is below ``config.train.steps`` only if a signal asked to stop.
+
+    Raises:
+        Stopped: a signal came before the first update was done.
     """
-    trainer = Trainer(task, config, runtime)
+    if stop is None:
+        with StopRequest() as stop:
+            return train(task, config, runtime, stop)
+    with stop.at_once():
+        stop.join(runtime)
+        trainer = Trainer(task, config, runtime)
     if trainer.step >= config.train.steps:
         if runtime.is_main:
             print(f"{config.run_dir}: all {trainer.step} updates are done already; nothing to do")
@@ -164,11 +201,9 @@ def train(task: Task, config: Any, runtime: Runtime) -> Trainer:
     log = RunLog(trainer.run_dir, trainer.step) if runtime.is_main else None
     if log:
         write_atomic(trainer.run_dir / "config.yaml", lambda path: path.write_text(to_yaml(config)))
-    stop = _StopRequest(runtime)
     try:
         _run(trainer, log, stop)
     finally:
-        stop.restore()
         if log:
             log.close()
     if runtime.is_main and trainer.step < config.train.steps:
@@ -176,21 +211,21 @@ def train(task: Task, config: Any, runtime: Runtime) -> Trainer:
     return trainer
 
 
-def _run(trainer: Trainer, log: RunLog | None, stop: _StopRequest) -> None:
-    """Update until done or stopped; log, validate, draw and save on the way."""
-    config, task = trainer.config, trainer.task
-    train = config.train
+def _run(trainer: Trainer, log: RunLog | None, stop: StopRequest) -> None:
+    """Update until done or stopped; log, save, validate and draw on the way."""
+    train, task = trainer.config.train, trainer.task
     peak = peak_flops(trainer.runtime.device, train.precision)
-    bar = tqdm(total=train.steps, initial=trainer.step, desc=Path(config.run_dir).name, unit="step", disable=not log,
+    bar = tqdm(total=train.steps, initial=trainer.step, desc=trainer.run_dir.name, unit="step", disable=not log,
                mininterval=1.0, dynamic_ncols=True)
-    mark_step, mark_seconds = trainer.step, trainer.seconds
-    while trainer.step < train.steps:
+    first, mark_step, mark_seconds = trainer.step, trainer.step, trainer.seconds
+    while trainer.step < train.steps and not stop.requested():
         begun = time.perf_counter()
-        values = trainer.update()
+        with stop.at_once() if trainer.step == first else nullcontext():  # compiles, for minutes; nothing is lost yet
+            values = trainer.update()
         trainer.seconds += time.perf_counter() - begun
-        step, done, stopping = trainer.step, trainer.step == train.steps, stop.requested()
+        step, done = trainer.step, trainer.step == train.steps
         bar.update()
-        if log and (done or stopping or step % train.log_every == 0 or step == 1):
+        if log and (done or step % train.log_every == 0 or step == 1):
             elapsed = max(1e-9, trainer.seconds - mark_seconds)
             rate = (step - mark_step) * train.global_batch / elapsed  # samples a second
             values["samples"] = step * train.global_batch
@@ -198,23 +233,16 @@ def _run(trainer: Trainer, log: RunLog | None, stop: _StopRequest) -> None:
             if peak:
                 values["mfu"] = rate * task.flops_per_sample / peak / trainer.runtime.world
             log.write(step, values)
-            bar.write(_log_line(values, step, train.steps, task, elapsed / (step - mark_step)))
+            bar.write(log_line(values, step, train.steps, task, elapsed / (step - mark_step)))
             mark_step, mark_seconds = step, trainer.seconds
-        if _due(step, train.validate_every, done):
-            scores = _validate(trainer)
-            if log and scores:
-                log.write(step, scores)
-                bar.write(f"step {step}: " + " · ".join(f"{k} {v:.4g}" for k, v in scores.items()))
-        if stopping or done or _due(step, train.checkpoint_every, done):
-            trainer.save()
-            if log:
-                log.draw(task.headline)
-        if log and _due(step, train.picture_every, done):
-            trainer.best_model.eval()
-            with torch.no_grad():
-                task.draw_pictures(trainer.best_model, trainer.run_dir / "pictures", step)
-        if stopping:
-            break
+        if done or _due(step, train.checkpoint_every, done):
+            trainer.save()  # before what may take long
+        with suppress(Stopped), stop.at_once() if trainer.runtime.world == 1 else nullcontext():
+            _evaluate(trainer, log, bar)
+    if trainer.saved_step < trainer.step:
+        trainer.save()
+    if log:
+        log.draw(task.headline)
     bar.close()
 
 
@@ -223,48 +251,30 @@ def _due(step: int, every: int, done: bool) -> bool:
     return every > 0 and (done or step % every == 0)
 
 
-def _validate(trainer: Trainer) -> dict[str, float]:
-    model = trainer.best_model
-    model.eval()
-    with torch.no_grad(), trainer.runtime.autocast(trainer.config.train.precision):
-        return trainer.task.validate(model)
+def _evaluate(trainer: Trainer, log: RunLog | None, bar: tqdm) -> None:
+    """Validate and draw, where this step is due for it."""
+    train, step, task = trainer.config.train, trainer.step, trainer.task
+    done = step == train.steps
+    if _due(step, train.validate_every, done):
+        model = trainer.best_model.eval()
+        # Compiled blocks were compiled for the shapes of training: any other batch would compile them again.
+        with torch.no_grad(), trainer.runtime.autocast(train.precision), torch.compiler.set_stance("force_eager"):
+            scores = task.validate(model)
+        _note(log, bar, step, scores)
+    if _due(step, task.score_every, done):
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            _note(log, bar, step, task.score(trainer.whole_model(), step))
+    if _due(step, train.picture_every, done):
+        model = trainer.whole_model(everywhere=False)
+        if model is not None:
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                task.draw_pictures(model, trainer.run_dir / "pictures", step)
+    if log and _due(step, train.checkpoint_every, done):
+        log.draw(task.headline)
 
 
-def _log_line(values: dict[str, float], step: int, steps: int, task: Task, seconds_a_step: float) -> str:
-    """Return one line: step, samples, losses, gradient norm, lr, throughput, MFU, ETA."""
-    left = int(seconds_a_step * (steps - step))
-    parts = [f"step {step}/{steps}", f"samples {values['samples']}"]
-    parts += [f"{name} {values[name]:.4f}" for name in task.headline if name in values]
-    parts += [f"grad {values['gradient_norm']:.3f}", f"lr {values['lr']:.2e}",
-              f"{values[f'{task.unit}_per_second']:,.0f} {task.unit}/s"]
-    if "mfu" in values:
-        parts.append(f"MFU {values['mfu']:.1%}")
-    return " · ".join([*parts, f"ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"])
-
-
-class _StopRequest:
-    """SIGTERM or SIGINT asks for a checkpoint at the next step; all processes agree on which step that is."""
-
-    def __init__(self, runtime: Runtime):
-        self.seen = False
-        # A CPU group: agreeing must not wait for the GPU.
-        self.group = dist.new_group(backend="gloo") if runtime.world > 1 else None
-        self.previous = {}
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.previous[number] = signal.signal(number, self._note)
-
-    def _note(self, number, frame) -> None:
-        self.seen = True
-
-    def requested(self) -> bool:
-        """Return whether any process was asked to stop."""
-        if self.group is None:
-            return self.seen
-        flag = torch.tensor([int(self.seen)])
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
-        return bool(flag.item())
-
-    def restore(self) -> None:
-        """Put the former signal handlers back."""
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+def _note(log: RunLog | None, bar: tqdm, step: int, scores: dict[str, float]) -> None:
+    """Log scores, and show them."""
+    if log and scores:
+        log.write(step, scores)
+        bar.write(f"step {step}: " + " · ".join(f"{k} {v:.4g}" for k, v in scores.items()))

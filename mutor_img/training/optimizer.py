@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from mutor_img.config import OptimConfig
 from mutor_img.errors import UserError
+from mutor_img.tensor_files import TensorGroup
+from mutor_img.training.parallel import copy_rows
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
@@ -44,18 +46,22 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
             for key, value in optimizer.state.get(parameter, {}).items()}
 
 
-def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Restore :func:`optimizer_tensors`' output.
+def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, group: TensorGroup) -> None:
+    """Restore :func:`optimizer_tensors`' output; of sharded state the rows that this process holds.
 
     Raises:
         UserError: a tensor names no parameter of this model or has another shape.
     """
     parameters = dict(model.named_parameters())
-    for full_name, tensor in tensors.items():
+    for full_name, shape in group.shapes.items():
         key, _, name = full_name.partition("/")
         parameter = parameters.get(name)
-        if parameter is None or (key != "step" and tensor.shape != parameter.shape):
+        if parameter is None or (key != "step" and shape != tuple(parameter.shape)):
             raise UserError(f"optimizer.safetensors: {full_name} fits no parameter of this model")
+        if key == "step":
+            optimizer.state[parameter][key] = group.read(full_name).to(parameter.device)
+            continue
         # Fused AdamW walks over memory, so that moments must be laid out as their weights are.
-        place = torch.empty_like(parameter) if key != "step" else torch.empty_like(tensor, device=parameter.device)
-        optimizer.state[parameter][key] = place.detach().copy_(tensor)
+        moment = torch.empty_like(parameter).detach()
+        copy_rows(moment, group, full_name)
+        optimizer.state[parameter][key] = moment

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from mutor_img.errors import UserError
 from mutor_img.training.hardware import keep_freed_memory
 
-TIMEOUT = timedelta(minutes=30)  # a rank that is silent for longer is taken for dead
+_FAILURES = "mutor_img/failures"  # a counter in the store
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,16 @@ class Runtime:
     device: torch.device
     rank: int = 0
     world: int = 1
+    timeout: timedelta = timedelta(minutes=30)  # a process that is silent for longer is taken for dead
 
     @classmethod
-    def start(cls) -> Runtime:
+    def start(cls, timeout_minutes: float = 30.0) -> Runtime:
         """Join the process group that the launcher describes (NCCL on GPUs, gloo on CPUs), if there is one."""
         if not torch.cuda.is_available():
             keep_freed_memory()
-        state = PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
-        return cls(state.device, state.process_index, state.num_processes)
+        timeout = timedelta(minutes=timeout_minutes)
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=timeout)
+        return cls(state.device, state.process_index, state.num_processes, timeout)
 
     @property
     def is_main(self) -> bool:
@@ -53,6 +56,31 @@ class Runtime:
         if self.world > 1:
             dist.barrier()
 
+    @contextmanager
+    def one_voice(self) -> Iterator[None]:
+        """In here one process's failure ends all, and only the process that met it first says so.
+
+        The others find their peer gone in the middle of a collective, which is no news.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.world == 1:
+                raise
+            error.speaks = _store().add(_FAILURES, 1) == 1
+            if error.speaks or isinstance(error, (UserError, OSError)):
+                raise
+            raise SystemExit(1) from None
+
+    def failed(self) -> bool:
+        """Return whether a process has failed within :meth:`one_voice`."""
+        return self.world > 1 and _store().check([_FAILURES])
+
+    def leave(self) -> None:
+        """Leave the process group, at the end of a command."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
     def share(self, total: int, name: str) -> int:
         """Return this process's part of ``total``.
 
@@ -64,3 +92,8 @@ class Runtime:
             raise UserError(f"{name} is {total}, not divisible by {self.world} processes; "
                             f"use {lower or self.world} or {lower + self.world}")
         return total // self.world
+
+
+def _store() -> dist.Store:
+    """Return the key-value store at which the processes met; it works where collectives no longer do."""
+    return dist.distributed_c10d._get_default_store()

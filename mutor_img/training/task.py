@@ -17,6 +17,8 @@ class Task:
         units_per_sample: units a sample costs in one update.
         flops_per_sample: training FLOPs of one sample (forward and backward), for MFU.
         headline: names of the logged values that a log line and the loss curve show, in order.
+        score_every: steps between calls of :meth:`score`, and at the end; 0: never.
+        shardable: FSDP2 may shard the model: the task touches its weights by calling it only.
     """
 
     model: nn.Module
@@ -24,6 +26,8 @@ class Task:
     units_per_sample: int
     flops_per_sample: float
     headline: tuple[str, ...]
+    score_every: int = 0
+    shardable: bool = False
 
     def loss(self, model: nn.Module, step: int, samples: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return this micro-batch's share of the global loss, and shares of what is logged.
@@ -40,6 +44,10 @@ class Task:
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Return scores on held-out data; runs on every process, with gradients off and eval mode on."""
+        return {}
+
+    def score(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Return scores of what ``model``, whole on every process, can do by now; all call this."""
         return {}
 
     def draw_pictures(self, model: nn.Module, folder: Path, step: int) -> None:
@@ -63,8 +71,9 @@ class Task:
     def resume(self, folder: Path) -> None:
         """Restore :meth:`tensors` from a checkpoint folder."""
 
-    def compile(self) -> None:
-        """Compile the heavy parts of ``self.model`` in place; called before wrapping."""
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """Return the heavy parts of ``model`` (this task's, or its average): checkpointed, compiled, sharded each."""
+        return []
 
     def metadata(self) -> dict[str, Any]:
         """Return what a checkpoint's JSON must say for the model to be built again without this config."""

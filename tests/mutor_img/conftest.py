@@ -38,7 +38,7 @@ def write_codes(folder: Path, seed: int = 0, images: int = 10, views: int = 2, t
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_codes():
     """Return :func:`write_codes`."""
     return write_codes

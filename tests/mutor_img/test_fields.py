@@ -10,6 +10,8 @@ from mutor_img.checkpoint import find_checkpoint, read_meta
 from mutor_img.config import field_names
 from mutor_img.training.generator import GeneratorConfig, GeneratorTask
 from mutor_img.training.log import read_metrics
+from mutor_img.training.parallel import is_sharded
+from mutor_img.training.runtime import Runtime
 
 
 def rows_with(trainer, name):
@@ -82,7 +84,10 @@ FIELDS = {
     "train.global_batch": ((), "2", lambda t: rows_with(t, "samples")),
     "train.micro_batch": ((), "2", lambda t: t.micro_batch),
     "train.precision": ((), "bf16", losses),
-    "train.compile": ((), "true", lambda t: t.model.layers[0]._compiled_call_impl is not None),
+    "train.compile": ((), "true", lambda t: hasattr(t.model.layers[0].forward, "get_compiler_config")),
+    "train.activation_checkpointing": ((), "true", lambda t: getattr(t.model.layers[0].forward, "func", None)),
+    "train.parallel": ((), "fsdp", lambda t: is_sharded(t.config.train, Runtime(torch.device("cpu"), 0, 2))),
+    "train.timeout_minutes": ((), "2", lambda t: t.runtime.timeout),
     "model.attention": (("train.steps=1", "train.compile=true"), "sdpa", flex_on_gpus),
     "train.ema": ((), "0.9", lambda t: t.ema is not None),
     "train.log_every": ((), "3", lambda t: len(losses(t))),
@@ -129,7 +134,6 @@ def test_every_shipped_config_takes_two_steps_on_a_shrunken_model(path, tiny, tm
     from mutor_img.config import load_config
     from mutor_img.training import generator
     from mutor_img.training.loop import train
-    from mutor_img.training.runtime import Runtime
 
     class Fake(Codes):  # random codes of the config's own grid, vocabulary and classes
         def __init__(self, folder):

@@ -16,6 +16,7 @@ import torch
 from mutor_img.checkpoint import find_checkpoint, read_meta, read_tensors
 from mutor_img.config import OptimConfig
 from mutor_img.errors import UserError
+from mutor_img.training.generator import GeneratorTask
 from mutor_img.training.log import read_metrics
 from mutor_img.training.optimizer import learning_rate
 from mutor_img.training.task import Task
@@ -68,16 +69,13 @@ def test_a_damaged_newest_checkpoint_is_passed_over(run_training):
 
 
 def test_a_loss_that_is_not_finite_moves_no_weight_and_names_the_step(run_training, monkeypatch, tmp_path):
-    from mutor_img.training import generator
+    good = GeneratorTask.loss
 
-    good = generator.cross_entropy_sum
-    calls = []
+    def broken(task, model, step, samples):
+        loss, values = good(task, model, step, samples)
+        return loss * (float("nan") if step == 2 else 1.0), values
 
-    def broken(logits, targets):
-        calls.append(1)
-        return good(logits, targets) * (float("nan") if len(calls) > 4 else 1.0)  # two calls an update
-
-    monkeypatch.setattr(generator, "cross_entropy_sum", broken)
+    monkeypatch.setattr(GeneratorTask, "loss", broken)
     with pytest.raises(UserError, match=r"step 2: loss is nan.*step_00000002"):
         run_training()
     rows = [row["step"] for row in read_metrics(tmp_path / "runs" / "run")]
@@ -218,14 +216,14 @@ def test_a_dry_run_prints_the_config_and_a_plan_and_writes_nothing(run_file, tmp
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(run_training, monkeypatch, capsys):
-    from mutor_img import checkpoint, cli
+    from mutor_img import cli, tensor_files
 
     run_training("train.steps=1")
 
-    def full(tensors, path):
+    def full(tensors, path, metadata):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(tensor_files, "save_file", full)
     with pytest.raises(SystemExit) as caught:
         cli.run(lambda argv: run_training(), [])
     assert caught.value.code == 2 and "no space left" in capsys.readouterr().err

@@ -1,0 +1,148 @@
+"""Activation checkpointing, compiling and distributing a model, in this order and from outside.
+
+The model's file knows of none of it, and the names of its weights stay as they are: checkpointing and compiling replace
+a block's ``forward``, FSDP2 its parameters by sharded ones of the same names.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from mutor_img.checkpoint import check_shapes
+from mutor_img.config import TrainConfig
+from mutor_img.tensor_files import Slice, TensorGroup
+from mutor_img.training.compiling import compile_blocks
+from mutor_img.training.runtime import Runtime
+
+
+def is_sharded(train: TrainConfig, runtime: Runtime) -> bool:
+    """Tell whether a run's state is spread over its processes; one process has nothing to share, and trains plainly."""
+    return train.parallel == "fsdp" and runtime.world > 1
+
+
+def prepare_blocks(blocks: list[nn.Module], train: TrainConfig) -> None:
+    """Checkpoint the activations of each block, compile each block, or both, as the config says.
+
+    ``optimize_ddp`` is off: it would cut each block's graph where DDP's buckets end (and give up on graphs with
+    FlexAttention or a checkpoint in them), so that reduction overlaps with the backward pass. Here it overlaps without:
+    each block is a graph of its own, whose gradients are on their way while the block before it goes backward.
+    """
+    if train.activation_checkpointing:
+        for block in blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if train.compile:
+        torch._dynamo.config.optimize_ddp = False
+        compile_blocks(blocks)
+
+
+def distribute(model: nn.Module, blocks: list[nn.Module], train: TrainConfig, runtime: Runtime) -> nn.Module:
+    """Return what to call in place of ``model``: itself, itself with sharded parameters (FSDP2), or a DDP wrapper.
+
+    Args:
+        model: on the device, or with FSDP2 anywhere: then only one block at a time is whole on the device.
+        blocks: its parts that FSDP2 gathers, and frees again, one by one.
+        train: says how.
+        runtime: this process.
+    """
+    if is_sharded(train, runtime):
+        shard(model, blocks, train, runtime)
+    elif runtime.world > 1:
+        devices = [runtime.device] if runtime.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return model
+
+
+def shard(model: nn.Module, blocks: list[nn.Module], train: TrainConfig, runtime: Runtime) -> None:
+    """Shard parameters over all processes, in place: each block on its own, the rest together.
+
+    Weights, their gradients and all that is made from them stay fp32. In a bf16 run the blocks' weights travel, and
+    act, in bf16, and gradients are summed in fp32; embeddings and head travel in fp32, so that the residual stream is
+    fp32 under autocast as it is under DDP.
+    """
+    mesh = init_device_mesh(runtime.device.type, (runtime.world,))
+    plain = MixedPrecisionPolicy(cast_forward_inputs=False)
+    low = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=low if train.precision == "bf16" else plain)
+    fully_shard(model, mesh=mesh, mp_policy=plain)
+    model.to(runtime.device)
+
+
+def reduce_gradients(wrapped: nn.Module, now: bool) -> None:
+    """Let the next backward pass reduce gradients over processes, or only collect them: once an update is enough."""
+    if isinstance(wrapped, FSDPModule):
+        wrapped.set_requires_gradient_sync(now)
+        wrapped.set_is_last_backward(now)
+    elif isinstance(wrapped, DistributedDataParallel):
+        wrapped.require_backward_grad_sync = now
+
+
+def local_rows(tensor: Tensor) -> Slice:
+    """Return the rows of a tensor sharded by FSDP2 that this process holds: torch.chunk's share, perhaps none."""
+    local, total = tensor.to_local(), tensor.shape[0]
+    each = -(-total // tensor.device_mesh.size())
+    return Slice(local, min(total, each * tensor.device_mesh.get_local_rank()), total)
+
+
+def as_slices(tensors: dict[str, Tensor]) -> dict[str, Tensor | Slice]:
+    """Return named tensors with those that are sharded as this process's rows."""
+    return {name: local_rows(value) if isinstance(value, DTensor) else value for name, value in tensors.items()}
+
+
+@torch.no_grad()
+def copy_rows(target: Tensor, group: TensorGroup, name: str) -> None:
+    """Fill a tensor, or of a sharded one the rows that this process holds, from a checkpoint's files."""
+    if not isinstance(target, DTensor):
+        target.copy_(group.read(name))
+        return
+    rows = local_rows(target)
+    rows.tensor.copy_(group.read(name, rows.start, rows.start + len(rows.tensor)))
+
+
+def load_model(model: nn.Module, group: TensorGroup) -> None:
+    """Fill a model, sharded or not, from a checkpoint's files.
+
+    Raises:
+        UserError: a name or a shape differs, or the files lack rows.
+    """
+    check_shapes(model, group.shapes, group.origin)
+    for name, target in model.state_dict().items():
+        copy_rows(target, group, name)
+
+
+def blank_copy(model: nn.Module) -> nn.Module:
+    """Return a copy without memory behind its tensors, for :func:`gather` to fill."""
+    blank: dict[int, Tensor] = {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
+    blank |= {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, blank)
+
+
+@torch.no_grad()
+def gather(model: nn.Module, blank: nn.Module, runtime: Runtime, wanted: bool) -> nn.Module | None:
+    """Return a whole copy of a sharded model on the processes that want it; all have to call this.
+
+    Args:
+        model: sharded by :func:`shard`.
+        blank: :func:`blank_copy` of it, made before. What it holds beside weights it makes anew itself.
+        runtime: this process.
+        wanted: whether this process keeps the copy.
+    """
+    weights = {}
+    for name, value in model.state_dict().items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        if wanted:
+            weights[name] = whole
+    if not wanted:
+        return None
+    copied = copy.deepcopy(blank).to_empty(device=runtime.device)
+    copied.load_state_dict(weights)
+    return copied
