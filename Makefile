@@ -1,13 +1,14 @@
 # make demo     tokenizer, codes, MuToR-2D, samples and scores on real digits, from nothing, on a CPU
 # make compare  the demo, and next-token prediction beside it for as many updates and for as many seconds
 # make test     the whole test suite
+# make test-app the page of mutor_img.app in a headless Chromium; installs Gradio, playwright and, as root on Debian, Chromium
 # make lint     the linter
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo compare test lint
+.PHONY: demo compare test test-app lint
 
 demo: $(VENV)/installed
 	$(RUN) -m mutor_img.study --config configs/mnist/study.yaml
@@ -18,6 +19,12 @@ compare: $(VENV)/installed
 test: $(VENV)/installed
 	$(RUN) -m pytest
 
+test-app: $(VENV)/installed-app
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	  { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } || \
+	  { echo "error: Chromium is missing; on Debian: sudo apt-get install chromium" >&2; exit 2; }
+	$(RUN) -m pytest -m app tests/app
+
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 
@@ -25,4 +32,8 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+$(VENV)/installed-app: $(VENV)/installed
+	$(RUN) -m pip install --quiet --editable '.[test-app]'
 	touch $@

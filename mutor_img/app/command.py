@@ -45,8 +45,8 @@ def main(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
     check_sampling_flags(args)
     page = _import_page()
-    check_port(args.port)  # before the models: they take a while
-    page.serve(page.build_page(open_sides(args)), HOST, args.port)
+    with listen(args.port) as listener:  # before the models: they take a while
+        page.serve(page.build_page(open_sides(args)), listener)
 
 
 def open_sides(args: argparse.Namespace) -> list[Side]:
@@ -64,16 +64,18 @@ def open_sides(args: argparse.Namespace) -> list[Side]:
     return sides
 
 
-def check_port(port: int) -> None:
-    """Raise :class:`~mutor_img.errors.UserError` where nothing can be served at ``port``."""
+def listen(port: int) -> socket.socket:
+    """Return a socket that listens at ``port`` of this machine alone.
+
+    Raises:
+        UserError: the port is out of range, taken, or not for this user.
+    """
     check_range("--port", port, 1, 65535)
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a page that just ended is no obstacle
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            why = "is taken by another program" if error.errno == errno.EADDRINUSE else f"({error.strerror})"
-            raise UserError(f"--port {port}: {why}; give another one") from None
+    try:
+        return socket.create_server((HOST, port))
+    except OSError as error:
+        why = "is taken by another program" if error.errno == errno.EADDRINUSE else f"({error.strerror})"
+        raise UserError(f"--port {port}: {why}; give another one") from None
 
 
 def _import_page() -> ModuleType:

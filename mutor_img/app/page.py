@@ -5,14 +5,17 @@ The only module that needs Gradio. Nothing leaves the machine: no telemetry, no 
 
 from __future__ import annotations
 
+import contextlib
+import socket
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import gradio as gr
+import uvicorn
+from fastapi import FastAPI
 
 from mutor_img.app import markup
 from mutor_img.app.session import MAX_IMAGES, Controls, Side, answer
-from mutor_img.errors import UserError
 from mutor_img.sampling.labels import RULES
 
 FIRST_COUNT = 20  # images of each checkpoint until the user says otherwise
@@ -70,17 +73,13 @@ def _controls(side: Side) -> list[gr.components.Component]:
     return [classes, labels, count, cfg_scale, temperature, top_k, top_p, seed]
 
 
-def serve(page: gr.Blocks, host: str, port: int) -> None:
-    """Serve the page until the program is interrupted.
-
-    Raises:
-        UserError: the port was taken in the meantime.
-    """
-    try:
-        page.launch(server_name=host, server_port=port, share=False, ssr_mode=False, mcp_server=False, pwa=False,
-                    enable_monitoring=False, run_history=False, footer_links=[], css=markup.STYLE, quiet=True,
-                    prevent_thread_lock=True)
-    except OSError as error:
-        raise UserError(f"--port {port}: nothing can be served there ({error})") from None
-    print(f"http://{host}:{port} (Ctrl-C ends it)", flush=True)
-    page.block_thread()
+def serve(page: gr.Blocks, listener: socket.socket) -> None:
+    """Serve the page at a listening socket until the program is interrupted."""
+    # Not Blocks.launch: it asks itself for the page over HTTP first, and gives up behind a proxy or on a busy machine.
+    app = gr.mount_gradio_app(FastAPI(), page, "/", *listener.getsockname(), footer_links=[], run_history=False,
+                              show_error=False, ssr_mode=False, enable_monitoring=False, mcp_server=False, pwa=False,
+                              css=markup.STYLE)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    print("http://{}:{} (Ctrl-C ends it)".format(*listener.getsockname()), flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=[listener])

@@ -132,11 +132,11 @@ def sample_in_turn(sources: Sequence[SampleSource], count: int) -> Iterator[tupl
             yield place, next(turn)
 
 
-def command_line(side: Side, source: SampleSource, count: int) -> str:
-    """Return the ``sample.py`` command that writes the images of this source."""
+def command_line(side: Side, source: SampleSource, count: int, out: str) -> str:
+    """Return the ``sample.py`` command that writes the images of this source to ``out``."""
     flags = {"checkpoint": side.path, "tokenizer": side.tokenizer, "weights": source.loaded.which,
              "dtype": source.dtype, "classes": ",".join(map(str, source.classes)) if source.classes else None,
-             "labels": source.rule, "num-samples": count, **dataclasses.asdict(source.settings), "out": "samples.npz"}
+             "labels": source.rule, "num-samples": count, **dataclasses.asdict(source.settings), "out": out}
     words = ["python", "sample.py"]
     for name, value in flags.items():
         if value is not None:
@@ -167,7 +167,8 @@ def answer(sides: Sequence[Side], controls: Controls) -> Iterator[View]:
         sources = [controls.apply(side.source) for side in sides]
         grids = [markup.Grid(side.title, source.labels(count).tolist(), source.names)
                  for side, source in zip(sides, sources)]
-        commands = "\n".join(command_line(side, source, count) for side, source in zip(sides, sources))
+        commands = "\n".join(command_line(side, source, count, f"samples_{place + 1}.npz")
+                             for place, (side, source) in enumerate(zip(sides, sources)))
         total, done, begun = count * len(sides), 0, time.perf_counter()
         yield View(markup.progress(0, total, 0.0), commands, [grid.html() for grid in grids])
         for place, images in sample_in_turn(sources, count):

@@ -1,5 +1,6 @@
 """Two tiny runs of one tokenizer, and the page's command line parsed and opened."""
 
+import socket
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -18,15 +19,23 @@ def two_runs(random_model, tmp_path_factory) -> tuple[str, str]:
                  for seed, name in enumerate(("first", "second")))
 
 
+@pytest.fixture(scope="session")
+def free_port() -> int:
+    """A port that nothing listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @pytest.fixture
-def served(monkeypatch) -> Callable[..., SimpleNamespace]:
-    """Run the command with a stand-in for Gradio's module; returns what would be served: sides, host and port."""
+def served(monkeypatch, free_port) -> Callable[..., SimpleNamespace]:
+    """Run the command with a stand-in for Gradio's module; returns what would be served: sides, and where."""
     def start(*argv: str) -> SimpleNamespace:
         seen = SimpleNamespace()
         page = SimpleNamespace(build_page=lambda sides: seen.__dict__.update(sides=sides),
-                               serve=lambda page, host, port: seen.__dict__.update(host=host, port=port))
+                               serve=lambda page, listener: seen.__dict__.update(where=listener.getsockname()))
         monkeypatch.setattr(command, "_import_page", lambda: page)
-        command.main(list(argv))
+        command.main([*argv] if "--port" in argv else [*argv, "--port", str(free_port)])
         return seen
 
     return start

@@ -11,10 +11,10 @@ from mutor_img.cli import run
 from mutor_img.errors import UserError
 
 
-def test_two_checkpoints_are_served_on_this_machine_alone(served, two_runs):
-    seen = served("--checkpoint", two_runs[0], "--compare", two_runs[1], "--port", "54321", "--cfg-scale", "3",
-                  "--classes", "red fox,0", "--cfg-schedule", "linear")
-    assert (seen.host, seen.port) == ("127.0.0.1", 54321)
+def test_two_checkpoints_are_served_on_this_machine_alone(served, two_runs, free_port):
+    seen = served("--checkpoint", two_runs[0], "--compare", two_runs[1], "--cfg-scale", "3", "--classes",
+                  "red fox,0", "--cfg-schedule", "linear")
+    assert seen.where == ("127.0.0.1", free_port)
     assert [side.path for side in seen.sides] == list(two_runs)
     assert len({side.source.loaded.weights_hash for side in seen.sides}) == 2
     for side in seen.sides:
@@ -25,7 +25,7 @@ def test_two_checkpoints_are_served_on_this_machine_alone(served, two_runs):
 
 def test_one_checkpoint_is_served_alone(served, two_runs):
     seen = served("--checkpoint", two_runs[1])
-    assert len(seen.sides) == 1 and seen.port == 7860 and seen.sides[0].source.rule == "balanced"
+    assert len(seen.sides) == 1 and seen.sides[0].source.rule == "balanced"
 
 
 def test_without_gradio_one_line_names_the_extra(monkeypatch, capsys, two_runs):

@@ -37,10 +37,9 @@ def test_the_images_are_those_of_the_sample_command_that_is_shown(sides, tmp_pat
     shown = collect(sources, controls.read_count())
     assert not np.array_equal(*shown)
     for side, source, images in zip(sides, sources, shown):
-        program, script, *flags = shlex.split(command_line(side, source, controls.read_count()))
+        program, script, *flags = shlex.split(command_line(side, source, controls.read_count(), "s.npz"))
         assert (program, script) == ("python", "sample.py")
-        out = sampling.main([*flags[:-1], f"{source.loaded.weights_hash[:8]}.npz"])
-        arrays = np.load(out)
+        arrays = np.load(sampling.main([*flags[:-1], f"{source.loaded.weights_hash[:8]}.npz"]))
         assert np.array_equal(arrays["arr_0"], images)
         assert np.array_equal(arrays["arr_1"], source.labels(19))
 
@@ -51,9 +50,10 @@ def test_the_command_names_what_the_command_line_chose(served, two_runs, tmp_pat
     tmp_path.joinpath("tokenizer of mine").symlink_to(real)
     [side] = served("--checkpoint", two_runs[0], "--tokenizer", vq, "--dtype", "bf16", "--weights", "raw",
                     "--cfg-schedule", "interval", "--cfg-parameter", "3").sides
-    words = shlex.split(command_line(side, PLAIN.apply(side.source), 4))
+    words = shlex.split(command_line(side, PLAIN.apply(side.source), 4, "my samples.npz"))
     for flag, value in (("--tokenizer", vq), ("--dtype", "bf16"), ("--weights", "raw"), ("--num-samples", "4"),
-                        ("--cfg-schedule", "interval"), ("--cfg-parameter", "3.0"), ("--classes", "2,0")):
+                        ("--cfg-schedule", "interval"), ("--cfg-parameter", "3.0"), ("--classes", "2,0"),
+                        ("--out", "my samples.npz")):
         assert words[words.index(flag) + 1] == value
 
 
