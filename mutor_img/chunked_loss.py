@@ -43,15 +43,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if wanted else None  # (V, dim)
         parts = (x.split(rows) for x in (hidden, hidden_grad, targets))
         for inputs, place, target in zip(*parts, strict=True):
-            log_p = (inputs @ head.T).float().log_softmax(dim=-1)  # (chunk, V)
-            kept = (target != IGNORE)[:, None]  # (chunk, 1)
-            index = target[:, None].where(kept, 0)
-            total -= log_p.gather(1, index).where(kept, 0.0).sum()
-            if wanted:  # the slope of each row's loss by its logits: p, less 1 at the target
-                slope = log_p.exp_().scatter_add_(1, index, -torch.ones_like(index, dtype=torch.float32))
-                slope = slope.mul_(kept).to(inputs.dtype)
-                torch.mm(slope, head, out=place)
-                weight_grad += slope.T @ inputs
+            total += _one_chunk(inputs, head, target, place if wanted else None, weight_grad)
         if wanted:
             ctx.save_for_backward(hidden_grad, weight_grad)
             ctx.dtype = weight.dtype
@@ -63,3 +55,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden_grad, weight_grad = ctx.saved_tensors
         scaled = (hidden_grad.float() * grad).to(hidden_grad.dtype)  # a factor rounded to bf16 would bias every row
         return scaled, (weight_grad * grad).to(ctx.dtype), None, None, None
+
+
+def _one_chunk(inputs: Tensor, head: Tensor, target: Tensor, hidden_grad: Tensor | None,
+               weight_grad: Tensor | None) -> Tensor:
+    """Return a chunk's loss; given ``hidden_grad``, fill it and add to ``weight_grad``.
+
+    A function of its own, so that one chunk's logits are gone before the next one's are made.
+    """
+    log_p = (inputs @ head.T).float().log_softmax(dim=-1)  # (chunk, V)
+    kept = (target != IGNORE)[:, None]  # (chunk, 1)
+    index = target[:, None].where(kept, 0)
+    loss = -log_p.gather(1, index).where(kept, 0.0).sum()
+    if hidden_grad is not None:  # the slope of each row's loss by its logits: p, less 1 at the target
+        slope = log_p.exp_().scatter_add_(1, index, -torch.ones_like(index, dtype=torch.float32))
+        slope = slope.mul_(kept).to(inputs.dtype)
+        torch.mm(slope, head, out=hidden_grad)
+        weight_grad += slope.T @ inputs
+    return loss

@@ -1,0 +1,156 @@
+"""Memory of a generator's training step on one GPU, by category, from shapes alone.
+
+Counted are the bytes that autograd keeps for the backward pass, as torch 2.14 keeps them: eager operation by operation;
+compiled as the partitioner of torch.compile cuts a block (it computes cheap things again). A token is an input of the
+transformer, regular or register. Symbols: d the model's width, h the feed-forward's, H heads, V codes, w the bytes of
+a number where matrix products are made (2 in bf16, 4 in fp32). The residual stream is fp32 in both precisions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mutor_img.transformer import ModelConfig
+
+FP32 = 4  # bytes
+
+
+@dataclass(frozen=True)
+class Step:
+    """What decides a step's memory beside the model's shapes.
+
+    Attributes:
+        sequences: sequences of one forward pass on the device.
+        registers: R, registers a sequence.
+        precision: ``"bf16"`` or ``"fp32"``.
+        compiled: blocks are compiled.
+        checkpointing: only a block's input is kept, and its activations are computed again.
+        flex: registers attend by FlexAttention, not by scaled_dot_product_attention with a mask.
+        loss_chunk: rows of logits at a time; 0: all.
+        ema: averaged weights are kept.
+        shards: devices that share weights, gradients, optimiser and EMA (FSDP2); 1: each holds all of them.
+        accumulate: gradients are summed over several forward passes before the devices exchange them.
+    """
+
+    sequences: int
+    registers: int = 0
+    precision: str = "bf16"
+    compiled: bool = True
+    checkpointing: bool = False
+    flex: bool = True
+    loss_chunk: int = 0
+    ema: bool = False
+    shards: int = 1
+    accumulate: bool = False
+
+    @property
+    def width(self) -> int:
+        """w, the bytes of a number where matrix products are made."""
+        return 2 if self.precision == "bf16" else FP32
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device. ``logits`` and ``working`` are never there together; all else is, at the worst moment."""
+
+    weights: float
+    gradients: float
+    optimiser: float
+    ema: float
+    copies: float  # weights in bf16; of sharded weights, what is gathered at a time
+    activations: float
+    logits: float  # with loss and gradients of the logits
+    working: float  # gradients of a block's activations; with checkpointing its activations, too
+
+    @property
+    def total(self) -> float:
+        """Bytes at the worst moment."""
+        held = self.weights + self.gradients + self.optimiser + self.ema + self.copies + self.activations
+        return held + max(self.logits, self.working)
+
+
+def step_memory(config: ModelConfig, parameters: int, step: Step) -> Memory:
+    """Return the memory of a training step of ``config`` with so many parameters."""
+    tokens = step.sequences * (config.length + step.registers)
+    block = block_bytes(config, step)
+    kept = FP32 * config.dim if step.checkpointing else block
+    working = 2 * FP32 * config.dim + step.width * (config.dim + 3 * config.hidden)
+    state = FP32 * parameters / step.shards
+    whole = FP32 * parameters if step.shards > 1 and step.accumulate else 0  # summed first, shared out afterwards
+    return Memory(
+        weights=state, gradients=state + whole, optimiser=2 * state, ema=state if step.ema else 0.0,
+        copies=copied_weight_bytes(config, parameters, step),
+        activations=tokens * (config.layers * kept + outer_bytes(config, step)),
+        logits=logit_bytes(config, step),
+        working=tokens * (working + (block if step.checkpointing else 0)),
+    )
+
+
+def block_bytes(config: ModelConfig, step: Step) -> float:
+    """Return the bytes a token that one block keeps."""
+    d, h, w = config.dim, config.hidden, step.width
+    masks = 2 * d if config.dropout > 0 and config.drop_path == 0 else 0  # bool: after attention, after feed-forward
+    statistics = 2 * FP32 + FP32 * config.heads  # of two norms; log-sum-exp of each head
+    if step.compiled:  # block's input, normed; attention and its projection; normed; feed-forward: w1, w3, product
+        kept = FP32 * d + w * d + w * d + w * d + 3 * w * h
+    else:  # fp32: both inputs and both normalised; what products read; feed-forward: w1, w3, silu, product
+        casts = 3 if w < FP32 else 2  # wqkv's input, and w1's and w3's own casts of one tensor
+        kept = 4 * FP32 * d + casts * w * d + 4 * w * h
+    return kept + masks + statistics + attention_bytes(config, step)
+
+
+def attention_bytes(config: ModelConfig, step: Step) -> float:
+    """Return the bytes a token that attention keeps: q, k, v, its result, and what the output projection reads."""
+    d, w = config.dim, step.width
+    head = d // config.heads
+    if step.registers and step.flex:  # copies in plain order, up to a power of two; the result is reordered
+        return w * d * (4 * (1 << (head - 1).bit_length()) / head + 1)
+    if step.registers:  # q and k as turned, v inside the whole of qkv; two results, joined; the mask as numbers
+        return w * d * (2 + 3 + 1 + 1) + w * step.registers
+    if head % 8:  # padded copies; the result is cut
+        return w * d * (4 * (-(-head // 8) * 8) / head + 1)
+    return w * d * (2 + 3 + 1)  # q and k as turned, v inside the whole of qkv; the result is read as it is
+
+
+def outer_bytes(config: ModelConfig, step: Step) -> float:
+    """Return the bytes a token kept outside of the blocks.
+
+    The first dropout's mask; the last norm's input and what it normalised; the head's input, or with a chunked loss its
+    gradient; the turns of the rotary positions, which all blocks share.
+    """
+    d = config.dim
+    mask = d if config.dropout > 0 else 0
+    turns = FP32 * d // config.heads if step.registers else FP32 * d // config.heads / step.sequences
+    return mask + 2 * FP32 * d + step.width * d + turns
+
+
+def logit_bytes(config: ModelConfig, step: Step) -> float:
+    """Return the bytes of logits, loss and their gradients at their worst moment.
+
+    Whole: log-probabilities of all rows in fp32, and for the regular rows or the registers', whose losses are made one
+    after the other, two gradients in fp32. Chunked: logits and log-probabilities of a chunk in fp32, the head's
+    gradient in fp32, once for regular rows and once for registers, and the head in bf16.
+    """
+    head = config.vocabulary * config.dim
+    if step.loss_chunk:
+        rows = min(step.loss_chunk, step.sequences * config.length)
+        copies = FP32 * (2 if step.registers else 1) + (step.width if step.width < FP32 else 0)
+        return 2 * FP32 * config.vocabulary * rows + head * copies
+    rows = max(3 * config.length, config.length + 3 * step.registers)
+    return FP32 * config.vocabulary * step.sequences * rows
+
+
+def copied_weight_bytes(config: ModelConfig, parameters: int, step: Step) -> float:
+    """Return the bytes of weights held a second time.
+
+    Autocast keeps each matrix that a product reads in bf16 until the backward pass. Sharded weights are gathered:
+    embeddings and head in fp32 for the whole step, blocks one by one with the next one on its way; of the larger of
+    both there are whole gradients, as computed and in fp32 to be reduced.
+    """
+    block = 4 * config.dim**2 + 3 * config.dim * config.hidden
+    head = 0 if step.loss_chunk else config.vocabulary * config.dim
+    if step.shards > 1:
+        outermost = parameters - config.layers * block
+        gathered = FP32 * outermost + step.width * 2 * block + (step.width * head if step.width < FP32 else 0)
+        return gathered + max(2 * FP32 * outermost, (step.width + FP32) * block)
+    return step.width * (config.layers * block + head) if step.width < FP32 else 0.0
