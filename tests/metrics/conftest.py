@@ -60,11 +60,20 @@ def inception_file(tmp_path_factory):
     return path
 
 
+def coarse_noise(count, seed):
+    """(count, 64, 64, 3) uint8 of upsampled low-resolution noise; per-pixel noise would look all alike to Inception."""
+    small = np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
+    return small.repeat(16, 1).repeat(16, 2)
+
+
+@pytest.fixture(scope="session")
+def coarse():
+    return coarse_noise
+
+
 @pytest.fixture(scope="session")
 def coarse_images():
-    """(6, 64, 64, 3) uint8 of upsampled low-resolution noise; per-pixel noise would look all alike to Inception."""
-    small = np.random.default_rng(3).integers(0, 256, (6, 4, 4, 3), dtype=np.uint8)
-    return small.repeat(16, 1).repeat(16, 2)
+    return coarse_noise(6, 3)
 
 
 @pytest.fixture(scope="session")

@@ -3,9 +3,12 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch_fidelity
 from projection import Projection
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from mutor_img.errors import UserError
+from mutor_img.metrics import evaluator
 from mutor_img.metrics.evaluator import evaluate, make_reference
 from mutor_img.metrics.features import load_inception
 from mutor_img.metrics.frechet import Statistics, frechet_distance
@@ -13,6 +16,7 @@ from mutor_img.metrics.image_sets import ArrayImages
 from mutor_img.metrics.inception_score import inception_score
 from mutor_img.metrics.precision_recall import precision_recall
 from mutor_img.metrics.references import as_reference, open_reference
+from mutor_img.metrics.subsets import choose
 
 
 def by_numpy(values):
@@ -108,7 +112,7 @@ def test_num_samples_takes_the_first_and_never_fewer(network, noise, reference):
 def test_class_order_in_file_order_is_warned_of(network, noise, reference):
     sorted_ = ArrayImages(noise(40), np.arange(40) // 10)
     result = evaluate(sorted_, reference, network, is_order="file")
-    assert any("class order" in warning for warning in result["warnings"])
+    assert any("class order" in warning for warning in result["warnings"]) and result["comparable"] is False
     assert not evaluate(sorted_, reference, network)["warnings"]
 
 
@@ -121,6 +125,34 @@ def test_what_a_metric_lacks_is_an_error_only_when_it_is_asked_for(tmp_path, net
             evaluate(ArrayImages(noise(40)), reference, network, metrics=[metric])
     with pytest.raises(UserError, match="did you mean 'sfid'"):
         evaluate(ArrayImages(noise(40)), reference, network, metrics=["sfidd"])
+
+
+@pytest.mark.parametrize("where", ["samples", "reference", "held-out images"])
+def test_images_of_another_size_are_refused(where, tmp_path, network, noise, reference):
+    small, sets = ArrayImages(noise(20)[:, :4]), {"samples": ArrayImages(noise(20)), "held-out images": None}
+    if where == "reference":
+        make_reference(reference, network, "generation", tmp_path / "r.npz")
+        reference, sets["samples"] = open_reference(tmp_path / "r.npz"), small  # our file knows the size of its images
+    else:
+        sets[where] = small
+    with pytest.raises(UserError, match="8 x 4 pixels"):
+        evaluate(sets["samples"], reference, network, held_out=sets["held-out images"])
+
+
+def test_statistics_of_another_number_of_features_are_refused_before_the_samples_are_read(tmp_path, network):
+    np.savez(tmp_path / "clean.npz", mu=np.zeros(192), sigma=np.eye(192))
+    with pytest.raises(UserError, match="statistics of 192 features, the network projection has 6"):
+        evaluate(None, open_reference(tmp_path / "clean.npz"), network)
+
+
+def test_a_large_reference_keeps_the_features_of_few_images(network, noise, reference, monkeypatch):
+    monkeypatch.setattr(evaluator, "REFERENCE_ROWS", 20)
+    result = evaluate(ArrayImages(noise(40)), reference, network)
+    rows = network(noise(50, 1))["pool"]
+    chosen = choose(50, 20, 0)
+    assert (result["precision"], result["recall"]) == precision_recall(network(noise(40))["pool"], rows[chosen])
+    assert result["reference"]["precision_recall_images"] == 20
+    assert result["reference"]["statistics"] == "computed from all 50 images"
 
 
 def test_held_out_images_and_samples_meet_at_one_number_of_one_mix(network, noise, reference):
@@ -148,9 +180,37 @@ def test_a_classifier_also_tells_recognised_distinct_and_copies(noise, reference
     assert "recognised" not in copied  # no labels to compare with
 
 
-def test_inception_runs_from_end_to_end(inception_file, coarse_images):
-    reference = as_reference(ArrayImages(coarse_images), role="generation")
-    network = load_inception(inception_file)
-    result = evaluate(ArrayImages(coarse_images), reference, network, metrics=["fid", "is", "pr"])
-    assert result["fid"] == pytest.approx(0, abs=1e-4)
-    assert (result["precision"], result["recall"], result["comparable"]) == (1.0, 1.0, False)
+class Images(torch.utils.data.Dataset):
+    """Images as torch-fidelity takes them."""
+
+    def __init__(self, array):
+        self.array = torch.from_numpy(array).permute(0, 3, 1, 2)
+
+    def __len__(self):
+        return len(self.array)
+
+    def __getitem__(self, index):
+        return self.array[index]
+
+
+def test_with_inception_all_scores_are_those_of_torch_fidelitys_own_calls(inception_file, coarse):
+    samples, real = coarse(9, 3), coarse(8, 4)
+    result = evaluate(ArrayImages(samples), as_reference(ArrayImages(real), role="generation"),
+                      load_inception(inception_file), metrics=["fid", "sfid", "is", "pr", "kid"], is_order="file")
+    layers = {"feature_layer_isc": "logits_unbiased", "feature_layer_kid": "2048", "feature_layer_prc": "2048"}
+    theirs = torch_fidelity.calculate_metrics(
+        input1=Images(samples), input2=Images(real), isc=True, kid=True, prc=True, isc_splits=1, kid_subset_size=8,
+        samples_shuffle=False, rng_seed=0, feature_extractor="inception-v3-compat", cuda=False, verbose=False,
+        feature_extractor_weights_path=str(inception_file), cache=False, save_cpu_ram=True, batch_size=9, **layers)
+    assert result["is"] == pytest.approx(theirs["inception_score_mean"], rel=1e-5)
+    assert result["kid"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3)  # theirs: fp32 sums
+    assert (result["precision"], result["recall"]) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)
+    assert 0 < result["precision"] < 1 and result["comparable"] is False
+    # Their Frechet distance of 2048 features takes minutes: here the closed form for few images, of their features.
+    extractor = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(inception_file))
+    x, y = (extractor(Images(array).array)[0].double() for array in (samples, real))
+    cx, cy = ((z - z.mean(0)) / (len(z) - 1) ** 0.5 for z in (x, y))
+    nuclear = torch.linalg.svdvals(cx @ cy.T).sum()
+    expected = (x.mean(0) - y.mean(0)).square().sum() + cx.square().sum() + cy.square().sum() - 2 * nuclear
+    assert result["fid"] == pytest.approx(expected.item(), rel=1e-5)
+    assert result["sfid"] > 0

@@ -63,6 +63,8 @@ def test_roles_must_agree_unless_forced(noise):
     ({"mu": np.zeros(3)}, "sigma belong together"),
     ({"mu": np.zeros(3), "sigma": np.eye(4)}, "covariance"),
     ({"mu": np.zeros(3, int), "sigma": np.eye(3)}, "int64"),
+    ({"mu": np.array([0, np.nan]), "sigma": np.eye(2)}, "NaN"),
+    ({"mu": np.zeros(2), "sigma": np.full((2, 2), np.inf)}, "NaN or infinity"),
     ({"mu": np.array([None]), "sigma": np.eye(1)}, "cannot be read"),
     ({"other": np.zeros(3)}, "neither mu and sigma nor images"),
     ({"about": np.zeros(3, np.uint8)}, "description"),
@@ -72,6 +74,19 @@ def test_files_that_are_no_reference_are_refused(arrays, message, tmp_path):
     np.savez(tmp_path / "r.npz", **arrays)
     with pytest.raises(UserError, match=message):
         open_reference(tmp_path / "r.npz")
+
+
+def test_features_of_our_file_that_are_not_finite_are_refused(tmp_path):
+    with pytest.raises(UserError, match="not finite float32"):
+        open_reference(save(tmp_path / "r.npz", pool_features=torch.full((4, 3), float("nan"))))
+
+
+def test_the_size_of_the_images_is_known_where_it_can_be(tmp_path, noise, digit_folders):
+    np.savez(tmp_path / "clean.npz", **STATISTICS)
+    assert open_reference(tmp_path / "clean.npz").size is None
+    assert open_reference(save(tmp_path / "r.npz", size=(7, 9))).size == (7, 9)
+    assert open_reference(digit_folders["val"]).size == (32, 32)
+    assert as_reference(ArrayImages(noise(4))).size == (8, 8)
 
 
 def test_an_unknown_role_is_not_written(tmp_path):
