@@ -126,7 +126,7 @@ class FlexAttention:
 
 
 def _plain(x: Tensor) -> Tensor:
-    """Return x (..., head dim) in plain order, with zeros up to the next power of two.
+    """Return x (..., head dim) in plain order, with zeros up to the next power of two, at least 16.
 
     Plain order, because inside a compiled block the kernel misreads the strides of q, k and v as they come out of one
     product (seen on CPUs with torch 2.14.1: wrong by as much as the logits are large).
@@ -136,7 +136,8 @@ def _plain(x: Tensor) -> Tensor:
     than an H100 has (torch 2.14.1, by reading). Zeros in q and k leave the scores as they are, zeros in v stand in
     columns that are cut off; the scale must be the real head dimension's.
     """
-    return F.pad(x, (0, (1 << (x.shape[-1] - 1).bit_length()) - x.shape[-1])).contiguous()
+    width = max(16, 1 << (x.shape[-1] - 1).bit_length())  # 16: the least that a GPU's matrix units take
+    return F.pad(x, (0, width - x.shape[-1])).contiguous()
 
 
 def _union_block_mask(rule, length: int, total: int, device: torch.device) -> BlockMask:

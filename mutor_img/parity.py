@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mutor_img.attention import may_attend
 
@@ -21,6 +21,10 @@ from mutor_img.attention import may_attend
 SUM = 2.0**-20
 SLACK = 2.0  # the bound is of first order and knows nothing of a kernel's running maximum and its corrections
 
+PLAIN_FACTOR = 3.0
+FLOORS = {"bf16": 2.0**-7, "fp32": 2.0**-14}
+
+M = TypeVar("M", bound=nn.Module)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -128,6 +132,38 @@ def compare_attention(attend: Attend, anchors: Tensor, length: int, *, heads: in
     exact = exact_attention(*(x.detach().double() for x in (*leaves, upstream)), dense_mask(anchors, length),
                             torch.finfo(dtype).eps / 2)
     return [_difference(name, x.detach(), *exact[name]) for name, x in zip(exact, found)]
+
+
+def rms_difference(name: str, found: Tensor, plain: Tensor, exact: Tensor, precision: str) -> Difference:
+    """Hold a tensor against the exact one in root mean square, where a bound cell by cell would lead too far.
+
+    Args:
+        found: what is examined.
+        plain: the same by uncompiled torch in the same precision; three times its error is allowed.
+        exact: the same in a higher precision.
+        precision: ``"bf16"`` or ``"fp32"``: says what is allowed beside that, as a share of the exact tensor, since
+            the error of ``plain`` can be small by luck, a scalar's above all.
+    """
+    found, plain, exact = found.double(), plain.double(), exact.double()
+    return Difference(name, _rms(found - exact), PLAIN_FACTOR * _rms(plain - exact) + FLOORS[precision] * _rms(exact))
+
+
+def draw_at_scale_one(module: M, seed: int) -> M:
+    """Draw every weight in place so that activations, scores and logits have scale 1; returns the module.
+
+    At initialisation the head is zero and attention nearly uniform: comparisons would hold for almost any code.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for part in module.modules():
+            if isinstance(part, (nn.Linear, nn.Embedding)):
+                deviation = 1.0 if isinstance(part, nn.Embedding) else part.in_features**-0.5
+                part.weight.normal_(0.0, deviation, generator=generator)
+    return module
+
+
+def _rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
 
 
 def _difference(name: str, found: Tensor, value: Tensor, allowed: Tensor) -> Difference:

@@ -21,14 +21,13 @@ from tqdm import tqdm
 
 from mutor_img.attention import FlexAttention, SdpaAttention
 from mutor_img.files import write_json
-from mutor_img.parity import Difference, compare_attention
+from mutor_img.parity import Difference, compare_attention, draw_at_scale_one, rms_difference
 from mutor_img.registers import RegisterLaw, register_ids
 from mutor_img.training.compiling import compile_whole
 from mutor_img.training.runtime import Runtime
 from mutor_img.transformer import Block, ModelConfig, RotaryTable
 
 BATCH, HEADS = 2, 2
-BLOCK_FACTOR = 3.0  # how far, in root mean square, the compiled block may be off beside the uncompiled one with SDPA
 
 
 @dataclass
@@ -132,7 +131,9 @@ def examine(law: RegisterLaw, head_dim: int, precision: str, seed: int, device: 
         for difference in compare_attention(attend, anchors, law.length, heads=HEADS, head_dim=head_dim, dtype=dtype,
                                             seed=seed + number, gradients=gradients):
             yield name, difference
-    block = make_block(head_dim, seed).to(device)
+    torch.manual_seed(seed)
+    block = Block(ModelConfig(1, HEADS, HEADS * head_dim, dropout=0.0), drop_path=0.0)
+    block = draw_at_scale_one(block, seed).to(device)
     run = compiled(block)
     for name, anchors in draws.items():
         flex.update(anchors)
@@ -148,17 +149,6 @@ def draws_of(law: RegisterLaw, seed: int) -> dict[str, Tensor]:
         first = torch.arange(law.count).expand(BATCH, -1)
         draws |= {"earliest anchors": first, "latest anchors": first + law.length - law.count}
     return draws
-
-
-def make_block(head_dim: int, seed: int) -> Block:
-    """Return a block of the run's head dimension in which everything has scale 1: at initialisation all is uniform."""
-    torch.manual_seed(seed)
-    block = Block(ModelConfig(1, HEADS, HEADS * head_dim, dropout=0.0), drop_path=0.0)
-    with torch.no_grad():
-        for weight in block.parameters():
-            if weight.dim() == 2:
-                weight.normal_(std=weight.shape[1] ** -0.5)
-    return block
 
 
 def compare_block(block: Block, run: Callable, flex: Callable, anchors: Tensor, grid: tuple[int, int], precision: str,
@@ -189,15 +179,10 @@ def compare_block(block: Block, run: Callable, flex: Callable, anchors: Tensor, 
               torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16" and dtype == torch.float32)):
             out = function(leaf, rope, attend)
         found = torch.autograd.grad(out, [leaf, *weights], upstream.to(dtype)) if gradients else ()
-        return [t.detach().double() for t in (out, *found)]
+        return [t.detach() for t in (out, *found)]
 
     found, plain = tensors(run, flex, torch.float32), tensors(block, sdpa, torch.float32)
     wide = copy.deepcopy(block).double()
     weights = [wide.attention.wqkv.weight, wide.attention.wo.weight]
     exact = tensors(wide, sdpa, torch.float64)
-    return [Difference(name, _rms(a - c), BLOCK_FACTOR * _rms(b - c) + 1e-6 * _rms(c))
-            for name, a, b, c in zip(names, found, plain, exact)]
-
-
-def _rms(x: Tensor) -> float:
-    return x.square().mean().sqrt().item()
+    return [rms_difference(*given, precision) for given in zip(names, found, plain, exact)]

@@ -244,3 +244,12 @@ def test_a_run_whose_backend_fails_trains_with_sdpa_to_the_same_losses(backend, 
     losses = [row["loss"] for row in read_metrics(trainer.run_dir)]
     assert losses == [row["loss"] for row in read_metrics(plain.run_dir)]
     assert "preflight" not in read_meta(find_checkpoint(plain.run_dir))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_run_on_a_gpu_passes_the_preflight_and_trains_with_flex_attention(run_training, precision):
+    trainer = run_training("train.compile=true", f"train.precision={precision}")
+    recorded = read_meta(find_checkpoint(trainer.run_dir))["preflight"]
+    assert recorded["failures"] == [] and isinstance(trainer.model.flex, FlexAttention)
+    assert trainer.step == 3

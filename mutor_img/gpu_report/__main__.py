@@ -1,0 +1,46 @@
+"""``python -m mutor_img.gpu_report``: run every GPU check on this machine's GPU and print the report."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from mutor_img.cli import Parser, run
+from mutor_img.errors import UserError, check_range
+from mutor_img.files import write_atomic
+from mutor_img.gpu_report.checks import Place, all_checks
+from mutor_img.gpu_report.report import environment, run_checks, timings, to_markdown
+
+
+def main(argv: Sequence[str]) -> None:
+    """Check this GPU; exit status 1 if a check failed.
+
+    Raises:
+        UserError: there is no CUDA device.
+    """
+    parser = Parser(description="Check everything that only a GPU can check, and print a report to paste into a bug "
+                                "report: versions, each check's result and errors, tokens a second and peak memory.",
+                    example="python -m mutor_img.gpu_report --out report.md")
+    parser.add_argument("--quick", action="store_true", help="fewer masks: those of the paper's image rows")
+    parser.add_argument("--batch", type=int, default=32, help="sequences in a measured update of B")
+    parser.add_argument("--out", metavar="FILE", help="write the report there, too")
+    args = parser.parse_args(argv)
+    check_range("--batch", args.batch, 1, 4096)
+    if not torch.cuda.is_available():
+        raise UserError(f"torch {torch.__version__} sees no CUDA device, and these checks need one; on a machine with "
+                        "a GPU look at what nvidia-smi says and whether torch was installed with CUDA")
+    device = torch.device("cuda", torch.cuda.current_device())
+    facts = environment(device)
+    outcomes = run_checks({**all_checks(args.quick), **timings(args.batch)}, Place(device))
+    report = to_markdown(facts, outcomes)
+    print(report)
+    if args.out:
+        write_atomic(args.out, lambda path: path.write_text(report))
+    if not all(outcome.passed for outcome in outcomes):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run(main)
