@@ -1,6 +1,7 @@
 # make demo     tokenizer, codes, MuToR-2D, samples and scores on real digits, from nothing, on a CPU
 # make compare  the demo, and next-token prediction beside it for as many updates and for as many seconds
 # make test     the whole test suite
+# make test-gpu the tests that need a GPU; python -m mutor_img.gpu_report prints what they check as a report
 # make test-app the page of mutor_img.app in a headless Chromium; installs Gradio, playwright and, as root on Debian, Chromium
 # make lint     the linter
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo compare test test-app lint
+.PHONY: demo compare test test-gpu test-app lint
 
 demo: $(VENV)/installed
 	$(RUN) -m mutor_img.study --config configs/mnist/study.yaml
@@ -18,6 +19,9 @@ compare: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(RUN) -m pytest
+
+test-gpu: $(VENV)/installed
+	$(RUN) -m pytest -m gpu
 
 test-app: $(VENV)/installed-app
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
