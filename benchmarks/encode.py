@@ -1,6 +1,6 @@
 """Images a second of ``tokenizer.encode``: batches of 1 and 8, one process and two, VQ-16 at 256 pixels.
 
-    python -m benchmarks.encode                           # random weights, 32 random JPEGs of 400 x 350 pixels
+    python -m benchmarks.encode                           # random weights, 16 random JPEGs of 400 x 350 pixels
     python -m benchmarks.encode --images imagenet/val --labels LOC_val_solution.csv --count 64 --rounds 5
 
 Processes are started by this command and joined by gloo on the CPU, with one thread each; with one process there is
@@ -122,8 +122,8 @@ def main(argv: Sequence[str]) -> dict[str, float]:
     parser.add_argument("--labels", metavar="FILE", help="labels of images that lie in one folder")
     parser.add_argument("--preset", default="vq16", help="size of the tokenizer")
     parser.add_argument("--image-size", type=int, default=256, help="pixels a side")
-    parser.add_argument("--count", type=int, default=32, help="images encoded by each variant, 4096 at most")
-    parser.add_argument("--rounds", type=int, default=3, help="times each variant is timed")
+    parser.add_argument("--count", type=int, default=16, help="images encoded by each variant, 4096 at most")
+    parser.add_argument("--rounds", type=int, default=2, help="times each variant is timed")
     args = parser.parse_args(argv)
     check_range("--count", args.count, 2, 4096)
     check_range("--rounds", args.rounds, 1, 1000)

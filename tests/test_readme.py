@@ -1,4 +1,4 @@
-"""Every command that the README shows is one that the program takes."""
+"""Every command that the README and the pages in docs/ show is one that the program takes."""
 
 import re
 import shlex
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mutor_img.cli import Parser
+from mutor_img.config import load_config
 
 ROOT = Path(__file__).parent.parent
 DOORS = {"train.py": "mutor_img.training.command", "sample.py": "mutor_img.sampling",
@@ -21,19 +22,25 @@ class Parsed(Exception):
 def shown() -> list[str]:
     documents = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     lines = [line.strip() for path in documents for line in path.read_text().replace("\\\n", " ").splitlines()
-             if re.match(r"( {4}|\t)?(python|torchrun|make) ", line)]
+             if re.match(r"( {4,}|\t)?(python|torchrun|make) ", line)]
     return sorted(set(lines))
 
 
 def module_and_arguments(command: str) -> tuple[str, list[str]]:
     words = shlex.split(command, comments=True)
-    if words[0] == "torchrun":
-        words = words[3:]  # --nproc-per-node 8
-    else:
-        words = words[1:]
+    begin = next(i for i, word in enumerate(words) if word == "-m" or word.endswith(".py"))
+    words = words[begin:]  # after python, or torchrun and its options
     if words[0] == "-m":
         return words[1], words[2:]
     return DOORS.get(words[0], words[0]), words[1:]
+
+
+def schema_of(module: str) -> type:
+    """Return the config schema of a training command."""
+    name, schema = {"mutor_img.training.command": ("mutor_img.training.generator", "GeneratorConfig"),
+                    "tokenizer.train": ("tokenizer.train", "TokenizerConfig"),
+                    "mutor_img.study.__main__": ("mutor_img.study.config", "StudyConfig")}[module]
+    return getattr(import_module(name), schema)
 
 
 def test_the_readme_shows_its_commands():
@@ -58,8 +65,9 @@ def test_a_shown_command_is_understood(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(Parsed) as caught:
         import_module(module).main(arguments)
-    config = getattr(caught.value.args[0], "config", None)
-    assert config is None or Path(config).is_file()
+    options = caught.value.args[0]
+    if getattr(options, "config", None):
+        load_config(schema_of(module), options.config, options.overrides)  # every key and value is one it takes
 
 
 @pytest.mark.parametrize("target", [c.split()[1] for c in shown() if c.startswith("make")])
@@ -67,6 +75,13 @@ def test_a_shown_make_target_exists(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / "README.md").read_text()))
-def test_a_link_of_the_readme_leads_somewhere(link):
-    assert (ROOT / link).exists()
+def links() -> list[tuple[str, str]]:
+    """Return (page, link) of every link to a file."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [(str(page.relative_to(ROOT)), link) for page in pages
+            for link in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", page.read_text())]
+
+
+@pytest.mark.parametrize("page, link", links())
+def test_a_link_leads_somewhere(page, link):
+    assert ((ROOT / page).parent / link).exists()

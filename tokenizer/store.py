@@ -24,7 +24,7 @@ from mutor_img.files import read_json, write_atomic, write_json
 from tokenizer.sources import ImageSource
 
 PART = 1024  # images a part at most: seconds of work on a GPU
-_LEAST, _PARTS = 16, 64  # few images are cut into more and smaller parts, so that every process has some
+_LEAST, _PARTS = 8, 64  # few images are cut into more and smaller parts, so that every process has some
 
 
 @dataclass(frozen=True)
