@@ -14,7 +14,8 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from mutor_img.errors import UserError
@@ -24,6 +25,9 @@ from mutor_img.metrics.full_precision import full_precision
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_HASH = "6726825d"  # the first digits of the file's sha256
 SPATIAL_CHANNELS = 7
+_TRUNK = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1", "Conv2d_4a_3x3", "MaxPool_2",
+          "Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e", "Mixed_7a",
+          "Mixed_7b", "Mixed_7c", "AvgPool")  # torch-fidelity's names of the layers, in order
 
 
 class FeatureNetwork(Protocol):
@@ -90,8 +94,35 @@ class InceptionGraph(FeatureExtractorInceptionV3):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) uint8 -> pool (B, 2048), spatial (B, 2023), logits without bias (B, 1008), float32."""
-        pool, logits = super().forward(images)
-        return {"pool": pool, "spatial": self.spatial, "logits": logits}
+        x = resize_like_tensorflow(images.float(), self.INPUT_IMAGE_SIZE)  # (B, 3, 299, 299)
+        x = x.sub_(128).div_(128)
+        for name in _TRUNK:
+            x = getattr(self, name)(x)
+        pool = x.flatten(1)  # (B, 2048)
+        return {"pool": pool, "spatial": self.spatial, "logits": pool @ self.fc.weight.T}
+
+    def fold_norms(self) -> None:
+        """Make each normalisation part of the convolution before it, for evaluation: a tenth of the time."""
+        for module in self.modules():
+            if isinstance(getattr(module, "bn", None), nn.BatchNorm2d):
+                module.conv, module.bn = fuse_conv_bn_eval(module.conv, module.bn), nn.Identity()
+
+
+def resize_like_tensorflow(images: Tensor, size: int) -> Tensor:
+    """Resize (B, C, H, W) float32 to ``size`` x ``size`` as TensorFlow 1 does: corners at 0, no antialiasing.
+
+    The bits are those of torch-fidelity's interpolation, which gathers four times what this does: rows first, then
+    columns, each from the two neighbours at floor(i * H / size), in the same order of additions.
+    """
+    x = images.permute(0, 2, 3, 1).contiguous()  # (B, H, W, C): rows are gathered whole
+    for dim in (2, 1):
+        length = x.shape[dim]
+        place = torch.arange(size, dtype=torch.float32, device=x.device) * torch.tensor(length / size)
+        low = place.long()
+        share = (place - low.float()).view([-1 if d == dim else 1 for d in range(4)])
+        near, far = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp_max(length - 1))
+        x = far.sub_(near).mul_(share).add_(near)
+    return x.permute(0, 3, 1, 2)  # (B, C, size, size), channels last in memory
 
 
 class Inception:
@@ -102,6 +133,8 @@ class Inception:
         weights_hash: sha256 of the weights file.
         device: where to run.
         warnings: carried into every result.
+
+    The graph is taken over: its normalisations are folded into its convolutions.
     """
 
     name = "inception-v3-compat"
@@ -109,8 +142,9 @@ class Inception:
 
     def __init__(self, graph: InceptionGraph, weights_hash: str, device: torch.device | str = "cpu", warnings=()):
         self.device = torch.device(device)
+        graph.eval().requires_grad_(False).fold_norms()
         # channels_last is half as fast again on a CPU, and the numbers are the same to rounding.
-        self.graph = graph.eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)
+        self.graph = graph.to(self.device, memory_format=torch.channels_last)
         self.weights_hash = weights_hash
         self.warnings = list(warnings)
 
@@ -118,8 +152,7 @@ class Inception:
     def __call__(self, images: np.ndarray | Tensor) -> dict[str, Tensor]:
         """uint8 images of any size, grey or RGB, in either layout -> pool, spatial and logits, float32."""
         pixels = to_nchw(images).to(self.device)
-        pixels = pixels.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)  # (B, 3, H, W)
-        return self.graph(pixels)
+        return self.graph(pixels.expand(-1, 3, -1, -1))  # (B, 3, H, W)
 
 
 def default_inception_path() -> Path:

@@ -1,10 +1,11 @@
 import pytest
 import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from mutor_img.errors import UserError
 from mutor_img.metrics import features
-from mutor_img.metrics.features import INCEPTION_FILE, load_inception, to_nchw
+from mutor_img.metrics.features import INCEPTION_FILE, load_inception, resize_like_tensorflow, to_nchw
 from mutor_img.metrics.full_precision import full_precision
 
 
@@ -24,6 +25,13 @@ def test_pool_and_logits_are_torch_fidelitys(inception_file, outputs, coarse_ima
     torch.testing.assert_close(outputs["pool"], pool, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(outputs["logits"], logits, rtol=1e-4, atol=1e-4)
     assert pool.std(0).mean() > 1e-3  # the images do differ, so that agreement means something
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (64, 48), (256, 256), (299, 299), (400, 512)], ids=str)
+def test_the_resize_is_torch_fidelitys_to_the_bit(shape):
+    x = torch.randint(256, (2, 3, *shape), generator=torch.Generator().manual_seed(0)).float()
+    theirs = interpolate_bilinear_2d_like_tensorflow1x(x, size=(299, 299), align_corners=False)
+    assert torch.equal(resize_like_tensorflow(x, 299), theirs)
 
 
 def test_spatial_features_run_over_rows_columns_then_channels(inception, outputs, coarse_images):
