@@ -21,6 +21,7 @@ from mutor_img.registers import RegisterLaw, count_targets, cross_entropy_sum, r
 from mutor_img.streams import Stream, generator_seed, uniform
 from mutor_img.training.preflight import Preflight, preflight
 from mutor_img.training.runtime import Runtime
+from mutor_img.training.scoring import EvalConfig, RunScores
 from mutor_img.training.task import Task
 from mutor_img.transformer import PRESETS, ModelConfig, Transformer
 
@@ -106,6 +107,7 @@ class GeneratorConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     pictures: PicturesConfig = field(default_factory=PicturesConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
 
     def validate(self) -> None:
         self.data.folders()
@@ -158,6 +160,9 @@ class GeneratorTask(Task):
         self.units_per_sample = self.law.length  # code tokens; registers are method, not data
         self.flops_per_sample = 3 * self.model.forward_flops(
             self.law.length, self.law.registers, attended_pairs(self.law, config.seed))
+        self.score_every, self.scores = config.eval.every, None
+        if self.score_every:
+            self.scores = RunScores(config.eval, self.metadata()["codes"], self.model, config.seed, runtime)
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         return list(model.layers)
@@ -225,6 +230,13 @@ class GeneratorTask(Task):
                 sums += torch.stack([loss, loss.new_tensor(codes.numel())])
         total, tokens = self.runtime.sum(sums).tolist()
         return {"val_next_token": total / tokens}
+
+    def score(self, model: nn.Module, step: int) -> dict[str, float]:
+        try:
+            return self.scores(model)
+        except UserError as error:  # weights of this moment that cannot be sampled from: training goes on
+            tqdm.write(f"no scores at step {step}: {error}")
+            return {}
 
     def score(self, model: nn.Module, step: int) -> dict[str, float]:
         try:

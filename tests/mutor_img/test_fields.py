@@ -8,6 +8,7 @@ import torch
 from mutor_img import sampling
 from mutor_img.checkpoint import find_checkpoint, read_meta
 from mutor_img.config import field_names
+from mutor_img.training import generator
 from mutor_img.training.generator import GeneratorConfig, GeneratorTask
 from mutor_img.training.log import read_metrics
 from mutor_img.training.parallel import is_sharded
@@ -48,7 +49,24 @@ def pictures(trainer):
     return PICTURES.copy()
 
 
+def scored(trainer):
+    """What :class:`FakeScores` was asked to score with."""
+    config = trainer.task.scores.config
+    return config.samples, config.reference, config.metrics, config.features, config.features_weights, config.cfg_scale
+
+
+class FakeScores:
+    """Stands for the scores of a run, whose own test is test_run_scores.py."""
+
+    def __init__(self, config, *others):
+        self.config = config
+
+    def __call__(self, model):
+        return {"eval_fid": 1.0}
+
+
 PICTURES: list = []
+SCORED = "eval.reference=some.npz"
 
 # field -> (overrides both runs share, changed value, what must differ)
 FIELDS = {
@@ -97,6 +115,13 @@ FIELDS = {
     "train.picture_every": ((), "1", pictures),
     "pictures.cfg_scale": (("train.picture_every=1",), "3", pictures),
     "pictures.per_class": (("train.picture_every=1",), "2", pictures),
+    "eval.every": ((SCORED,), "1", lambda t: rows_with(t, "eval_fid")),
+    "eval.samples": ((SCORED, "eval.every=1"), "30", scored),
+    "eval.reference": ((SCORED, "eval.every=1"), "other.npz", scored),
+    "eval.metrics": ((SCORED, "eval.every=1"), "[fid]", scored),
+    "eval.features": ((SCORED, "eval.every=1"), "mnist", scored),
+    "eval.features_weights": ((SCORED, "eval.every=1"), "weights.pth", scored),
+    "eval.cfg_scale": ((SCORED, "eval.every=1"), "3", scored),
 }
 
 
@@ -110,6 +135,7 @@ def test_a_field_changes_what_it_names(field, run_training, make_codes, tmp_path
     make_codes(tmp_path / "other", seed=1)
     monkeypatch.setattr(sampling, "draw_training_grid", lambda model, codes, pictures, seed, path: PICTURES.append(
         (pictures.cfg_scale, pictures.per_class)))
+    monkeypatch.setattr(generator, "RunScores", FakeScores)
     change = f"{field}={value.format(tmp=tmp_path)}"
     if observe is None:  # the shape of the data, checked against the code store
         with pytest.raises(ValueError, match=field.split(".")[1]):
@@ -132,7 +158,6 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*/*.yaml"))
 def test_every_shipped_config_takes_two_steps_on_a_shrunken_model(path, tiny, tmp_path, make_codes, monkeypatch):
     from mutor_img.codes import Codes, block_checksum
     from mutor_img.config import load_config
-    from mutor_img.training import generator
     from mutor_img.training.loop import train
 
     class Fake(Codes):  # random codes of the config's own grid, vocabulary and classes
