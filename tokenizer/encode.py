@@ -179,7 +179,8 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--tokenizer", required=True, help="tokenizer run folder, or released LlamaGen .pt")
     parser.add_argument("--images", required=True, help="folder with one sub-folder of images a class; or of Parquet "
-                        "files, where data/train is the split train; or, with --labels, of images alone")
+                        "files, where data/train is the split train; or of WebDataset's tar files; or, with --labels, "
+                        "of images alone")
     parser.add_argument("--out", required=True, help="folder of the code store to write")
     parser.add_argument("--labels", metavar="FILE", help="labels of images that lie in one folder: name and class a "
                         "line (LOC_val_solution.csv), or one class a line in the order of the file names")

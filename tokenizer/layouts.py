@@ -9,11 +9,12 @@ from tokenizer.folder import list_images
 from tokenizer.label_file import list_labelled
 from tokenizer.parquet import find_shards, list_parquet
 from tokenizer.sources import ImageSource, read_class_list
+from tokenizer.webdataset import find_tars, list_tars
 
 
 def open_images(images: str | Path, *, labels: str | Path | None = None, classes: str | Path | None = None,
                 progress: bool = False) -> ImageSource:
-    """List the images at a path: class folders, Parquet files, or with ``labels`` images that lie flat.
+    """List the images at a path: class folders, Parquet or tar files, or with ``labels`` images that lie flat.
 
     Args:
         images: a folder, or for Parquet files also folder/split.
@@ -26,10 +27,14 @@ def open_images(images: str | Path, *, labels: str | Path | None = None, classes
     """
     known = None if classes is None else read_class_list(classes)
     shards = find_shards(images)
-    if shards and labels is not None:
-        raise UserError(f"{images}: holds Parquet files, which hold their labels; leave --labels out")
+    tars = [] if shards else find_tars(images)
+    if (shards or tars) and labels is not None:
+        raise UserError(f"{images}: holds {'Parquet' if shards else 'tar'} files, which hold their labels; leave "
+                        "--labels out")
     if shards:
         return list_parquet(shards, known)
+    if tars:
+        return list_tars(tars, known, progress=progress)
     if labels is not None:
         return list_labelled(images, labels, known)
     return list_images(images, known, progress=progress)

@@ -1,9 +1,10 @@
-"""Flat folders with a label file, Parquet files, and lists of classes: the same images however they are stored."""
+"""Flat folders with a label file, Parquet and tar files, lists of classes: the same images however they are stored."""
 
 import io
 import json
 import shutil
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -193,3 +194,49 @@ def test_a_damaged_parquet_file_and_a_missing_pyarrow_are_named(tmp_path, monkey
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"needs pyarrow: pip install 'mutor_img\[parquet\]'"):
         open_images(tmp_path)
+
+
+def write_tars(folder, source, labels, *, tars=2):
+    """Write a source's files as WebDataset does: key.jpg and key.cls, and JSON that nobody needs."""
+    folder.mkdir()
+    for number, part in enumerate(np.array_split(np.arange(len(source)), tars)):
+        with tarfile.open(folder / f"train-{number:04d}.tar", "w") as tar:
+            for i in part:
+                for name, content in ((f"{i:05d}.jpg", source.path(i).read_bytes()), (f"{i:05d}.json", b"{}"),
+                                      (f"{i:05d}.cls", labels(i))):
+                    if content is not None:
+                        member = tarfile.TarInfo(name)
+                        member.size = len(content)
+                        tar.addfile(member, io.BytesIO(content))
+    return folder
+
+
+def test_tar_files_hold_the_images_of_the_folder(tree, tmp_path):
+    folder = list_images(tree)
+    source = open_images(write_tars(tmp_path / "tars", folder, lambda i: b"%d\n" % folder.labels[i]), classes=tree)
+    assert np.array_equal(source.labels, folder.labels) and source.sizes == folder.sizes
+    assert all(content(source, i) == content(folder, i) for i in np.random.default_rng(0).permutation(128))
+
+
+@pytest.mark.parametrize("label, classes, message", [
+    (b"3", None, r"labels in tar files are numbers; .*--classes"),
+    (b"1000", "imagenet-1k", r"train-0000\.tar:00000\.jpg: label 1000 is outside 0 to 999"),
+    (b"tench", "imagenet-1k", r"00000\.cls is no number"),
+    (None, "imagenet-1k", r"00000\.jpg has no 00000\.cls"),
+])
+def test_other_tar_files_are_refused(label, classes, message, tree, tmp_path):
+    folder = write_tars(tmp_path / "tars", list_images(tree), lambda i: label)
+    with pytest.raises(UserError, match=message):
+        open_images(folder, classes=classes)
+    (folder / "train-0000.tar").write_bytes(b"\x1f\x8b and so on, compressed" * 100)
+    with pytest.raises(UserError, match="not a readable tar file" if classes else message):
+        open_images(folder, classes=classes)
+
+
+def test_the_archives_own_tars_are_to_be_unpacked(tmp_path):
+    (tmp_path / "n01440764.tar").write_bytes(b"")
+    with pytest.raises(UserError, match=r"n01440764\.tar: a class's tar file.*unpack each"):
+        open_images(tmp_path)
+    (tmp_path / "n01440764").mkdir()
+    with pytest.raises(UserError, match="no images in this class folder"):
+        open_images(tmp_path)  # beside class folders a tar is left over
