@@ -54,8 +54,8 @@ def list_tars(tars: list[Path], classes: list[str] | None, *, progress: bool = F
         UserError: no ``classes``, a damaged tar, an image without ``.cls``, or a label out of range.
     """
     if all(is_wordnet_id(tar.stem) for tar in tars):
-        raise UserError(f"{tars[0]}: a class's tar file, as ImageNet's archive holds them; unpack each into a folder of "
-                        f"its name ({tars[0].stem}/) and remove it")
+        raise UserError(f"{tars[0]}: a class's tar file, as ImageNet's archive holds them; unpack each into a folder "
+                        f"of its name ({tars[0].stem}/) and remove it")
     if classes is None:
         raise UserError(f"{tars[0]}: labels in tar files are numbers; name the classes in that order with --classes "
                         f"({IMAGENET}: WordNet ids sorted, from 0)")
