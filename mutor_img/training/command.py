@@ -7,8 +7,9 @@ from typing import Any
 
 from mutor_img.cli import Parser, run
 from mutor_img.config import load_config, to_yaml
-from mutor_img.training.generator import GeneratorConfig, GeneratorTask, plan_generator
+from mutor_img.training.generator import GeneratorConfig, GeneratorTask
 from mutor_img.training.loop import Trainer, train
+from mutor_img.training.plan import plan_generator
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.stopping import Stopped, StopRequest
 from mutor_img.training.task import Task
@@ -35,7 +36,11 @@ def parse_training(argv: Sequence[str], schema: type, plan: Callable[[Any], dict
         return config
     print(to_yaml(config))
     for name, value in plan(config).items():
-        print(f"{name:<68} {_readable(value)}")
+        if isinstance(value, dict):  # a section
+            print(f"\n{name}")
+            print("\n".join(f"  {row:<50} {_readable(cell):>24}" for row, cell in value.items()))
+        else:
+            print(f"{name:<68} {_readable(value)}")
     return None
 
 

@@ -17,8 +17,9 @@ from mutor_img.config import OptimConfig, TrainConfig, check_choice
 from mutor_img.data import TrainingCodes
 from mutor_img.errors import UserError, check_range
 from mutor_img.loading import load_run
-from mutor_img.registers import RegisterLaw, count_targets, cross_entropy_sum, register_targets
+from mutor_img.registers import RegisterLaw, count_targets
 from mutor_img.streams import Stream, generator_seed, uniform
+from mutor_img.training.plan import PlanConfig, attended_pairs
 from mutor_img.training.preflight import Preflight, preflight
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.scoring import EvalConfig, RunScores
@@ -53,9 +54,11 @@ class ModelSection:
     drop_path: float = 0.0  # > 0 switches the latter two dropouts off
     class_dropout: float = 0.1  # share of samples trained with the null class
     attention: str = "auto"  # of registers in training; auto: FlexAttention on CUDA where compiled, else SDPA; sdpa
+    loss_chunk: int = 0  # rows of logits held at a time by the training loss: saves memory; 0: all of them
 
     def validate(self) -> None:
         check_choice("model.attention", self.attention, ("auto", "sdpa"))
+        check_range("model.loss_chunk", self.loss_chunk, 0, 10**9)
         check_range("model.dropout", self.dropout, 0.0, 0.99)
         check_range("model.drop_path", self.drop_path, 0.0, 0.99)
         check_range("model.class_dropout", self.class_dropout, 0.0, 1.0)
@@ -107,6 +110,7 @@ class GeneratorConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     pictures: PicturesConfig = field(default_factory=PicturesConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def validate(self) -> None:
@@ -176,17 +180,15 @@ class GeneratorTask(Task):
     def loss(self, model: nn.Module, step: int, samples: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return this micro-batch's share of MuToR's loss (method section 5), and of its two parts."""
         labels, codes = self.batch(step, samples)  # (b,), (b, N)
-        total = self.config.train.global_batch * self.law.length
+        total, chunk = self.config.train.global_batch * self.law.length, self.config.model.loss_chunk
         if self.law.kind == "none":
-            next_token = cross_entropy_sum(model(labels, codes[:, :-1]), codes) / total
+            next_token = model(labels, codes[:, :-1], targets=codes, loss_chunk=chunk) / total
             return next_token, {"next_token": next_token}
         anchors, offsets = self.law.draw(self.config.seed, step, samples)  # (b, R) each
         if self.model.flex is None and self.flex_passes(samples.device):
             self.model.use_flex(anchors, fixed=self.law.count is None)
-        logits, register_logits = model(labels, codes[:, :-1], anchors, offsets)
-        next_token = cross_entropy_sum(logits, codes) / total
-        register = cross_entropy_sum(register_logits, register_targets(codes, anchors, offsets))
-        register = register / self._register_count(step, samples.device)
+        sums = model(labels, codes[:, :-1], anchors, offsets, targets=codes, loss_chunk=chunk)  # two scalars
+        next_token, register = sums[0] / total, sums[1] / self._register_count(step, samples.device)
         weight = self.config.registers.loss_weight
         return (1 - weight) * next_token + weight * register, {"next_token": next_token, "register": register}
 
@@ -225,18 +227,11 @@ class GeneratorTask(Task):
             images = mine if len(mine) else np.zeros(1, dtype=np.int64)  # a sharded model runs everywhere or nowhere
             codes, labels = self.val_codes.batch(images, images * 0)
             codes, labels = codes.to(self.runtime.device), labels.to(self.runtime.device)
-            loss = cross_entropy_sum(model(labels, codes[:, :-1]), codes)
+            loss = model(labels, codes[:, :-1], targets=codes, loss_chunk=self.config.model.loss_chunk)
             if len(mine):
                 sums += torch.stack([loss, loss.new_tensor(codes.numel())])
         total, tokens = self.runtime.sum(sums).tolist()
         return {"val_next_token": total / tokens}
-
-    def score(self, model: nn.Module, step: int) -> dict[str, float]:
-        try:
-            return self.scores(model)
-        except UserError as error:  # weights of this moment that cannot be sampled from: training goes on
-            tqdm.write(f"no scores at step {step}: {error}")
-            return {}
 
     def score(self, model: nn.Module, step: int) -> dict[str, float]:
         try:
@@ -299,39 +294,3 @@ def open_codes(folder: str, config: GeneratorConfig, runtime: Runtime) -> Codes:
     faults = codes.faults(range(runtime.rank, codes.blocks, runtime.world))
     codes.refuse(runtime.sum(torch.from_numpy(faults).to(runtime.device)).cpu().numpy())
     return codes
-
-
-def attended_pairs(law: RegisterLaw, seed: int) -> float:
-    """Return the query-key pairs of one sequence that the rule allows; over drawn anchors, a mean of 256 draws."""
-    regular = law.length * (law.length + 1) / 2
-    if law.kind == "none":
-        return regular
-    anchors, _ = law.draw(seed, 0, torch.arange(256 if law.count is not None else 1))
-    return regular + (anchors + 2).sum(dim=1).double().mean().item()  # t + 1 regular inputs, and itself
-
-
-def plan_generator(config: GeneratorConfig) -> dict[str, Any]:
-    """Return what ``--dry-run`` prints: parameters, tokens and FLOPs an update, memory a device. Needs no data."""
-    law = config.law()
-    with torch.device("meta"):
-        model = Transformer(config.model_config())
-    parameters = model.parameter_count()
-    sample = 3 * model.forward_flops(law.length, law.registers, attended_pairs(law, config.seed))
-    batch = config.train.global_batch
-    gib = 2.0**30
-    return {
-        "parameters": parameters,
-        "regular inputs a sequence": law.length,
-        "registers a sequence": law.registers,
-        "tokens an update": batch * law.length,
-        "inputs an update": batch * (law.length + law.registers),
-        "FLOPs an update": batch * sample,
-        "updates": config.train.steps,
-        "FLOPs in all": batch * sample * config.train.steps,
-        "memory a device: weights, GiB": 4 * parameters / gib,
-        "memory a device: gradients, GiB": 4 * parameters / gib,
-        "memory a device: optimiser, GiB": 8 * parameters / gib,
-        "memory a device: EMA, GiB": (4 * parameters if config.train.ema else 0) / gib,
-        "memory a sequence: logits, bf16 and fp32 and their gradient, GiB":
-            10 * (law.length + law.registers) * config.model.vocabulary / gib,
-    }

@@ -94,6 +94,9 @@ PAPER = {
     "mutor2d_b_80": ("B", "2d", 80, 4, 360_000), "mutor2d_b_80_d3": ("B", "2d", 80, 3, 360_000),
     "mutor2d_b_80_d5": ("B", "2d", 80, 5, 360_000), "mutor2d_l_80": ("L", "2d", 80, 4, 360_000),
     "mutor2d_xl_80": ("XL", "2d", 80, 4, 360_000), "mutor2d_xxl_80": ("XXL", "2d", 80, 4, 360_000),
+    "mutor2d_3b_80": ("3B", "2d", 80, 4, 360_000), "ntp_l": ("L", "none", None, 4, 360_000),
+    "ntp_xl": ("XL", "none", None, 4, 360_000), "ntp_xxl": ("XXL", "none", None, 4, 360_000),
+    "ntp_3b": ("3B", "none", None, 4, 360_000),
 }
 
 
@@ -121,11 +124,30 @@ def test_the_tokenizer_config_is_llamagens_recipe():
     assert (plan["parameters"], plan["parameters of the discriminator"]) == (71_883_403, 2_765_633)
 
 
+def test_llamagen_b_is_llamagens_own_recipe():
+    c = load_config(GeneratorConfig, CONFIGS / "imagenet256" / "llamagen_b.yaml")
+    assert (c.model.preset, c.registers.kind, c.optim.lr, c.optim.schedule) == ("B", "none", 1e-4, "constant")
+    assert (tuple(c.optim.betas), c.optim.weight_decay, c.optim.clip) == ((0.9, 0.95), 0.05, 1.0)
+    assert (c.train.global_batch, c.train.precision, c.model.dropout, c.model.class_dropout) == (256, "bf16", 0.1, 0.1)
+    images = c.train.steps * c.train.global_batch
+    assert 300 * 1_281_167 <= images < 300 * 1_281_167 + c.train.global_batch
+
+
+def test_only_3b_is_sharded_and_its_plan_is_for_that_many_devices():
+    for name in PAPER:
+        c = load_config(GeneratorConfig, CONFIGS / "imagenet256" / f"{name}.yaml")
+        assert (c.train.parallel == "fsdp") == (c.model.preset == "3B")
+        assert c.plan.devices == (32 if c.model.preset == "3B" else 8)
+
+
 def test_every_imagenet_file_is_in_a_table():
-    assert {p.stem for p in (CONFIGS / "imagenet256").glob("*.yaml")} == {*PAPER, "tokenizer"}
+    assert {p.stem for p in (CONFIGS / "imagenet256").glob("*.yaml")} == {*PAPER, "llamagen_b", "tokenizer"}
 
 
 def test_shared_values_stand_once():
-    for path in (CONFIGS / "imagenet256").glob("mutor*.yaml"):
+    for path in (CONFIGS / "imagenet256").glob("*.yaml"):
+        if path.stem in ("ntp_b", "tokenizer"):
+            continue
         layer = yaml.safe_load(path.read_text())
-        assert "extends" in layer and "optim" not in layer and "data" not in layer
+        assert "extends" in layer and not {"grid", "vocabulary", "classes"} & layer.get("model", {}).keys()
+        assert not {"optim", "data"} & layer.keys() or path.stem == "llamagen_b"

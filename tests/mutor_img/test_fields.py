@@ -12,6 +12,7 @@ from mutor_img.training import generator
 from mutor_img.training.generator import GeneratorConfig, GeneratorTask
 from mutor_img.training.log import read_metrics
 from mutor_img.training.parallel import is_sharded
+from mutor_img.training.plan import plan_generator
 from mutor_img.training.runtime import Runtime
 
 
@@ -39,6 +40,18 @@ def drawn(trainer):
 
 def flex_on_gpus(trainer):
     return trainer.task.wants_flex(torch.device("cuda"))
+
+
+def loss_graph(trainer):
+    """The names of the loss's backward functions."""
+    nodes = [trainer.task.loss(trainer.model, 0, torch.arange(4))[0].grad_fn]
+    for node in nodes:
+        nodes += [below for below, _ in node.next_functions if below is not None and below not in nodes]
+    return {node.name() for node in nodes}
+
+
+def plan(trainer):
+    return plan_generator(trainer.config)
 
 
 def losses(trainer):
@@ -80,6 +93,7 @@ FIELDS = {
     "model.vocabulary": ((), "17", None),
     "model.classes": ((), "4", None),
     "model.dropout": ((), "0.5", losses),
+    "model.loss_chunk": ((), "7", loss_graph),
     "model.drop_path": ((), "0.5", losses),
     "model.class_dropout": ((), "0.9", losses),
     "registers.kind": ((), "1d", drawn),
@@ -115,6 +129,11 @@ FIELDS = {
     "train.picture_every": ((), "1", pictures),
     "pictures.cfg_scale": (("train.picture_every=1",), "3", pictures),
     "pictures.per_class": (("train.picture_every=1",), "2", pictures),
+    "plan.devices": ((), "4", plan),
+    "plan.device_gib": ((), "1", plan),
+    "plan.usable": ((), "0.5", plan),
+    "plan.peak_tflops": ((), "312", plan),
+    "plan.mfu": ((), "0.2", plan),
     "eval.every": ((SCORED,), "1", lambda t: rows_with(t, "eval_fid")),
     "eval.samples": ((SCORED, "eval.every=1"), "30", scored),
     "eval.reference": ((SCORED, "eval.every=1"), "other.npz", scored),
