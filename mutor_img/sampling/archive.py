@@ -1,18 +1,22 @@
-"""A sample set on disk: ADM's npz, made in parts, so that a killed run goes on and nothing half-written shows.
+"""A sample set on disk: ADM's npz or a folder of PNGs, made in parts, so that a killed run goes on.
 
 ``x.npz`` grows under ``x.npz.parts/`` as one file for each ``UNIT`` samples and a JSON of everything that decides
-the bytes. When all parts are there they are merged into the npz, the manifest ``x.json`` is written, and the parts go.
+the bytes. When all parts are there they are merged into the npz, the manifest ``x.json`` is written, and the parts
+go. A folder grows alike, and holds its manifest. Nothing half-written ever has its final name.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
+from tqdm import tqdm
 
 from mutor_img.errors import UserError
 from mutor_img.files import read_json, write_atomic, write_json
@@ -23,7 +27,7 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # zip's first moment: the time of writing must n
 
 
 class SampleArchive:
-    """The files of one sample set.
+    """The files of one sample set, an npz.
 
     Attributes:
         out: the npz.
@@ -33,38 +37,35 @@ class SampleArchive:
     """
 
     def __init__(self, out: str | Path, settings: dict[str, Any]):
-        """Name the files; reads and writes nothing.
-
-        Raises:
-            UserError: ``out`` does not end in ``.npz``.
-        """
+        """Name the files; reads and writes nothing."""
         self.out = Path(out)
-        if self.out.suffix != ".npz":
-            raise UserError(f"--out {out}: the sample file must end in .npz")
         self.manifest = self.out.with_suffix(".json")
         self.parts = self.out.with_name(self.out.name + ".parts")
         self.settings = settings
         self.count = settings["num_samples"]
 
     def is_finished(self) -> bool:
-        """Tell whether the npz is there already, of these settings.
+        """Tell whether the samples are there already, of these settings.
 
         Raises:
-            UserError: the npz, its manifest or the parts are of other settings, or of something else.
+            UserError: the samples, their manifest or the parts are of other settings, or of something else.
         """
         started = (self.parts / "settings.json").is_file()
         if started:
             self._compare(read_json(self.parts / "settings.json"), self.parts,
                           "finish that run with its own settings, remove the folder")
-        if not self.out.exists():
+        if not self._is_there():
             return False
         if self.manifest.is_file():
-            self._compare(read_json(self.manifest), self.out, "remove the file")
+            self._compare(read_json(self.manifest), self.out, "remove it")
             return True
-        if started:  # killed between the npz and its manifest: merge again
+        if started and self.out.is_file():  # killed between the npz and its manifest: merge again
             return False
         raise UserError(f"{self.out}: exists without its manifest {self.manifest.name}; remove it, or choose another "
                         "--out")
+
+    def _is_there(self) -> bool:
+        return self.out.exists()
 
     def _compare(self, found: Any, path: Path, fix: str) -> None:
         if not isinstance(found, dict) or found.get("format") != FORMAT:
@@ -103,23 +104,34 @@ class SampleArchive:
         write_atomic(self._part(unit), save)
 
     def merge(self, labels: np.ndarray, about: dict[str, Any]) -> None:
-        """Join all parts into the npz, write the manifest, remove the parts. One process calls this, once all are done.
+        """Join all parts, write the manifest, remove the parts. One process calls this, once all are done.
 
         Args:
             labels: (count,) int64.
             about: what the manifest says beside the settings.
         """
-        shape = (self.count, *np.load(self._part(0), mmap_mode="r").shape[1:])
-        parts = (np.load(self._part(unit), allow_pickle=False) for unit in self.units())
-
-        def save(aside: Path) -> None:
-            with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive:
-                write_array(archive, "arr_0.npy", np.dtype(np.uint8), shape, parts)
-                write_array(archive, "arr_1.npy", labels.dtype, labels.shape, [labels])
-
-        write_atomic(self.out, save)
-        write_json(self.manifest, {**self.settings, **about})
+        self._publish(labels, {**self.settings, **about})
         self.remove_parts()
+
+    def _publish(self, labels: np.ndarray, manifest: dict[str, Any]) -> None:
+        shape = (self.count, *np.load(self._part(0), mmap_mode="r").shape[1:])
+        aside = self._aside()  # in the parts' folder: what a kill leaves of it goes with the parts
+        with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive:
+            write_array(archive, "arr_0.npy", np.dtype(np.uint8), shape, self._images())
+            write_array(archive, "arr_1.npy", labels.dtype, labels.shape, [labels])
+        _flush(aside)
+        os.replace(aside, self.out)
+        write_json(self.manifest, manifest)
+
+    def _aside(self) -> Path:
+        """Return where the whole is put together, with nothing there."""
+        aside = self.parts / "whole"
+        shutil.rmtree(aside) if aside.is_dir() else aside.unlink(missing_ok=True)
+        return aside
+
+    def _images(self) -> Iterator[np.ndarray]:
+        """Yield the images of all parts in order, (UNIT or fewer, H, W, 3) uint8."""
+        return (np.load(self._part(unit), allow_pickle=False) for unit in self.units())
 
     def remove_parts(self) -> None:
         """Remove what an unfinished run leaves."""
@@ -127,6 +139,51 @@ class SampleArchive:
 
     def _part(self, unit: int) -> Path:
         return self.parts / f"part_{unit:06d}.npy"
+
+
+class SampleFolder(SampleArchive):
+    """The files of one sample set, a folder: 000000.png and on, ``labels.json`` in their order, ``manifest.json``.
+
+    The folder appears whole, by one renaming.
+    """
+
+    def __init__(self, out: str | Path, settings: dict[str, Any]):
+        super().__init__(out, settings)
+        self.manifest = self.out / "manifest.json"
+
+    def _is_there(self) -> bool:
+        return self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir()))
+
+    def _publish(self, labels: np.ndarray, manifest: dict[str, Any]) -> None:
+        aside = self._aside()
+        aside.mkdir()
+        digits = max(6, len(str(self.count - 1)))  # the order of names is that of numbers
+        pixels = (image for part in self._images() for image in part)
+        for number, image in enumerate(tqdm(pixels, total=self.count, desc="write", unit="image", mininterval=1.0)):
+            path = aside / f"{number:0{digits}d}.png"
+            Image.fromarray(image).save(path)
+            _flush(path)
+        write_json(aside / "labels.json", labels.tolist())
+        write_json(aside / self.manifest.name, manifest)
+        os.replace(aside, self.out)
+
+
+def open_archive(out: str | Path, settings: dict[str, Any]) -> SampleArchive:
+    """Return the sample set that ``out`` asks for: an npz by its ending, a folder where it has none or a slash.
+
+    Raises:
+        UserError: another ending.
+    """
+    if str(out).endswith(os.sep) or not Path(out).suffix:
+        return SampleFolder(out, settings)
+    if Path(out).suffix != ".npz":
+        raise UserError(f"{out}: must end in .npz, or in {os.sep} for a folder of PNGs")
+    return SampleArchive(out, settings)
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def write_array(archive: zipfile.ZipFile, name: str, dtype: np.dtype, shape: tuple[int, ...],

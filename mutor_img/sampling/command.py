@@ -1,4 +1,4 @@
-"""``sample.py``: class-conditional images from a checkpoint, as an npz for scoring or as a picture."""
+"""``sample.py``: class-conditional images from a checkpoint, as files for scoring or as a picture."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from mutor_img.errors import UserError, check_range
 from mutor_img.generation import Sampler, SamplingSettings
 from mutor_img.images import write_png
 from mutor_img.loading import Loaded
-from mutor_img.sampling.archive import FORMAT, SampleArchive
+from mutor_img.sampling.archive import FORMAT, SampleArchive, open_archive
 from mutor_img.sampling.options import add_sampling_flags, check_sampling_flags, open_source
-from mutor_img.sampling.pictures import class_grid, decode_images
+from mutor_img.sampling.pictures import class_grid, decode_images, steps_strip
 from mutor_img.sampling.source import SampleSource
 from mutor_img.training.runtime import Runtime
 from tokenizer.vq import VQModel
@@ -33,15 +33,17 @@ GRID_COLUMNS = 8
 
 def _parser() -> Parser:
     parser = Parser(
-        description="Sample images from a trained generator: an npz in ADM's format, a labelled grid, or both. A "
-                    "killed run goes on with the same command.",
+        description="Sample images from a trained generator: an npz in ADM's format or a folder of PNGs, a labelled "
+                    "grid, a strip of one image as it comes. A killed run goes on with the same command.",
         example="sample.py --checkpoint runs/mnist/mutor2d --num-samples 1000 --out samples.npz\n"
                 "sample.py --checkpoint runs/imagenet256/mutor2d_b_80 --classes 207,360,387 --grid grid.png",
     )
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="PATH", help="run folder, checkpoint folder, or LlamaGen .pt")
-    add("--out", metavar="FILE", help="npz to write, with a JSON manifest beside it")
+    add("--out", metavar="PATH", help="x.npz to write, with a JSON manifest beside it; or folder/ of PNGs, with "
+                                      "labels.json and manifest.json")
     add("--grid", metavar="FILE", help="png to write: a row for each class")
+    add("--show-steps", metavar="FILE", help="png to write: the first image of --out as its codes arrive")
     add("--num-samples", type=int, help="images of --out (50000 unless given); with --grid alone, its images, rounded "
                                         "up to full rows (8 a class unless given)")
     add_sampling_flags(parser)
@@ -51,21 +53,24 @@ def _parser() -> Parser:
 
 
 def main(argv: Sequence[str]) -> Path:
-    """The command; see ``--help``. Returns the npz, or the picture where no npz was asked for.
+    """The command; see ``--help``. Returns what ``--out`` names, or else a picture.
 
     Raises:
         UserError: a mistake in the flags or in the files they name.
     """
-    args = _parser().parse_args(argv)
-    _check(args)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    _check(args, _given(parser, argv))
     runtime = _runtime(args.device)
     source = open_source(args, runtime)
+    count = 50_000 if args.num_samples is None else args.num_samples
     if args.grid and runtime.is_main:
         _write_grid(args, source)
+    if args.show_steps and runtime.is_main:
+        _write_strip(args.show_steps, source, int(source.labels(count)[0]))
     if not args.out:
-        return Path(args.grid)
-    count = 50_000 if args.num_samples is None else args.num_samples
-    archive = SampleArchive(args.out, {"format": FORMAT, **source.identity(count)})
+        return Path(args.grid or args.show_steps)
+    archive = open_archive(args.out, {"format": FORMAT, **source.identity(count)})
     loaded = source.loaded
     about = {"checkpoint": str(loaded.path), "step": loaded.meta.get("step"), "tokenizer": source.tokenizer.path,
              "class_names": source.names, "versions": {name: version(name) for name in ("mutor_img", "torch", "numpy")}}
@@ -79,13 +84,27 @@ def entry() -> None:
     run(main)
 
 
-def _check(args: argparse.Namespace) -> None:
+def _given(parser: Parser, argv: Sequence[str]) -> set[str]:
+    """Return the names of the flags that stand on the command line."""
+    absent = object()
+    args = parser.parse_args(argv, argparse.Namespace(**{action.dest: absent for action in parser._actions}))
+    return {name for name, value in vars(args).items() if value is not absent}
+
+
+def _check(args: argparse.Namespace, given: set[str]) -> None:
     """Refuse what cannot be meant before anything is read."""
-    if not args.out and not args.grid:
-        raise UserError("nothing to write; give --out samples.npz, --grid grid.png, or both")
-    for path, ending in ((args.out, ".npz"), (args.grid, ".png")):
-        if path and Path(path).suffix != ending:
-            raise UserError(f"{path}: must end in {ending}")
+    if not args.out and not args.grid and not args.show_steps:
+        raise UserError("nothing to write; give --out samples.npz, --grid grid.png or --show-steps strip.png")
+    for path in (args.grid, args.show_steps):
+        if path and Path(path).suffix != ".png":
+            raise UserError(f"{path}: must end in .png")
+    if args.out:
+        open_archive(args.out, {"num_samples": 0})
+    elif not args.grid and {"num_samples", "batch_size"} & given:
+        name = "--num-samples" if "num_samples" in given else "--batch-size"
+        raise UserError(f"{name} does nothing for --show-steps, which makes one image; leave it out, or give --out")
+    elif "labels" in given and not args.show_steps:
+        raise UserError("--labels does nothing for --grid, whose rows are classes; leave it out, or give --out")
     check_sampling_flags(args)
     check_choice("--device", args.device, ("auto", "cpu", "cuda"))
     check_range("--batch-size", args.batch_size, 1, 100_000)
@@ -110,8 +129,13 @@ def _write_grid(args: argparse.Namespace, source: SampleSource) -> None:
     if args.num_samples is not None and not args.out:
         columns = -(-args.num_samples // len(classes))
     write_png(args.grid, class_grid(source.loaded.model, source.tokenizer, classes, columns, source.names,
-                                    source.settings))
+                                    source.settings, args.batch_size))
     print(f"{args.grid}: {len(classes)} classes, {columns} images each")
+
+
+def _write_strip(path: str, source: SampleSource, label: int) -> None:
+    write_png(path, steps_strip(source.loaded.model, source.tokenizer, label, source.names[label], source.settings))
+    print(f"{path}: an image of {source.names[label]} as its codes arrive")
 
 
 def write_samples(archive: SampleArchive, loaded: Loaded, tokenizer: VQModel, labels: Tensor,

@@ -56,10 +56,11 @@ def readable_names(class_names: Sequence[str] | None, classes: int) -> list[str]
 
 
 def parse_classes(text: str, names: Sequence[str], class_names: Sequence[str] | None = None) -> list[int]:
-    """Return the labels in a comma-separated list of numbers and names.
+    """Return the labels in a comma-separated list of numbers, names and WordNet ids.
 
     Args:
-        text: e.g. ``"207,360,otter"``. A number is always a label; case and ``_`` for a space do not matter.
+        text: e.g. ``"207,otter,n02510455"``. A number is always a label; case and ``_`` for a space do not matter.
+            ImageNet's classes answer to all of their synonyms.
         names: a readable name for each class.
         class_names: as the run calls them, where that differs.
 
@@ -67,13 +68,17 @@ def parse_classes(text: str, names: Sequence[str], class_names: Sequence[str] | 
         UserError: an unknown class (the nearest is named), a name of several, a class given twice.
     """
     labels = []
+    aliases = _aliases(names, class_names)
     for word in (part.strip() for part in text.split(",")):
         if re.fullmatch(r"-?\d+", word):
             found = [int(word)] if 0 <= int(word) < len(names) else []
             hint = f"; the model has classes 0 to {len(names) - 1}"
         else:
-            found = [i for i, both in enumerate(zip(names, class_names or names)) if _plain(word) in map(_plain, both)]
-            hint = suggest(word, names) if len(names) <= 20 or word else "; give a number or a name"
+            called = [label for label, name in enumerate(names) if _plain(name) == _plain(word)]
+            found = called or [label for label, known in enumerate(aliases) if _plain(word) in known]
+            hint = suggest(_plain(word), {*map(_plain, names), *(alias for known in aliases for alias in known)})
+            if len(hint) > 200:  # nothing near, and too many to list
+                hint = f"; give a number from 0 to {len(names) - 1}, a name or a WordNet id"
         if not found:
             raise UserError(f"--classes: unknown class {word!r}{hint}")
         if len(found) > 1:
@@ -85,5 +90,14 @@ def parse_classes(text: str, names: Sequence[str], class_names: Sequence[str] | 
     return labels
 
 
+def _aliases(names: Sequence[str], class_names: Sequence[str] | None) -> list[set[str]]:
+    """Return what else each class may be called: the run's own word, and for ImageNet's the WordNet id and synonyms."""
+    info = ImageNetInfo()
+    own = class_names or (info.label_names() if len(names) == 1000 else names)
+    known = set(info.label_names())
+    return [{_plain(word), *(map(_plain, info.label_name_to_description(word).split(",")) if word in known else ())}
+            for word in own]
+
+
 def _plain(name: str) -> str:
-    return name.replace("_", " ").casefold()
+    return name.strip().replace("_", " ").casefold()

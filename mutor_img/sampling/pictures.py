@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mutor_img.errors import UserError
-from mutor_img.generation import SamplingSettings, generate_samples
+from mutor_img.generation import Sampler, SamplingSettings, generate_samples
 from mutor_img.images import grid_picture, to_nhwc, write_png
 from mutor_img.sampling.labels import readable_names
 from mutor_img.transformer import Transformer
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 DECODE = 64  # images the tokenizer decodes at a time; at full resolution they take far more memory than the codes
 PIXELS = 96  # smaller images are magnified to about this in grids
+FRAMES = 8  # moments of an image that a strip shows
+GREY = 128  # cells whose codes are still to come
 
 
 def sample_images(model: Transformer, tokenizer: VQModel, labels: Tensor, samples: Tensor,
@@ -91,15 +93,39 @@ def verified_tokenizer(codes: dict[str, Any], device: torch.device | str, model:
 
 
 def class_grid(model: Transformer, tokenizer: VQModel, classes: Sequence[int], columns: int, names: Sequence[str],
-               settings: SamplingSettings) -> Image:
+               settings: SamplingSettings, batch: int = DECODE) -> Image:
     """Return a picture with a row of ``columns`` samples for each of ``classes`` and the class's name beside it.
 
-    The image in row r, column c is sample number r * columns + c. Small images are magnified.
+    The image in row r, column c is sample number r * columns + c. Small images are magnified. ``batch`` images are
+    made at a time.
     """
     labels = torch.tensor(classes).repeat_interleave(columns)  # (rows * columns,)
-    images = sample_images(model, tokenizer, labels, torch.arange(len(labels)), settings)
-    scale = max(1, PIXELS // images.shape[1])
-    return grid_picture(images, columns, row_names=[names[label] for label in classes], scale=scale)
+    sampler = Sampler(model, settings, min(batch, len(labels)))
+    images = np.concatenate([decode_images(tokenizer, sampler.generate(labels[part], part), model.config.grid)
+                             for part in torch.arange(len(labels)).split(batch)])
+    return grid_picture(images, columns, row_names=[names[label] for label in classes], scale=_magnified(images))
+
+
+def steps_strip(model: Transformer, tokenizer: VQModel, label: int, name: str, settings: SamplingSettings) -> Image:
+    """Return a strip of sample number 0 of class ``label`` as its codes arrive, at up to ``FRAMES`` even moments.
+
+    Each frame is the decoder's image of the codes so far, the last one repeated for those to come, whose cells are
+    then painted grey. The decoder looks beyond a cell, so that pixels near the border may still change.
+    """
+    (rows, columns), length = model.config.grid, model.config.length
+    codes = generate_samples(model, torch.tensor([label]), torch.tensor([0]), settings)  # (1, N)
+    known = torch.tensor(sorted({-(-length * (frame + 1) // FRAMES) for frame in range(FRAMES)}), device=codes.device)
+    arrived = torch.arange(length, device=codes.device) < known[:, None]  # (frames, N)
+    images = decode_images(tokenizer, torch.where(arrived, codes, codes[0, known - 1][:, None]), (rows, columns))
+    cells = arrived.view(-1, rows, columns).cpu().numpy()
+    height, width = images.shape[1] // rows, images.shape[2] // columns
+    images[~cells.repeat(height, 1).repeat(width, 2)] = GREY  # (frames, H, W)
+    return grid_picture(images, len(known), [f"{count}/{length}" for count in known.tolist()], [name],
+                        _magnified(images))
+
+
+def _magnified(images: np.ndarray) -> int:
+    return max(1, PIXELS // images.shape[1])
 
 
 def draw_training_grid(model: Transformer, codes: dict[str, Any], pictures: Any, seed: int, path: str | Path) -> None:

@@ -3,25 +3,29 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
-import time
+import traceback
 import zipfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from PIL import Image
 from tiny_runs import NAMES, write_tokenizer
 
 from mutor_img.checkpoint import write_checkpoint
 from mutor_img.errors import UserError
-from mutor_img.generation import SamplingSettings, generate
+from mutor_img.generation import Sampler, SamplingSettings, generate
 from mutor_img.sampling import archive as archive_module
 from mutor_img.sampling import draw_training_grid, main, sample_images
 from mutor_img.sampling.labels import make_labels, parse_classes, readable_names
+from mutor_img.sampling.pictures import GREY
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,15 +80,52 @@ def test_the_manifest_says_what_made_the_samples(run_of, tmp_path):
     assert set(np.load(tmp_path / "s.npz")["arr_1"]) == {0, 2}
 
 
-def test_the_bytes_do_not_depend_on_batch_size_or_number_of_processes(run_of, tmp_path):
+def forked(work):
+    """Run ``work()`` in a copy of this process, which saves the import of torch; returns the process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        work()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def rank(index, world, port, flags):
+    """Be one of ``world`` processes that torchrun would start."""
+    os.environ.update({"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(world),
+                       "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)})
+    PartialState._reset_state()
+    main(flags)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_bytes_do_not_depend_on_batch_size_or_number_of_processes(run_of, tmp_path, world):
     run = run_of()
-    expected = sample(run, tmp_path / "one.npz").read_bytes()
-    for size in (1, 50, 1000):
-        assert sample(run, tmp_path / f"{size}.npz", "--batch-size", str(size), count=150).read_bytes() == expected
-    process = command("--checkpoint", run, "--num-samples", 150, "--out", "two.npz", processes=2, cwd=tmp_path)
+    expected = sample(run, tmp_path / "one.npz", count=200).read_bytes()  # 4 parts, the last of 8 images
+    for size in (1, 50 * world, 1000):
+        out = tmp_path / f"{size}.npz"
+        assert sample(run, out, "--batch-size", str(size), count=200).read_bytes() == expected
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    out = tmp_path / "several.npz"
+    flags = ["--checkpoint", run, "--num-samples", "200", "--out", str(out), "--batch-size", "30"]
+    ranks = [forked(partial(rank, index, world, port, flags)) for index in range(world)]
+    assert [os.waitpid(pid, 0)[1] for pid in ranks] == [0] * world
+    assert out.read_bytes() == expected
+
+
+def test_torchrun_launches_the_command(run_of, tmp_path):
+    run = run_of()
+    process = command("--checkpoint", run, "--num-samples", 70, "--out", "two.npz", processes=2, cwd=tmp_path)
     output, errors = process.communicate(timeout=200)
-    assert process.returncode == 0 and output.count("two.npz: 150 images") == 1, errors
-    assert (tmp_path / "two.npz").read_bytes() == expected
+    assert process.returncode == 0 and output.count("two.npz: 70 images") == 1, errors
+    assert (tmp_path / "two.npz").read_bytes() == sample(run, tmp_path / "one.npz", count=70).read_bytes()
 
 
 def test_a_longer_run_begins_with_the_images_of_a_shorter_one(run_of, tmp_path):
@@ -93,44 +134,91 @@ def test_a_longer_run_begins_with_the_images_of_a_shorter_one(run_of, tmp_path):
     assert all(np.array_equal(long[name][:70], short[name]) for name in ("arr_0", "arr_1"))
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(run_of, tmp_path):
-    run, out = run_of(), tmp_path / "killed.npz"
-    flags = ("--checkpoint", run, "--num-samples", 1000, "--out", out)
-    expected = sample(run, tmp_path / "whole.npz", count=1000).read_bytes()
-    process = command(*flags, "--batch-size", 16)
-    parts = tmp_path / "killed.npz.parts"
-    while process.poll() is None and len(list(parts.glob("part_*.npy"))) < 2:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    kept = {path: path.stat().st_mtime_ns for path in parts.glob("part_*.npy")}
-    assert 2 <= len(kept) < 16 and not out.exists() and not out.with_suffix(".json").exists()
-    (parts / f".part_000009.npy.{process.pid}.part").write_bytes(b"half")  # what a kill inside a write leaves
-    seen = []
-    write = archive_module.SampleArchive.write
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(archive_module.SampleArchive, "write",
-                      lambda self, unit, images: seen.append(self._part(unit)) or write(self, unit, images))
-        main(list(map(str, flags)))
-    assert out.read_bytes() == expected and not parts.exists() and not set(seen) & set(kept)
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("moment", ["merge", "manifest"])
-def test_a_kill_while_merging_leaves_no_half_file(run_of, tmp_path, monkeypatch, moment):
-    run, out = run_of(), tmp_path / "s.npz"
-    expected = sample(run, tmp_path / "whole.npz").read_bytes()
-    with monkeypatch.context() as patch:
-        def die(*arguments):
-            if moment == "merge" or Path(arguments[0]).name == "s.json":
-                raise KeyboardInterrupt
-            return write_json(*arguments)
+def die_in_a_part():
+    """Die within the second part, half of whose bytes are on the disk."""
+    def write(path, save):
+        if path.name != "part_000001.npy":
+            return real(path, save)
+        aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+        save(aside)
+        os.truncate(aside, aside.stat().st_size // 2)
+        die()
 
-        write_json = archive_module.write_json
-        patch.setattr(archive_module, "write_array" if moment == "merge" else "write_json", die)
-        with pytest.raises(KeyboardInterrupt):
-            sample(run, out)
-    assert out.exists() == (moment == "manifest")
-    assert sample(run, out).read_bytes() == expected and not (tmp_path / "s.npz.parts").exists()
+    real, archive_module.write_atomic = archive_module.write_atomic, write
+
+
+def die_in_the_npz():
+    """Die between the npz's two arrays."""
+    real = archive_module.write_array
+    archive_module.write_array = lambda file, name, *rest: die() if name == "arr_1.npy" else real(file, name, *rest)
+
+
+def die_before_the_manifest():
+    """Die when the npz has its name and its manifest is not there."""
+    real = archive_module.write_json
+    archive_module.write_json = lambda path, value: die() if path.name == "s.json" else real(path, value)
+
+
+def die_among_pictures():
+    """Die when some of a folder's PNGs are written."""
+    real = archive_module._flush
+    archive_module._flush = lambda path: die() if path.name == "000040.png" else real(path)
+
+
+@pytest.mark.parametrize("doom", [die_in_a_part, die_in_the_npz, die_before_the_manifest, die_among_pictures])
+def test_a_process_killed_at_any_moment_leaves_no_half_file_and_goes_on(run_of, tmp_path, doom):
+    run = run_of()
+    with np.load(sample(run, tmp_path / "whole.npz")) as file:
+        expected = dict(file)
+    folder = tmp_path / "here"
+    out = folder / ("s" if doom is die_among_pictures else "s.npz")
+    pid = forked(lambda: (doom(), sample(run, out)))
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+    assert (folder / f"{out.name}.parts").is_dir() and out.exists() == (doom is die_before_the_manifest)
+    if out.exists():
+        assert np.array_equal(np.load(out)["arr_0"], expected["arr_0"])
+    assert sample(run, out) == out
+    if out.is_dir():
+        images = [np.asarray(Image.open(path)) for path in sorted(out.glob("*.png"))]
+        assert np.array_equal(images, expected["arr_0"]) and sorted(folder.iterdir()) == [out]
+        assert json.loads((out / "labels.json").read_text()) == expected["arr_1"].tolist()
+    else:
+        assert out.read_bytes() == (tmp_path / "whole.npz").read_bytes()
+        assert sorted(folder.iterdir()) == [folder / "s.json", out]
+
+
+def test_parts_of_a_killed_run_are_not_made_again(run_of, tmp_path, monkeypatch):
+    run, out, made = run_of(), tmp_path / "s.npz", []
+    os.waitpid(forked(lambda: (die_in_a_part(), sample(run, out))), 0)
+    assert {path.name for path in (tmp_path / "s.npz.parts").glob("part*")} == {"part_000000.npy"}
+    real = Sampler.generate
+    monkeypatch.setattr(Sampler, "generate", lambda self, labels, numbers: made.extend(numbers.tolist()) or real(
+        self, labels, numbers))
+    sample(run, out)
+    assert made == list(range(64, 150))
+
+
+def test_a_folder_holds_the_images_of_the_npz_and_says_what_made_them(run_of, tmp_path, capsys):
+    run, out = run_of(), tmp_path / "pictures.of.digits"
+    out.mkdir()  # an empty folder is no obstacle
+    assert main(["--checkpoint", run, "--out", f"{out}/", "--num-samples", "70"]) == out
+    whole = np.load(sample(run, tmp_path / "s.npz", count=70))
+    names = [f"{number:06d}.png" for number in range(70)]
+    assert sorted(path.name for path in out.iterdir()) == [*names, "labels.json", "manifest.json"]
+    assert np.array_equal([np.asarray(Image.open(out / name)) for name in names], whole["arr_0"])
+    assert json.loads((out / "labels.json").read_text()) == whole["arr_1"].tolist()
+    assert (out / "manifest.json").read_text() == (tmp_path / "s.json").read_text()
+    main(["--checkpoint", run, "--out", f"{out}/", "--num-samples", "70"])
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(UserError, match="was made with seed 0, now it is 1; remove it"):
+        main(["--checkpoint", run, "--out", f"{out}/", "--num-samples", "70", "--seed", "1"])
+    (out / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"exists without its manifest manifest\.json"):
+        main(["--checkpoint", run, "--out", f"{out}/", "--num-samples", "70"])
 
 
 def test_a_finished_run_is_not_made_again(run_of, tmp_path, capsys):
@@ -196,14 +284,19 @@ def test_classes_are_numbers_or_names():
     assert names == ["tench", "golden retriever", "crane"]
     assert parse_classes("2, Golden_Retriever", names, wordnet) == [2, 1]
     assert parse_classes("n01440764", names, wordnet) == [0]
+    assert parse_classes("Tinca tinca,2", names, wordnet) == [0, 2]  # a synonym
     assert readable_names(None, 2) == ["0", "1"] and readable_names(None, 1000)[207] == "golden retriever"
     for text, words in (("3", "classes 0 to 2"), ("tensh", "did you mean 'tench'"), ("-1", "unknown class '-1'"),
-                        ("1,1", "class 1 is given twice"), ("", "unknown class ''"), ("1,tench,0", "given twice")):
+                        ("1,1", "class 1 is given twice"), ("", "unknown class ''"), ("1,tench,0", "given twice"),
+                        ("n02099602", "did you mean 'n02099601'")):
         with pytest.raises(UserError, match=words):
             parse_classes(text, names, wordnet)
     imagenet = readable_names(None, 1000)
+    assert parse_classes("n02099601,otter", imagenet) == [207, 360]
     with pytest.raises(UserError, match="name of classes 134, 517; give a number"):
         parse_classes("crane", imagenet)
+    with pytest.raises(UserError, match="give a number from 0 to 999, a name or a WordNet id"):
+        parse_classes("zzzzzzzz", imagenet)
 
 
 def test_a_grid_has_a_row_for_each_class_and_the_same_images_as_python_gives(run_of, random_model, tmp_path):
@@ -225,6 +318,38 @@ def test_a_grid_without_classes_shows_them_all_and_goes_with_an_npz(run_of, tmp_
     main(["--checkpoint", run_of(), "--grid", str(tmp_path / "g.png"), "--out", str(tmp_path / "s.npz"),
           "--num-samples", "10"])
     assert "3 classes, 8 images each" in capsys.readouterr().out and (tmp_path / "s.npz").exists()
+
+
+def test_the_batch_size_cuts_a_grid_into_batches(run_of, tmp_path, monkeypatch):
+    run, seen = run_of(), []
+    real = Sampler.generate
+    monkeypatch.setattr(Sampler, "generate", lambda self, labels, *rest: seen.append(len(labels)) or real(self, labels,
+                                                                                                       *rest))
+    for name, size in (("a", 64), ("b", 10)):
+        main(["--checkpoint", run, "--grid", str(tmp_path / f"{name}.png"), "--batch-size", str(size)])
+    assert seen == [24, 10, 10, 4] and (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_strip_shows_the_first_image_as_its_codes_arrive(run_of, tmp_path):
+    run, path = run_of(), tmp_path / "strip.png"
+    assert main(["--checkpoint", run, "--show-steps", str(path)]) == path
+    picture = np.asarray(Image.open(path))
+    final = np.load(sample(run, tmp_path / "s.npz", count=1))["arr_0"][0]
+    final = final.repeat(12, 0).repeat(12, 1)  # 8 pixels are shown at 96
+    left = picture.shape[1] - (8 * 98 + 2)
+    frames = [picture[2:98, left + 2 + 98 * frame:left + 98 + 98 * frame] for frame in range(8)]
+    assert np.array_equal(frames[7], final) and not np.array_equal(frames[6], final)
+    for count, frame in zip(range(2, 18, 2), frames):  # 4 x 4 codes, two a frame, each a cell of 24 pixels
+        grey = [(frame[y:y + 24, x:x + 24] == GREY).all() for y in range(0, 96, 24) for x in range(0, 96, 24)]
+        assert grey == [False] * count + [True] * (16 - count)
+
+
+@pytest.mark.parametrize("flags", [["--classes", "1"], ["--seed", "3"], ["--labels", "balanced", "--seed", "5"]],
+                         ids=str)
+def test_a_strip_is_of_the_first_image_of_the_same_flags(run_of, tmp_path, flags):
+    run, path = run_of(), tmp_path / "strip.png"
+    final = np.load(sample(run, tmp_path / "s.npz", "--show-steps", str(path), *flags, count=5))["arr_0"][0]
+    assert np.array_equal(np.asarray(Image.open(path))[2:98, -98:-2], final.repeat(12, 0).repeat(12, 1))
 
 
 def test_the_training_grid_needs_the_runs_metadata_alone(run_of, random_model, tmp_path):
@@ -274,8 +399,12 @@ def test_a_released_file_needs_its_tokenizer_named(random_model, tmp_path):
 
 
 @pytest.mark.parametrize(("flags", "words"), [
-    ([], "nothing to write; give --out"), (["--out", "s.zip"], "s.zip: must end in .npz"),
-    (["--grid", "g.jpg"], "must end in .png"), (["--out", "s.npz", "--cfg", "2"], "did you mean '--cfg-scale'"),
+    ([], "nothing to write; give --out"), (["--out", "s.zip"], "s.zip: must end in .npz, or in / for a folder"),
+    (["--grid", "g.jpg"], "must end in .png"), (["--show-steps", "s.gif"], "s.gif: must end in .png"),
+    (["--grid", "g.png", "--labels", "random"], "--labels does nothing for --grid"),
+    (["--show-steps", "s.png", "--num-samples", "5"], "--num-samples does nothing for --show-steps"),
+    (["--show-steps", "s.png", "--batch-size", "5"], "--batch-size does nothing for --show-steps"),
+    (["--out", "s.npz", "--cfg", "2"], "did you mean '--cfg-scale'"),
     (["--out", "s.npz", "--cfg-scale", "x"], "invalid float value"), (["--out", "s.npz", "--cfg-scale", "0"], "cfg_"),
     (["--out", "s.npz", "--num-samples", "0"], "--num-samples is 0"), (["--out", "s.npz", "--top-k", "99"], "top_k"),
     (["--out", "s.npz", "--batch-size", "0"], "--batch-size is 0"), (["--out", "s.npz", "--labels", "rnd"], "--labels"),
