@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mutor_img.checkpoint import load_strict, read_tensors
+from mutor_img.checkpoint import load_strict, open_group, read_tensors
 from mutor_img.config import OptimConfig
 from mutor_img.errors import UserError
 from mutor_img.training.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
@@ -104,4 +104,4 @@ class Adversary:
             raise UserError(f"{folder}: was trained without a discriminator; give another run_dir, or "
                             "loss.adversarial_weight=0 to go on without one")
         load_strict(self.discriminator, read_tensors(folder, _WEIGHTS), folder / f"{_WEIGHTS}.safetensors")
-        load_optimizer_tensors(self.discriminator, self.optimizer, read_tensors(folder, _MOMENTS))
+        load_optimizer_tensors(self.discriminator, self.optimizer, open_group(folder, _MOMENTS))
