@@ -131,8 +131,12 @@ def frechet(rounds: int) -> None:
     for _ in range(2):
         mixing = torch.randn(POOL, POOL, generator=draws, dtype=torch.float64) / POOL**0.5
         both.append(Statistics(torch.randn(POOL, generator=draws, dtype=torch.float64), mixing @ mixing.T))
-    times = [seconds(lambda: frechet_distance(*both)) for _ in range(rounds)]
-    print(f"frechet, {POOL} x {POOL}: {statistics.median(times):.2f} s (median of {rounds})")
+    times = []
+    for _ in range(rounds):
+        begin = time.process_time()
+        times.append((seconds(lambda: frechet_distance(*both)), time.process_time() - begin))
+    wall, cpu = map(statistics.median, zip(*times))
+    print(f"frechet, {POOL} x {POOL}: {wall:.2f} s, {cpu:.2f} s of CPU (medians of {rounds})")
 
 
 def metrics(samples: int, reference_images: int) -> None:
@@ -144,11 +148,12 @@ def metrics(samples: int, reference_images: int) -> None:
     reference = Reference("drawn", "mutor_img", role="generation", pool=moments.finish(),
                           pool_features=torch.cat(rows))
     del rows
-    before = peak_gib()
+    before, begin = peak_gib(), time.process_time()
     result = evaluate(Numbered(samples, 0), reference, network, metrics=["fid", "is", "pr"], progress=True)
     scores = {key: round(result[key], 4) for key in ("fid", "is", "precision", "recall")}
-    print(f"metrics, {samples} samples against {reference_images}: {result['seconds']:.0f} s, most memory "
-          f"{peak_gib():.2f} GiB ({before:.2f} before); {scores}")
+    cpu = time.process_time() - begin
+    print(f"metrics, {samples} samples against {reference_images}: {result['seconds']:.0f} s, {cpu:.0f} s of CPU, most "
+          f"memory {peak_gib():.2f} GiB ({before:.2f} before); {scores}")
 
 
 def main(argv: Sequence[str]) -> None:

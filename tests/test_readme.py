@@ -60,8 +60,8 @@ def test_a_shown_command_is_understood(command, monkeypatch):
     if module.endswith(".py"):
         assert (ROOT / module).is_file()
         return
-    if module == "mutor_img.study":
-        module = "mutor_img.study.__main__"
+    if (ROOT / module.replace(".", "/") / "__main__.py").is_file():
+        module += ".__main__"
     monkeypatch.chdir(ROOT)
     with pytest.raises(Parsed) as caught:
         import_module(module).main(arguments)

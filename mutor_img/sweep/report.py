@@ -27,7 +27,7 @@ def table(rows: Sequence[dict[str, Any]], best: dict[str, Any]) -> str:
     for row in rows:
         lines.append([f"{row['cfg_scale']:g}", f"{row['temperature']:g}", *(f"{row[key]:.4f}" for key in keys),
                       f"{row['seconds']:.0f}", "*" if row is best else " "])
-    return "\n".join(aligned(lines))
+    return "\n".join(line.rstrip() for line in aligned(lines))
 
 
 def advice(rows: Sequence[dict[str, Any]], best: dict[str, Any], key: str) -> list[str]:
@@ -53,12 +53,12 @@ def draw(rows: Sequence[dict[str, Any]], best: dict[str, Any], key: str, path: s
     panels = [[key], *([name] for name in ("is",) if name in best), *([["precision", "recall"]] * ("recall" in best))]
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), layout="constrained", squeeze=False)
     for place, names in zip(axes[0], panels):
-        for value in sorted({row[curves] for row in rows}):
+        for number, value in enumerate(sorted({row[curves] for row in rows})):
             chosen = sorted((row for row in rows if row[curves] == value), key=lambda row: row[across])
             for name, style in zip(names, ("o-", "s--")):
                 label = f"{_COLUMNS[name]}, " * (len(names) > 1) + f"{curves.replace('_', '-')} {value:g}"
                 place.plot([row[across] for row in chosen], [row[name] for row in chosen], style, label=label,
-                           markersize=4, linewidth=1)
+                           color=f"C{number}", markersize=4, linewidth=1)
         place.set(xlabel=across.replace("_", "-"), ylabel=" and ".join(_COLUMNS[name] for name in names))
         place.grid(alpha=0.3)
         place.legend(fontsize=7)
