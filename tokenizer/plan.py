@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from mutor_img.training.saved_bytes import SavedBytes, fake_gpu
 from tokenizer.config import TokenizerConfig
 from tokenizer.discriminator import PatchDiscriminator
 from tokenizer.perceptual import LPIPS
@@ -17,7 +19,7 @@ from tokenizer.vq import VQModel
 def plan_tokenizer(config: TokenizerConfig) -> dict[str, Any]:
     """Return what ``--dry-run`` prints: parameters, codes and FLOPs an update, memory a device. Needs no images.
 
-    FLOPs are those of an update with every term on. Activations are not in the memory.
+    FLOPs and memory are those of an update with every term on, in eager mode on one GPU: compiled code keeps less.
     """
     with torch.device("meta"):
         model = VQModel(**config.model.options())
@@ -42,6 +44,7 @@ def plan_tokenizer(config: TokenizerConfig) -> dict[str, Any]:
         "memory a device: gradients, GiB": 4 * trained / gib,
         "memory a device: optimiser, GiB": 8 * trained / gib,
         "memory a device: EMA, GiB": (4 * parameters if config.train.ema else 0) / gib,
+        "memory an image of a forward pass: activations, GiB": activation_bytes(config) / gib,
     }
 
 
@@ -54,6 +57,25 @@ def forward_flops(config: TokenizerConfig) -> int:
     """Return the FLOPs of one image's reconstruction, counted operation by operation."""
     with torch.device("meta"):
         return _flops(VQModel(**config.model.options()), _image(config))
+
+
+def activation_bytes(config: TokenizerConfig) -> int:
+    """Return the bytes a further image makes autograd keep, in the tokenizer and in the networks of its loss."""
+    lpips = LPIPS() if config.loss.terms.get("lpips") else None
+    kept = []
+    for count in (1, 2):  # what does not grow, such as weights in bf16, is in both
+        with fake_gpu(config.train.precision):
+            model, images = VQModel(**config.model.options()), _image(config, "cuda").expand(count, -1, -1, -1)
+            frozen = {name: torch.empty(x.shape) for name, x in _state(lpips)} if lpips else {}
+            judge = build_discriminator(config).requires_grad_(False) if config.loss.adversarial_weight else None
+            with SavedBytes(model.parameters()) as saved:
+                reconstruction, *others = model(images)
+                if lpips:
+                    others += [functional_call(lpips, frozen, (images, reconstruction))]
+                if judge:
+                    others += [judge(reconstruction)]
+            kept.append(saved.bytes)
+    return kept[1] - kept[0]
 
 
 def loss_flops(config: TokenizerConfig) -> int:
@@ -71,13 +93,17 @@ def loss_flops(config: TokenizerConfig) -> int:
     return flops
 
 
+def _state(network: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*network.named_parameters(), *network.named_buffers()]
+
+
 def _channels(config: TokenizerConfig) -> int:
     with torch.device("meta"):
         return VQModel(**config.model.options()).image_channels
 
 
-def _image(config: TokenizerConfig) -> Tensor:
-    return torch.empty(1, _channels(config), config.data.image_size, config.data.image_size, device="meta")
+def _image(config: TokenizerConfig, device: str = "meta") -> Tensor:
+    return torch.empty(1, _channels(config), config.data.image_size, config.data.image_size, device=device)
 
 
 def _flops(network: nn.Module, *inputs: Tensor) -> int:

@@ -83,7 +83,7 @@ def update_sections(config: GeneratorConfig, model: Transformer, share: int, mic
             "code tokens": batch * law.length,
             "registers": batch * law.registers,
             "tokens through the network": batch * (law.length + law.registers),
-            "FLOPs, forward and backward": flops,
+            "FLOPs an update, forward and backward": flops,
             "FLOPs in attention, %": 100 * attention / flops,
             # The rest grows with the length, attention with its square.
             "codes an image at which attention takes half": round(law.length * (flops - attention) / attention),

@@ -1,7 +1,5 @@
 """Memory by formula is what torch keeps: bytes saved for the backward pass, and a whole step's peak (fake tensors)."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -9,45 +7,14 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from mutor_img.registers import register_ids
 from mutor_img.training.memory import Step, block_bytes, step_memory
+from mutor_img.training.saved_bytes import SavedBytes, autocast_as_trained, fake_gpu
 from mutor_img.transformer import Block, ModelConfig, Transformer
 
 
-@contextmanager
-def autocast(device: str, precision: str):
-    """As in training; torch.autocast itself refuses CUDA where there is none."""
-    torch.set_autocast_enabled(device, precision == "bf16")
-    torch.set_autocast_dtype(device, torch.bfloat16)
-    torch.autocast_increment_nesting()
-    try:
-        yield
-    finally:
-        torch.autocast_decrement_nesting()
-        torch.clear_autocast_cache()
-        torch.set_autocast_enabled(device, False)
-
-
-class Saved(torch.autograd.graph.saved_tensors_hooks):
-    """The bytes that autograd saves, each storage once, those of given tensors not counted."""
-
-    def __init__(self, model, without=()):
-        known = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers(), *without)}
-        self.weights = {tuple(p.shape) for p in model.parameters()} | {tuple(p.shape[::-1]) for p in model.parameters()}
-        self.kept = {}
-        super().__init__(lambda x: self.note(x, known), lambda x: x)
-
-    def __enter__(self):
-        super().__enter__()
-        return self
-
-    def note(self, x, known):
-        storage = x.untyped_storage()
-        if storage._cdata not in known and tuple(x.shape) not in self.weights:  # the latter: a weight's bf16 copy
-            self.kept[storage._cdata] = (storage.nbytes(), x)  # kept alive: freed storages' addresses come again
-        return x
-
-    @property
-    def bytes(self):
-        return sum(size for size, _ in self.kept.values())
+def saved_bytes(saved, model):
+    """What was saved but for bf16 copies of weights, which are known by their shapes."""
+    shapes = {shape for p in model.parameters() for shape in (tuple(p.shape), tuple(p.shape[::-1]))}
+    return sum(x.untyped_storage().nbytes() for x in saved.tensors if tuple(x.shape) not in shapes)
 
 
 @torch.library.custom_op("memory_test::flex", mutates_args=())
@@ -108,16 +75,16 @@ CASES = [  # precision, dropout, registers, attention, preset
 @pytest.mark.parametrize("precision, dropout, registers, attention, preset", CASES)
 def test_an_eager_block_keeps_the_bytes_of_the_formula(precision, dropout, registers, attention, preset):
     config = ModelConfig.preset(preset, dropout=dropout, register_offsets=())
-    with FakeTensorMode(), torch.device("cuda"):  # fake tensors need no GPU
+    with fake_gpu(precision):
         block = Block(config, 0.0)
         tokens = 256 + registers
         x = torch.empty(2, tokens, config.dim, requires_grad=True)
         rope = torch.empty(2, tokens, 2, config.dim // config.heads // 2)
         attend = {"flash": flash, "flex": FlexStandIn(), "masked": masked(256, registers)}[attention]
-        with autocast("cuda", precision), Saved(block, [rope]) as saved:
+        with SavedBytes([*block.parameters(), rope]) as saved:
             block(x, rope, attend)
     step = Step(2, registers, precision, compiled=False, flex=attention == "flex")
-    assert saved.bytes == pytest.approx(2 * tokens * block_bytes(config, step), rel=0.02)
+    assert saved_bytes(saved, block) == pytest.approx(2 * tokens * block_bytes(config, step), rel=0.02)
 
 
 def partitioned(graph, inputs):
@@ -139,10 +106,10 @@ def test_a_compiled_block_keeps_the_bytes_of_the_formula(precision, dropout, att
     ids = torch.cat([torch.arange(32).expand(5, -1), register_ids(anchors, torch.ones_like(anchors), 32)], dim=1)
     rope = model.rope(ids)
     attend = FlexStandIn() if registers else plain_causal
-    with autocast("cpu", precision), Saved(model, [rope]) as saved:
+    with autocast_as_trained("cpu", precision), SavedBytes([*model.parameters(), rope]) as saved:
         block(x, rope, attend).sum().backward()
     step = Step(5, registers, precision, compiled=True)
-    assert saved.bytes == pytest.approx(5 * (32 + registers) * block_bytes(config, step), rel=0.05)
+    assert saved_bytes(saved, model) == pytest.approx(5 * (32 + registers) * block_bytes(config, step), rel=0.05)
 
 
 def plain_causal(q, k, v):
@@ -167,7 +134,7 @@ def peak_of_an_update(config, step):
             with tracker:
                 for _ in range(2):  # gradients of the first pass are there in the second
                     tracker.reset_mod_stats()
-                    with autocast("cpu", step.precision):
+                    with autocast_as_trained("cpu", step.precision):
                         sums = model(labels, codes[:, :-1], anchors, anchors + 1, codes, step.loss_chunk)
                     (sums[0] + sums[1]).backward()
                 optimizer.step()
