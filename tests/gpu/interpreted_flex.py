@@ -1,7 +1,7 @@
 """FlexAttention's GPU kernels, forward and backward, on a CPU: torch's Triton templates in Triton's interpreter.
 
     python tests/gpu/interpreted_flex.py                 # every case, minutes
-    python tests/gpu/interpreted_flex.py sparse-100-fp32  # one
+    python tests/gpu/interpreted_flex.py sparse-100       # one
 
 It shows that the templates compute what they should on our masks, over draws with one BlockMask: not that a GPU's
 compiler translates them rightly. FlexAttention has no backward on CPUs, so that torch is patched, in this process only,
@@ -16,11 +16,11 @@ os.environ.update(TRITON_INTERPRET="1", TORCHINDUCTOR_COMPILE_THREADS="1", TORCH
 
 import torch
 
-CASES = {f"{name}-{head_dim}-{precision}": (law, head_dim, precision) for name, law in {
+# In fp32: the interpreter misreads bf16. Grid, registers, and their placement; "paper" is the paper's own mask.
+CASES = {f"{name}-{head_dim}": (law, head_dim) for name, law in {
     "sparse": {"grid": (10, 10), "count": 60}, "dense": {"grid": (10, 10), "count": None},
     "every": {"grid": (10, 15), "count": None, "every": 3}, "paper": {"grid": (16, 16), "count": 80},
-    "paper_dense": {"grid": (16, 16), "count": None}}.items()
-    for head_dim in (64, 100) for precision in ("fp32", "bf16")}
+    "paper_dense": {"grid": (16, 16), "count": None}}.items() for head_dim in (64, 100)}
 
 
 class InterpretedDevice:
@@ -75,7 +75,7 @@ def lower_as_on_a_gpu():
     patched(back, 'if query.get_device().type == "cpu":', "if False:")
 
 
-def run(grid, head_dim, precision, count, every=None):
+def run(grid, head_dim, count, every=None):
     """Yield the differences of two draws with one BlockMask; one sequence, one head."""
     from mutor_img.attention import FlexAttention
     from mutor_img.parity import compare_attention
@@ -88,15 +88,15 @@ def run(grid, head_dim, precision, count, every=None):
     for step, anchors in enumerate(draws):
         flex.update(anchors)
         yield compare_attention(attend, anchors, law.length, heads=1, head_dim=head_dim, seed=step,
-                                dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+                                dtype=torch.float32)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     lower_as_on_a_gpu()
     for name in sys.argv[1:] or CASES:
-        law, head_dim, precision = CASES[name]
+        law, head_dim = CASES[name]
         torch._dynamo.reset()
-        for draw, differences in enumerate(run(head_dim=head_dim, precision=precision, **law)):
+        for draw, differences in enumerate(run(head_dim=head_dim, **law)):
             found = [difference.to_json() for difference in differences]
             print(json.dumps({"case": name, "draw": draw, "differences": found}), flush=True)

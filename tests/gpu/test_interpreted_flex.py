@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).parent / "interpreted_flex.py"
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton, which torch's CUDA builds bring")
 def test_interpreted_gpu_kernels_have_exact_outputs_and_gradients_for_two_draws_with_one_mask():
-    done = subprocess.run([sys.executable, str(SCRIPT), "sparse-100-fp32"], capture_output=True, text=True, timeout=500,
+    done = subprocess.run([sys.executable, str(SCRIPT), "sparse-100"], capture_output=True, text=True, timeout=500,
                           cwd=SCRIPT.parents[2])
     if done.returncode == 77:
         pytest.skip(done.stderr.strip().splitlines()[-1])
