@@ -5,8 +5,9 @@
 
 Processes are started by this command and joined by gloo on the CPU, with one thread each; with one process there is
 one thread too, so that two processes may be held against it on a machine of two cores. Every variant encodes the same
-images into a folder that is removed; in each round all of them run once, and the table shows medians. "plain loop" is
-one image at a time, unpadded, through the same network: what the batched way must not be slower than.
+images into a folder that is removed; in each round all of them run once, and the table shows medians. Processor seconds
+are the measure on a machine that does other things too. "plain loop" is one image at a time, unpadded, through the same
+network: what the batched way must not be slower than.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def plain_loop(vq: VQModel, source: ImageFolder, size: int) -> None:
 
 
 def process(rank: int, world: int, port: int, settings: dict[str, Any], results: Any) -> None:
-    """Run once, as one of ``world`` processes, the variants that have as many; rank 0 puts their seconds."""
+    """Run once, as one of ``world`` processes, the variants that have as many; puts wall and processor seconds."""
     torch.set_num_threads(1)
     keep_freed_memory()
     if world > 1:
@@ -81,19 +82,18 @@ def process(rank: int, world: int, port: int, settings: dict[str, Any], results:
         if processes != world:
             continue
         runtime.barrier()
-        begun = time.perf_counter()
+        begun, busy = time.perf_counter(), time.process_time()
         if batch:
             encode_images(vq, source, out / name, runtime=runtime, batch_size=batch)
         else:
             plain_loop(vq, source, settings["size"])
-        if rank == 0:
-            results.put((name, time.perf_counter() - begun))
+        results.put((name, time.perf_counter() - begun, time.process_time() - busy))
     if world > 1:
         dist.destroy_process_group()
 
 
-def measure(settings: dict[str, Any], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of every round by variant; processes are started anew for each round and each count."""
+def measure(settings: dict[str, Any], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Return (wall, processor seconds over all processes) of every round by variant, with new processes each round."""
     context = multiprocessing.get_context("spawn")
     results, found = context.Queue(), {name: [] for name in VARIANTS}
     for turn in range(rounds):
@@ -106,9 +106,11 @@ def measure(settings: dict[str, Any], rounds: int) -> dict[str, list[float]]:
                        for rank in range(world)]
             for one in started:
                 one.start()
-            for _ in [name for name, (_, processes) in VARIANTS.items() if processes == world]:
-                name, taken = results.get(timeout=3600)
-                found[name].append(taken)
+            names = [name for name, (_, processes) in VARIANTS.items() if processes == world]
+            taken = [results.get(timeout=3600) for _ in range(world * len(names))]
+            for name in names:
+                found[name].append((max(wall for n, wall, _ in taken if n == name),
+                                    sum(busy for n, _, busy in taken if n == name)))
             for one in started:
                 one.join()
     return found
@@ -136,10 +138,11 @@ def main(argv: Sequence[str]) -> dict[str, float]:
         print(f"{processor()}, 1 thread a process, torch {torch.__version__}; {args.preset}, {args.image_size} pixels, "
               f"{args.count} images, 2 views each", flush=True)
         found = measure(settings, args.rounds)
-    rates = {name: args.count / statistics.median(times) for name, times in found.items()}
-    print(f"{'variant':<24}{'images/s':>10}{'ratio to plain loop':>22}")
+    rates = {name: args.count / statistics.median(wall for wall, _ in times) for name, times in found.items()}
+    print(f"{'variant':<24}{'images/s':>10}{'ratio to plain loop':>22}{'processor s an image':>23}")
     for name, rate in rates.items():
-        print(f"{name:<24}{rate:>10.3f}{rate / rates['plain loop']:>22.2f}")
+        busy = statistics.median(busy for _, busy in found[name]) / args.count
+        print(f"{name:<24}{rate:>10.3f}{rate / rates['plain loop']:>22.2f}{busy:>23.3f}")
     return rates
 
 

@@ -228,7 +228,7 @@ def main(argv: Sequence[str]) -> None:
         check_range("--image-size", options.image_size, 1, 65536)
     rule = rule_of(options)
     views = parse_views(options.views, rule)
-    runtime = Runtime.start()
+    runtime = Runtime.start(timeout_minutes=24 * 60)  # at the end all wait for the one with the slowest disk
     vq = load_tokenizer(options.tokenizer, runtime.device)
     source = open_images(options.images, labels=options.labels, classes=options.classes, progress=runtime.is_main)
     if runtime.is_main:

@@ -24,7 +24,7 @@ from mutor_img.files import read_json, write_atomic, write_json
 from tokenizer.sources import ImageSource
 
 PART = 1024  # images a part at most: seconds of work on a GPU
-_LEAST, _PARTS = 8, 64  # few images are cut into more and smaller parts, so that every process has some
+SMALLEST, PARTS = 8, 64  # few images are cut into more and smaller parts, so that every process has some
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class StoreWriter:
     @property
     def part_size(self) -> int:
         """Images a part: a function of their number alone, so that any number of processes makes the same parts."""
-        return min(PART, max(_LEAST, -(-len(self.source) // _PARTS)))
+        return min(PART, max(SMALLEST, -(-len(self.source) // PARTS)))
 
     def count(self) -> int:
         """Return the number of parts."""

@@ -69,7 +69,7 @@ def test_odd_files_are_read_and_a_broken_one_is_left_out_by_name(rgb_run, tree, 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_any_number_of_processes_writes_the_same_bytes(world, rgb_run, tree, tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "PART", 10)  # 13 parts, the last one short
+    monkeypatch.setattr(store, "SMALLEST", 10)  # 13 parts, the last one short
     vq, source = load_tokenizer(rgb_run), open_images(tree)
     gate = threading.Barrier(world)
 
@@ -92,7 +92,7 @@ def test_any_number_of_processes_writes_the_same_bytes(world, rgb_run, tree, tmp
 
 
 def test_a_kill_at_any_moment_changes_no_byte(rgb_run, tree, tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "PART", 50)
+    monkeypatch.setattr(store, "SMALLEST", 50)
     vq, source, runtime = load_tokenizer(rgb_run), open_images(tree), Runtime(torch.device("cpu"))
 
     def encode(out):
