@@ -85,7 +85,9 @@ def write_checkpoint(run_dir: str | Path, step: int, tensors: dict[str, dict[str
         flush(root)
         write_atomic(root / "latest", lambda path: path.write_text(final.name + "\n"))
         for old in sorted(_complete(root))[:-keep]:
-            shutil.rmtree(old)
+            gone = root / f".{old.name}.part"  # what a kill leaves of it is no checkpoint, and removed next time
+            os.rename(old, gone)
+            shutil.rmtree(gone)
     barrier()
     return final
 

@@ -62,6 +62,7 @@ def write_groups(folder: Path, tensors: dict[str, dict[str, Tensor | Slice]], ra
         path = folder / (f"{group}.{rank:05d}-of-{world:05d}.safetensors" if sharded else f"{group}.safetensors")
         save_file({name: value.detach().contiguous().cpu() for name, value in held.items()}, path,
                   metadata={"rows": json.dumps(rows)} if sharded else None)
+        path.chmod(folder.stat().st_mode & 0o666)  # safetensors writes for the owner's eyes only
         flush(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
     return files

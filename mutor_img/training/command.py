@@ -8,11 +8,12 @@ from typing import Any
 from mutor_img.cli import Parser, run
 from mutor_img.config import load_config, to_yaml
 from mutor_img.training.generator import GeneratorConfig, GeneratorTask
-from mutor_img.training.loop import Trainer, train
+from mutor_img.training.loop import train
 from mutor_img.training.plan import plan_generator
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.stopping import Stopped, StopRequest
 from mutor_img.training.task import Task
+from mutor_img.training.trainer import Trainer
 
 
 def parse_training(argv: Sequence[str], schema: type, plan: Callable[[Any], dict[str, Any]], *, description: str,

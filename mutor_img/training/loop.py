@@ -1,176 +1,22 @@
-"""The training loop of every task: one function, the same on one CPU and on many GPUs.
-
-Random numbers are functions of (seed, step, sample) or, for dropout, of (seed, step, rank), and the data order is a
-function of the sample number. So "to resume, run the same command again" gives the bytes of an uninterrupted run.
-"""
+"""The training loop of every task: update, log, save, validate, draw, and stop when asked to."""
 
 from __future__ import annotations
 
-import math
 import time
 from contextlib import nullcontext, suppress
-from pathlib import Path
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from mutor_img.checkpoint import newest_checkpoint, open_group, read_meta, write_checkpoint
-from mutor_img.config import to_dict, to_yaml
-from mutor_img.errors import UserError
+from mutor_img.config import to_yaml
 from mutor_img.files import write_atomic
-from mutor_img.streams import Stream, generator_seed
 from mutor_img.training.hardware import peak_flops
 from mutor_img.training.log import RunLog, log_line
-from mutor_img.training.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
-from mutor_img.training.parallel import (
-    as_slices,
-    blank_copy,
-    distribute,
-    gather,
-    is_sharded,
-    load_model,
-    prepare_blocks,
-    reduce_gradients,
-    shard,
-)
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.stopping import Stopped, StopRequest
 from mutor_img.training.task import Task
-
-
-class Trainer:
-    """The state of one run: model, averaged model, optimiser, step, seconds.
-
-    Attributes:
-        step: updates done.
-        seconds: time spent in updates, over all sittings; validation and pictures not counted.
-    """
-
-    def __init__(self, task: Task, config: Any, runtime: Runtime):
-        """Build everything on the device and resume from the newest complete checkpoint of ``config.run_dir``.
-
-        Args:
-            task: the job.
-            config: has ``run_dir``, ``seed``, ``optim`` and ``train``.
-            runtime: this process.
-
-        Raises:
-            UserError: a batch that does not divide, or a checkpoint of another model.
-        """
-        self.task, self.config, self.runtime = task, config, runtime
-        self.run_dir = Path(config.run_dir)
-        self.local_batch = runtime.share(config.train.global_batch, "train.global_batch")
-        self.micro_batch = config.train.micro_batch or self.local_batch
-        if self.local_batch % self.micro_batch:
-            raise UserError(f"train.micro_batch is {self.micro_batch}, but each of {runtime.world} processes has "
-                            f"{self.local_batch} of the global batch, which is not a multiple of it")
-        if config.train.parallel == "fsdp" and not task.shardable:
-            raise UserError("train.parallel is 'fsdp', which is for generators; give train.parallel=ddp")
-        self.sharded = is_sharded(config.train, runtime)
-        self.model = task.model if self.sharded else task.model.to(runtime.device)  # sharding moves block by block
-        self._blank = blank_copy(self.model) if self.sharded else None
-        # The average is of the plain model: it serves validation and pictures, whose shapes differ.
-        self.ema = None
-        if config.train.ema:
-            self.ema = ModelEmaV3(self.model, config.train.ema, use_warmup=True, warmup_gamma=9, warmup_power=1)
-        blocks = task.blocks(self.model)
-        prepare_blocks(blocks, config.train)
-        self.wrapped = distribute(self.model, blocks, config.train, runtime)
-        if self.ema is not None and self.sharded:
-            shard(self.ema.module, task.blocks(self.ema.module), config.train, runtime)
-        self.optimizer = build_optimizer(self.model, config.optim)
-        self.step, self.seconds, self.saved_step = 0, 0.0, 0
-        self._resume()
-
-    def _resume(self) -> None:
-        folder = newest_checkpoint(self.run_dir)
-        if folder is None:
-            return
-        meta, rank, world = read_meta(folder), self.runtime.rank, self.runtime.world
-        load_model(self.model, open_group(folder, "model", rank, world))
-        load_optimizer_tensors(self.model, self.optimizer, open_group(folder, "optimizer", rank, world))
-        if self.ema is not None:
-            load_model(self.ema.module, open_group(folder, "ema", rank, world))
-        self.task.resume(folder)
-        self.step, self.seconds, self.saved_step = meta["step"], meta["seconds"], meta["step"]
-
-    @property
-    def best_model(self) -> nn.Module:
-        """The averaged model where there is one, else the model."""
-        return self.ema.module if self.ema is not None else self.model
-
-    def whole_model(self, everywhere: bool = True) -> nn.Module | None:
-        """Return :attr:`best_model` unsharded, in eval mode; all processes call this.
-
-        Args:
-            everywhere: False: on rank 0 only, None elsewhere.
-        """
-        model, wanted = self.best_model, everywhere or self.runtime.is_main
-        if self.sharded:
-            model = gather(model, self._blank, self.runtime, wanted)
-        return model.eval() if wanted else None
-
-    def update(self) -> dict[str, float]:
-        """Do one optimiser update over the global batch; returns the logged values, the same on all ranks.
-
-        Raises:
-            UserError: a loss or a gradient norm is not finite; the weights have not moved.
-        """
-        train, runtime = self.config.train, self.runtime
-        self.wrapped.train()
-        totals: dict[str, Tensor] = {}
-        first = self.step * train.global_batch + runtime.rank * self.local_batch
-        for offset in range(0, self.local_batch, self.micro_batch):
-            samples = torch.arange(first + offset, first + offset + self.micro_batch, device=runtime.device)
-            torch.manual_seed(generator_seed(self.config.seed, Stream.DROPOUT, self.step, runtime.rank, offset))
-            last = offset + self.micro_batch == self.local_batch
-            reduce_gradients(self.wrapped, now=last)
-            with runtime.autocast(train.precision):
-                loss, values = self.task.loss(self.wrapped, self.step, samples)
-            # DDP and FSDP2 average gradients over processes; each loss is a share of a sum.
-            (loss * runtime.world).backward()
-            for name, value in {"loss": loss, **values}.items():
-                totals[name] = totals.get(name, 0.0) + value.detach()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip or math.inf)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        sums = runtime.sum(torch.stack([totals[name].float() for name in totals]))
-        logged = dict(zip((*totals, "gradient_norm"), [*sums.tolist(), norm.item()]))
-        logged.update(self.task.before_update(self.step))
-        bad = [name for name, value in logged.items() if not math.isfinite(value)]
-        if bad:
-            raise UserError(f"step {self.step}: {bad[0]} is {logged[bad[0]]}; nothing was updated and "
-                            f"{newest_checkpoint(self.run_dir) or 'no checkpoint'} is the last good state; "
-                            "lower optim.lr or use train.precision=fp32, then run the same command again")
-        lr = learning_rate(self.config.optim, self.step, train.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        logged.update(self.task.after_update(self.model, self.step))
-        if self.ema is not None:
-            self.ema.update(self.model, step=self.step + 2)  # decay (1 + n) / (10 + n) at update n
-        self.step += 1
-        return {**logged, "lr": lr}
-
-    def save(self) -> None:
-        """Write a checkpoint; every process waits for it."""
-        tensors = {"model": self.model.state_dict(), "optimizer": optimizer_tensors(self.model, self.optimizer)}
-        if self.ema is not None:
-            tensors["ema"] = self.ema.module.state_dict()
-        tensors.update(self.task.tensors())
-        meta = {"seconds": self.seconds, "samples": self.step * self.config.train.global_batch,
-                **self.task.metadata(), "config": to_dict(self.config)}
-        if self.sharded:
-            tensors = {group: as_slices(content) for group, content in tensors.items()}
-            write_checkpoint(self.run_dir, self.step, tensors, meta, self.config.train.keep, self.runtime)
-        elif self.runtime.is_main:
-            write_checkpoint(self.run_dir, self.step, tensors, meta, self.config.train.keep)
-        self.runtime.barrier()
-        self.saved_step = self.step
+from mutor_img.training.trainer import Trainer
 
 
 def train(task: Task, config: Any, runtime: Runtime, stop: StopRequest | None = None) -> Trainer:
@@ -186,7 +32,7 @@ def train(task: Task, config: Any, runtime: Runtime, stop: StopRequest | None = 
         The :class:`Trainer`, whose ``step`` is below ``config.train.steps`` only if a signal asked to stop.
 
     Raises:
-        Stopped: a signal came before the first update was done.
+        Stopped: a signal came before there was anything to save.
     """
     if stop is None:
         with StopRequest() as stop:
@@ -213,15 +59,21 @@ def train(task: Task, config: Any, runtime: Runtime, stop: StopRequest | None = 
 
 def _run(trainer: Trainer, log: RunLog | None, stop: StopRequest) -> None:
     """Update until done or stopped; log, save, validate and draw on the way."""
-    train, task = trainer.config.train, trainer.task
+    train, task, alone = trainer.config.train, trainer.task, trainer.runtime.world == 1
     peak = peak_flops(trainer.runtime.device, train.precision)
     bar = tqdm(total=train.steps, initial=trainer.step, desc=trainer.run_dir.name, unit="step", disable=not log,
                mininterval=1.0, dynamic_ncols=True)
     first, mark_step, mark_seconds = trainer.step, trainer.step, trainer.seconds
     while trainer.step < train.steps and not stop.requested():
         begun = time.perf_counter()
-        with stop.at_once() if trainer.step == first else nullcontext():  # compiles, for minutes; nothing is lost yet
-            values = trainer.update()
+        try:  # One process need not wait for an update's gradients, several not for the first one's, which compiles.
+            with stop.at_once() if alone or trainer.step == first else nullcontext():
+                values = trainer.gradients()
+        except Stopped:
+            if not alone:
+                raise
+            break
+        values = trainer.apply(values)
         trainer.seconds += time.perf_counter() - begun
         step, done = trainer.step, trainer.step == train.steps
         bar.update()
@@ -235,9 +87,9 @@ def _run(trainer: Trainer, log: RunLog | None, stop: StopRequest) -> None:
             log.write(step, values)
             bar.write(log_line(values, step, train.steps, task, elapsed / (step - mark_step)))
             mark_step, mark_seconds = step, trainer.seconds
-        if done or _due(step, train.checkpoint_every, done):
+        if done or _due(step, train.checkpoint_every, False):
             trainer.save()  # before what may take long
-        with suppress(Stopped), stop.at_once() if trainer.runtime.world == 1 else nullcontext():
+        with suppress(Stopped), stop.at_once() if alone else nullcontext():
             _evaluate(trainer, log, bar)
     if trainer.saved_step < trainer.step:
         trainer.save()
@@ -256,11 +108,9 @@ def _evaluate(trainer: Trainer, log: RunLog | None, bar: tqdm) -> None:
     train, step, task = trainer.config.train, trainer.step, trainer.task
     done = step == train.steps
     if _due(step, train.validate_every, done):
-        model = trainer.best_model.eval()
         # Compiled blocks were compiled for the shapes of training: any other batch would compile them again.
         with torch.no_grad(), trainer.runtime.autocast(train.precision), torch.compiler.set_stance("force_eager"):
-            scores = task.validate(model)
-        _note(log, bar, step, scores)
+            _note(log, bar, step, task.validate(trainer.best_model.eval()))
     if _due(step, task.score_every, done):
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             _note(log, bar, step, task.score(trainer.whole_model(), step))
@@ -269,7 +119,7 @@ def _evaluate(trainer: Trainer, log: RunLog | None, bar: tqdm) -> None:
         if model is not None:
             with torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 task.draw_pictures(model, trainer.run_dir / "pictures", step)
-    if log and _due(step, train.checkpoint_every, done):
+    if log and _due(step, train.checkpoint_every, False):
         log.draw(task.headline)
 
 

@@ -23,8 +23,9 @@ from mutor_img.tensor_files import Slice
 from mutor_img.training import parallel
 from mutor_img.training.generator import GeneratorConfig, GeneratorTask
 from mutor_img.training.log import read_metrics
-from mutor_img.training.loop import Trainer, train
+from mutor_img.training.loop import train
 from mutor_img.training.runtime import Runtime
+from mutor_img.training.trainer import Trainer
 
 RUN = """
 data: {{codes: {codes}, val_codes: {codes}}}
@@ -43,6 +44,8 @@ SCENARIOS = [  # run folder, overrides; one run folder after the other, by both 
     ("mixed", ("train.steps=2",)), ("mixed", (FSDP, "train.steps=4")), ("mixed", ()),
     ("one_two_one", (FSDP, "train.steps=4")),
     ("checkpointing", (FSDP, "train.activation_checkpointing=true")),
+    ("ddp_chunked", ("model.loss_chunk=7",)), ("fsdp_chunked", (FSDP, "model.loss_chunk=7")),
+    ("chunked_bf16", (FSDP, "model.loss_chunk=7", "train.precision=bf16")),
     ("ddp_bf16", ("train.precision=bf16",)), ("fsdp_bf16", (FSDP, "train.precision=bf16")),
 ]
 
@@ -66,8 +69,7 @@ def count_graphs(root: Path, name: str, *overrides: str) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parallel, "compile_blocks", functools.partial(parallel.compile_blocks, backend=count))
         if not overrides:
-            patch.setattr(parallel, "distribute", small)
-            patch.setattr("mutor_img.training.loop.distribute", lambda model, *_: small(model))
+            patch.setattr(parallel, "distribute", lambda model, *_: small(model))
         torch._dynamo.reset()
         run(root, name, ("train.compile=true", "train.steps=2", *overrides))
     return len(graphs)
@@ -162,7 +164,8 @@ def saved(root: Path, name: str, group: str) -> dict[str, torch.Tensor]:
     return read_tensors(find_checkpoint(root / name), group)
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "mixed", "one_two_one", "checkpointing"])
+@pytest.mark.parametrize("name", [
+    "ddp", "fsdp", "mixed", "one_two_one", "checkpointing", "ddp_chunked", "fsdp_chunked"])
 def test_the_curve_is_that_of_one_process(root, name):
     assert len(curve(root, name)) == 6 and curve(root, name) == pytest.approx(curve(root, "one"), abs=2e-5)
     one, other = (saved(root, run_name, "ema") for run_name in ("one", name))
@@ -183,7 +186,8 @@ def test_a_resume_on_as_many_processes_is_exact_to_the_byte(root, name):
 
 
 def test_bf16_is_the_same_sharded_but_for_rounding(root):
-    assert curve(root, "fsdp_bf16") == pytest.approx(curve(root, "ddp_bf16"), abs=0.02)
+    for name in ("fsdp_bf16", "chunked_bf16"):
+        assert curve(root, name) == pytest.approx(curve(root, "ddp_bf16"), abs=0.02)
     assert curve(root, "fsdp_bf16") != curve(root, "fsdp")
     assert all(t.dtype == torch.float32 for group in ("model", "ema", "optimizer")
                for t in saved(root, "fsdp_bf16", group).values())

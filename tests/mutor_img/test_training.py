@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,13 +13,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from mutor_img.checkpoint import find_checkpoint, read_meta, read_tensors
-from mutor_img.config import OptimConfig
+from mutor_img import checkpoint, cli, tensor_files, transformer
+from mutor_img.checkpoint import find_checkpoint, newest_checkpoint, read_meta, read_tensors
+from mutor_img.config import OptimConfig, load_config
 from mutor_img.errors import UserError
-from mutor_img.training.generator import GeneratorTask
+from mutor_img.training import generator
+from mutor_img.training.command import run_task
+from mutor_img.training.generator import GeneratorConfig, GeneratorTask
 from mutor_img.training.log import read_metrics
+from mutor_img.training.loop import train
 from mutor_img.training.optimizer import learning_rate
+from mutor_img.training.runtime import Runtime
 from mutor_img.training.task import Task
 
 ROOT = Path(__file__).parents[2]
@@ -153,18 +160,104 @@ def test_sigterm_saves_and_the_same_command_goes_on(run_file, tmp_path):
     assert read_meta(find_checkpoint(tmp_path / "runs" / "run"))["step"] >= 3
 
 
-def test_a_kill_leaves_a_complete_checkpoint(run_file, tmp_path):
-    words = [sys.executable, "train.py", "--config", str(run_file), "train.steps=100000", "train.keep=2"]
-    run_dir = tmp_path / "runs" / "run"
-    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while not (run_dir / "checkpoints" / "step_00000004").is_dir():
-            assert process.poll() is None and time.sleep(0.02) is None
-        process.kill()
-    folder = find_checkpoint(run_dir)
-    assert read_tensors(folder, "model") and read_tensors(folder, "optimizer")
-    step = read_meta(folder)["step"]
-    again = python("train.py", "--config", run_file, f"train.steps={step + 1}")
-    assert again.returncode == 0 and read_meta(find_checkpoint(run_dir))["step"] == step + 1
+def signal_in(monkeypatch, owner, name, call, number=signal.SIGTERM) -> None:
+    """Have the ``call``-th call of a function begin with a signal to this process."""
+    good, calls = getattr(owner, name), []
+
+    def interrupted(*arguments, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return good(*arguments, **kwargs)
+
+    monkeypatch.setattr(owner, name, interrupted)
+
+
+@pytest.mark.parametrize("owner, name, call, step", [
+    (GeneratorTask, "loss", 1, 0),  # nothing is done yet: no checkpoint
+    (GeneratorTask, "loss", 3, 2),  # an update's gradients are not waited for
+    (GeneratorTask, "after_update", 3, 3),  # but once weights move, the update is
+    (GeneratorTask, "validate", 2, 2),
+    (tensor_files, "save_file", 2, 1),  # a save is finished
+])
+def test_a_signal_at_any_moment_loses_nothing(run_training, tmp_path, monkeypatch, owner, name, call, step):
+    every = 1 if name == "save_file" else 0
+    overrides = ("train.steps=4", "train.validate_every=1", f"train.checkpoint_every={every}", "train.ema=0.9")
+    with monkeypatch.context() as patch:
+        signal_in(patch, owner, name, call, signal.SIGINT if call == 3 else signal.SIGTERM)
+        stopped = run_training(f"run_dir={tmp_path}/stopped", *overrides)
+    found = newest_checkpoint(stopped.run_dir)
+    assert stopped.step == step and (read_meta(found)["step"] if found else 0) == step
+    again = run_training(f"run_dir={tmp_path}/stopped", *overrides)
+    whole = run_training(f"run_dir={tmp_path}/whole", *overrides)
+    assert digest(find_checkpoint(again.run_dir)) == digest(find_checkpoint(whole.run_dir))
+
+
+def test_a_signal_while_the_run_is_built_ends_it_at_once(run_file, tiny, monkeypatch, capsys, tmp_path):
+    signal_in(monkeypatch, generator, "Transformer", 1)
+    assert run_task(GeneratorTask, load_config(GeneratorConfig, run_file)) is None
+    assert "run the same command again" in capsys.readouterr().out and not (tmp_path / "runs").exists()
+
+
+def half_written(tensors, path, **kwargs):
+    save_file(tensors, path, **kwargs)
+    os.truncate(path, path.stat().st_size // 2)
+    die()
+
+
+def half_removed(folder, **kwargs):
+    next(Path(folder).glob("*.safetensors")).unlink()
+    die()
+
+
+def die(*arguments, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+# where a kill comes: a function, which of its calls, and what is done in its place
+KILLS = {
+    "between two files": (tensor_files, "save_file", 6, die),
+    "in the midst of a file": (tensor_files, "save_file", 6, half_written),
+    "before the folder appears": (os, "rename", 4, die),
+    "before it is named as the latest": (checkpoint, "write_atomic", 3, die),
+    "while an older one is removed": (checkpoint.shutil, "rmtree", 8, half_removed),
+    "in an update": (GeneratorTask, "after_update", 3, die),
+}
+KILLED = ("train.steps=100", "train.keep=1")
+
+
+def killed_run(run_file, run_dir, where) -> None:
+    """Train until the moment comes; run in a process of its own."""
+    owner, name, call, act = KILLS[where]
+    good, calls = getattr(owner, name), []
+
+    def deadly(*arguments, **kwargs):
+        calls.append(1)
+        return (act if len(calls) == call else good)(*arguments, **kwargs)
+
+    transformer.PRESETS["mnist"] = (2, 2, 16)
+    setattr(owner, name, deadly)
+    torch.set_num_threads(1)
+    config = load_config(GeneratorConfig, run_file, [f"run_dir={run_dir}", *KILLED])
+    runtime = Runtime.start()
+    train(GeneratorTask(config, runtime), config, runtime)
+
+
+def test_a_kill_at_any_moment_loses_at_most_the_steps_since_the_last_checkpoint(run_file, run_training, tmp_path):
+    context = multiprocessing.get_context("forkserver")  # imports once for all of them
+    context.set_forkserver_preload(["mutor_img.training.generator", "mutor_img.training.loop"])
+    for where in KILLS:
+        run_dir = tmp_path / where.replace(" ", "_")
+        process = context.Process(target=killed_run, args=(run_file, run_dir, where))
+        process.start()
+        process.join(200)
+        assert process.exitcode == -signal.SIGKILL, where
+        folder = find_checkpoint(run_dir)
+        assert read_meta(folder)["step"] >= 2 and read_tensors(folder, "optimizer"), where
+        again = run_training(f"run_dir={run_dir}", "train.steps=4", "train.keep=1")
+        assert [p.name for p in (run_dir / "checkpoints").iterdir() if p.is_dir()] == ["step_00000004"], where
+    whole = run_training(f"run_dir={tmp_path}/whole", "train.steps=4")
+    assert digest(find_checkpoint(again.run_dir)) == digest(find_checkpoint(whole.run_dir))
 
 
 BAD = [
@@ -216,8 +309,6 @@ def test_a_dry_run_prints_the_config_and_a_plan_and_writes_nothing(run_file, tmp
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(run_training, monkeypatch, capsys):
-    from mutor_img import cli, tensor_files
-
     run_training("train.steps=1")
 
     def full(tensors, path, metadata):

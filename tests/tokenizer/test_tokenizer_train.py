@@ -7,8 +7,8 @@ import torch
 
 from mutor_img.checkpoint import find_checkpoint
 from mutor_img.config import field_names, load_config
-from mutor_img.training.loop import Trainer
 from mutor_img.training.runtime import Runtime
+from mutor_img.training.trainer import Trainer
 from tokenizer import load_tokenizer
 from tokenizer.train import TokenizerConfig, TokenizerTask, main
 

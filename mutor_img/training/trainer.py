@@ -1,0 +1,164 @@
+"""What a run consists of at one moment, and one update of it: the same on one CPU and on many GPUs.
+
+Random numbers are functions of (seed, step, sample) or, for dropout, of (seed, step, rank), and the data order is a
+function of the sample number. So "to resume, run the same command again" gives the bytes of an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from mutor_img.checkpoint import newest_checkpoint, open_group, read_meta, write_checkpoint
+from mutor_img.config import to_dict
+from mutor_img.errors import UserError
+from mutor_img.streams import Stream, generator_seed
+from mutor_img.training import parallel
+from mutor_img.training.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
+from mutor_img.training.runtime import Runtime
+from mutor_img.training.task import Task
+
+
+class Trainer:
+    """The state of one run: model, averaged model, optimiser, step, seconds.
+
+    Attributes:
+        step: updates done.
+        seconds: time spent in updates, over all sittings; validation and pictures not counted.
+    """
+
+    def __init__(self, task: Task, config: Any, runtime: Runtime):
+        """Build everything on the device and resume from the newest complete checkpoint of ``config.run_dir``.
+
+        Args:
+            task: the job.
+            config: has ``run_dir``, ``seed``, ``optim`` and ``train``.
+            runtime: this process.
+
+        Raises:
+            UserError: a batch that does not divide, or a checkpoint of another model.
+        """
+        self.task, self.config, self.runtime = task, config, runtime
+        self.run_dir = Path(config.run_dir)
+        self.local_batch = runtime.share(config.train.global_batch, "train.global_batch")
+        self.micro_batch = config.train.micro_batch or self.local_batch
+        if self.local_batch % self.micro_batch:
+            raise UserError(f"train.micro_batch is {self.micro_batch}, but each of {runtime.world} processes has "
+                            f"{self.local_batch} of the global batch, which is not a multiple of it")
+        if config.train.parallel == "fsdp" and not task.shardable:
+            raise UserError("train.parallel is 'fsdp', which is for generators; give train.parallel=ddp")
+        self.sharded = parallel.is_sharded(config.train, runtime)
+        self.model = task.model if self.sharded else task.model.to(runtime.device)  # sharding moves block by block
+        self._blank = parallel.blank_copy(self.model) if self.sharded else None
+        # The average is of the plain model: it serves validation and pictures, whose shapes differ.
+        self.ema = None
+        if config.train.ema:
+            self.ema = ModelEmaV3(self.model, config.train.ema, use_warmup=True, warmup_gamma=9, warmup_power=1)
+        blocks = task.blocks(self.model)
+        parallel.prepare_blocks(blocks, config.train)
+        self.wrapped = parallel.distribute(self.model, blocks, config.train, runtime)
+        if self.ema is not None and self.sharded:
+            parallel.shard(self.ema.module, task.blocks(self.ema.module), config.train, runtime)
+        self.optimizer = build_optimizer(self.model, config.optim)
+        self.step, self.seconds, self.saved_step = 0, 0.0, 0
+        self._resume()
+
+    def _resume(self) -> None:
+        folder = newest_checkpoint(self.run_dir)
+        if folder is None:
+            return
+        meta, rank, world = read_meta(folder), self.runtime.rank, self.runtime.world
+        parallel.load_model(self.model, open_group(folder, "model", rank, world))
+        load_optimizer_tensors(self.model, self.optimizer, open_group(folder, "optimizer", rank, world))
+        if self.ema is not None:
+            parallel.load_model(self.ema.module, open_group(folder, "ema", rank, world))
+        self.task.resume(folder)
+        self.step, self.seconds, self.saved_step = meta["step"], meta["seconds"], meta["step"]
+
+    @property
+    def best_model(self) -> nn.Module:
+        """The averaged model where there is one, else the model."""
+        return self.ema.module if self.ema is not None else self.model
+
+    def whole_model(self, everywhere: bool = True) -> nn.Module | None:
+        """Return :attr:`best_model` unsharded, in eval mode; all processes call this.
+
+        Args:
+            everywhere: False: on rank 0 only, None elsewhere.
+        """
+        model, wanted = self.best_model, everywhere or self.runtime.is_main
+        if self.sharded:
+            model = parallel.gather(model, self._blank, self.runtime, wanted)
+        return model.eval() if wanted else None
+
+    def update(self) -> dict[str, float]:
+        """Do one optimiser update over the global batch; returns the logged values, the same on all ranks."""
+        return self.apply(self.gradients())
+
+    def gradients(self) -> dict[str, float]:
+        """Make the clipped gradients of the global batch; returns what is logged of them. Nothing that is saved moves.
+
+        Raises:
+            UserError: a loss or a gradient norm is not finite.
+        """
+        train, runtime = self.config.train, self.runtime
+        self.wrapped.train()
+        totals: dict[str, Tensor] = {}
+        first = self.step * train.global_batch + runtime.rank * self.local_batch
+        for offset in range(0, self.local_batch, self.micro_batch):
+            samples = torch.arange(first + offset, first + offset + self.micro_batch, device=runtime.device)
+            torch.manual_seed(generator_seed(self.config.seed, Stream.DROPOUT, self.step, runtime.rank, offset))
+            last = offset + self.micro_batch == self.local_batch
+            parallel.reduce_gradients(self.wrapped, now=last)
+            with runtime.autocast(train.precision):
+                loss, values = self.task.loss(self.wrapped, self.step, samples)
+            # DDP and FSDP2 average gradients over processes; each loss is a share of a sum.
+            (loss * runtime.world).backward()
+            for name, value in {"loss": loss, **values}.items():
+                totals[name] = totals.get(name, 0.0) + value.detach()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip or math.inf)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        sums = runtime.sum(torch.stack([totals[name].float() for name in totals]))
+        logged = dict(zip((*totals, "gradient_norm"), [*sums.tolist(), norm.item()]))
+        logged.update(self.task.before_update(self.step))
+        bad = [name for name, value in logged.items() if not math.isfinite(value)]
+        if bad:
+            raise UserError(f"step {self.step}: {bad[0]} is {logged[bad[0]]}; nothing was updated and "
+                            f"{newest_checkpoint(self.run_dir) or 'no checkpoint'} is the last good state; "
+                            "lower optim.lr or use train.precision=fp32, then run the same command again")
+        return logged
+
+    def apply(self, logged: dict[str, float]) -> dict[str, float]:
+        """Move the weights by their gradients, and the average after them; returns ``logged`` and more."""
+        lr = learning_rate(self.config.optim, self.step, self.config.train.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        after = self.task.after_update(self.model, self.step)
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.step + 2)  # decay (1 + n) / (10 + n) at update n
+        self.step += 1
+        return {**logged, **after, "lr": lr}
+
+    def save(self) -> None:
+        """Write a checkpoint; every process waits for it."""
+        tensors = {"model": self.model.state_dict(), "optimizer": optimizer_tensors(self.model, self.optimizer)}
+        if self.ema is not None:
+            tensors["ema"] = self.ema.module.state_dict()
+        tensors.update(self.task.tensors())
+        meta = {"seconds": self.seconds, "samples": self.step * self.config.train.global_batch,
+                **self.task.metadata(), "config": to_dict(self.config)}
+        if self.sharded:
+            tensors = {group: parallel.as_slices(content) for group, content in tensors.items()}
+            write_checkpoint(self.run_dir, self.step, tensors, meta, self.config.train.keep, self.runtime)
+        elif self.runtime.is_main:
+            write_checkpoint(self.run_dir, self.step, tensors, meta, self.config.train.keep)
+        self.runtime.barrier()
+        self.saved_step = self.step
