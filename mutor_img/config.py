@@ -54,7 +54,7 @@ class TrainConfig:
 
     steps: int = 360_000  # optimiser updates
     global_batch: int = 1024  # sequences or images an update, over all processes
-    micro_batch: int = 0  # a process and a forward pass; 0: the whole share of the process
+    micro_batch: int = 0  # of a process and a forward pass, at most; 0: the whole share of the process
     precision: str = "bf16"  # bf16: autocast over fp32 weights; fp32
     compile: bool = True  # torch.compile, block by block
     activation_checkpointing: bool = False  # compute each block's activations again in the backward pass: less memory

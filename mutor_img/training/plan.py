@@ -45,7 +45,7 @@ def plan_generator(config: GeneratorConfig) -> dict[str, dict[str, Any]]:
     with torch.device("meta"):
         model = Transformer(config.model_config())
     share = device_share(config)
-    micro_batch = config.train.micro_batch or share
+    micro_batch = min(config.train.micro_batch or share, share)
     if share % micro_batch:
         raise UserError(f"train.micro_batch is {micro_batch}, but each of plan.devices={config.plan.devices} has "
                         f"{share} of the global batch, which is not a multiple of it")

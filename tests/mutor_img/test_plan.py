@@ -80,6 +80,10 @@ def test_a_run_that_does_not_fit_is_told_the_micro_batch_that_does():
     assert tiny["this run"].startswith("no, not even one sequence")
 
 
+def test_on_more_devices_a_micro_batch_is_no_larger_than_a_devices_share():
+    assert section(plan("ntp_xl", "plan.devices=32"), "an update")["sequences a forward pass"] == 32
+
+
 def test_sharding_divides_what_is_kept_and_sends_more_with_every_forward_pass():
     whole, parts = plan("ntp_3b", "train.parallel=ddp"), plan("ntp_3b")
     for row in ("weights", "gradients", "optimiser"):
