@@ -47,7 +47,7 @@ class Trainer:
         self.task, self.config, self.runtime = task, config, runtime
         self.run_dir = Path(config.run_dir)
         self.local_batch = runtime.share(config.train.global_batch, "train.global_batch")
-        self.micro_batch = config.train.micro_batch or self.local_batch
+        self.micro_batch = min(config.train.micro_batch or self.local_batch, self.local_batch)
         if self.local_batch % self.micro_batch:
             raise UserError(f"train.micro_batch is {self.micro_batch}, but each of {runtime.world} processes has "
                             f"{self.local_batch} of the global batch, which is not a multiple of it")

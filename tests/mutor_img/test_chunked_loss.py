@@ -78,6 +78,14 @@ def test_without_gradients_only_the_loss_is_made():
     assert not loss.requires_grad and loss.item() == pytest.approx(by_hand(hidden, weight, targets)[0], rel=2e-6)
 
 
+def test_it_compiles_into_one_graph():
+    hidden, weight, targets = inputs()
+    compiled = torch.compile(chunked_cross_entropy_sum, backend="aot_eager", fullgraph=True)
+    plain, other = (torch.autograd.grad(f(hidden, weight, targets, 4), [hidden, weight])
+                    for f in (chunked_cross_entropy_sum, compiled))
+    assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))
+
+
 class Widest(TorchDispatchMode):
     """Notes the most rows of a tensor with as many columns as there are codes, and every copy to the host."""
 

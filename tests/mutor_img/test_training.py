@@ -320,6 +320,10 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(run_training, mo
     assert caught.value.code == 2 and "no space left" in capsys.readouterr().err
 
 
+def test_a_micro_batch_is_no_larger_than_a_processs_share(run_training):
+    assert run_training("train.micro_batch=64", "train.steps=1").micro_batch == 4
+
+
 def test_metrics_are_json_lines_with_what_a_reader_needs(run_training):
     trainer = run_training()
     rows = [json.loads(line) for line in (trainer.run_dir / "metrics.jsonl").read_text().splitlines()]
