@@ -133,8 +133,8 @@ def _plain(x: Tensor) -> Tensor:
 
     A power of two, because the GPU kernel computes on that many columns anyway but looks its tile sizes up by the exact
     head dimension: at the 100 of the 3B preset it falls back to a default tile, which in fp32 needs more shared memory
-    than an H100 has (torch 2.14.1, by reading). Zeros in q and k leave the scores as they are, zeros in v stand in
-    columns that are cut off; the scale must be the real head dimension's.
+    than an A100 has (180 480 of 166 912 bytes with torch 2.14.1, compiled for one; padded 147 968). Zeros in q and k
+    leave the scores as they are, zeros in v stand in columns that are cut off; the scale is the real head dimension's.
     """
     width = max(16, 1 << (x.shape[-1] - 1).bit_length())  # 16: the least that a GPU's matrix units take
     return F.pad(x, (0, width - x.shape[-1])).contiguous()
