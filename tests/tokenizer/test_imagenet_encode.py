@@ -157,3 +157,18 @@ def test_flags_of_another_rule_and_wrong_numbers_are_refused(rgb_run, tree, tmp_
     ):
         assert message in refused(main, *begin, *more)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_flat_folder_with_labels_gives_the_codes_of_the_class_folders(rgb_run, tree, tmp_path):
+    source, flat = open_images(tree), tmp_path / "val"
+    flat.mkdir()
+    kept = [i for i, name in enumerate(source.files) if name != TRUNCATED][::9]
+    for place, index in enumerate(kept):
+        (flat / f"val_{place:04d}.JPEG").symlink_to(source.path(index))
+    (tmp_path / "labels.txt").write_text("".join(f"{source.classes[source.labels[i]]}\n" for i in kept))
+    main(words(rgb_run, flat, tmp_path / "flat", "--labels", tmp_path / "labels.txt", "--classes", tree))
+    main(words(rgb_run, tree, tmp_path / "tree", "--max-unreadable", 1))
+    found, expected = Codes(tmp_path / "flat"), Codes(tmp_path / "tree")
+    rows = [i - (i > source.files.index(TRUNCATED)) for i in kept]
+    assert np.array_equal(found.codes, expected.codes[rows]) and np.array_equal(found.labels, expected.labels[rows])
+    assert found.info.class_names == expected.info.class_names
