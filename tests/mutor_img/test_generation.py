@@ -63,6 +63,29 @@ def test_cached_logits_in_other_dtypes_are_within_their_rounding(random_model, d
     torch.testing.assert_close(ours, whole, rtol=0, atol=tolerance)
 
 
+def test_the_compiled_attention_of_bf16_is_the_eager_one_and_that_of_fp32_is_not_compiled(random_model, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    keys, values, queries = (torch.randn(5, 2, n, 16, generator=generator).bfloat16() for n in (20, 20, 1))
+    queries = queries[:, :, 0].float()
+    for seen in (2, 3, 19):
+        prefix = keys[:, :, :seen], values[:, :, :seen]
+        expected = torch.nn.functional.scaled_dot_product_attention(queries[:, :, None].double(), *(
+            each.double() for each in prefix), scale=1.0)[:, :, 0]
+        ours = decoder_module._compiled_attention()(queries, *prefix)
+        torch.testing.assert_close(ours.double(), expected, rtol=0, atol=1e-5)
+    monkeypatch.setattr(decoder_module, "_compiled_attention", None)
+    codes_of(random_model())
+
+
+def test_without_a_compiler_bf16_attends_by_products(random_model, monkeypatch):
+    model, codes = random_model(dtype=torch.bfloat16), torch.arange(20).remainder(11).repeat(5, 1)
+    with torch.inference_mode():
+        fused = cached_logits(packed_decoder(model, 5), LABELS, codes)
+        monkeypatch.setattr(decoder_module.shutil, "which", lambda name: None)
+        monkeypatch.setattr(decoder_module, "_compiled_attention", None)
+        torch.testing.assert_close(cached_logits(packed_decoder(model, 5), LABELS, codes), fused, rtol=0, atol=0.1)
+
+
 @pytest.mark.parametrize("settings", [
     {"cfg_scale": 1.0}, {"cfg_scale": 2.0}, {"cfg_scale": 3.0, "temperature": 0.7, "top_k": 4},
     {"cfg_scale": 1.5, "top_p": 0.8}, {"cfg_scale": 2.0, "temperature": 1.3, "top_k": 6, "top_p": 0.6},
