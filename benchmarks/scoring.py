@@ -35,6 +35,7 @@ from mutor_img.metrics.features import Inception, InceptionGraph
 from mutor_img.metrics.frechet import Moments, Statistics, frechet_distance
 from mutor_img.metrics.image_sets import ArrayImages
 from mutor_img.metrics.references import Reference
+from mutor_img.training.hardware import keep_freed_memory
 
 PARTS = ("extraction", "frechet", "metrics")
 POOL, CLASSES = 2048, 1008
@@ -173,6 +174,7 @@ def main(argv: Sequence[str]) -> None:
     for name in ("threads", "rounds", "images", "side", "batch_size", "samples", "reference_images"):
         check_range(f"--{name.replace('_', '-')}", getattr(args, name), 1, 10**7)
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as the command does
     print(f"torch {torch.__version__}, {args.threads} threads")
     if args.part == "extraction":
         extraction(args.images, args.side, args.batch_size, args.rounds)

@@ -61,7 +61,7 @@ def evaluate(
         reference: from :func:`open_reference`, or an image set. What is computed of it stays with the object, so
             that a second evaluation against it costs nothing.
         network: the feature network.
-        metrics: some of "fid", "sfid", "is", "pr"; None for all that the network and the reference allow.
+        metrics: some of "fid", "sfid", "is", "pr", "kid"; None for all but the last that network and reference allow.
         num_samples: how many to score, from the first on; None for all.
         held_out: real images that are not in the reference: they, and as many samples of the same classes, get
             the same scores.
@@ -93,8 +93,8 @@ def evaluate(
                **judge.outputs(subset=held_out is not None)}
     if held_out is not None:
         check_size(held_out, reference, "held-out images")
+    known = _reference_features(reference, network, metrics, seed, batch_size, progress)  # first: samples take longer
     found = extract(samples, network, count=count, title="samples", **options)
-    known = _reference_features(reference, network, metrics, seed, batch_size, progress)
     real = None if held_out is None else extract(held_out, network, title="held-out", **options)
     if found is None:
         return {}

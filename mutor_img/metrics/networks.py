@@ -83,7 +83,9 @@ def start(name: str | None) -> Runtime:
         raise UserError(f"--device {name}: there is no such device here ({torch.cuda.device_count()} CUDA devices); "
                         "give another or leave it out")
     launched = Runtime.start()
-    if launched.world > 1 and device.index is not None:
-        raise UserError(f"--device {name}: {launched.world} processes have a device each; give cpu, cuda, or nothing")
-    on_its_own = launched.world > 1 and device.type == launched.device.type
-    return launched if on_its_own else Runtime(device, launched.rank, launched.world)
+    if launched.world == 1:
+        return Runtime(device)
+    if name is not None and (device.index is not None or device.type != launched.device.type):
+        raise UserError(f"--device {name}: {launched.world} processes have joined on {launched.device.type}, a device "
+                        "each; leave it out, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to score on CPUs")
+    return launched

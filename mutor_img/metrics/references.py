@@ -35,7 +35,7 @@ class Reference:
     Attributes:
         name: for the result.
         kind: "adm", "statistics", "mutor_img", "images" (npz or memory) or "folder".
-        sha256: of the file, or over all files of the folder; None in memory.
+        digest: sha256 of the file; None for a folder, whose :attr:`sha256` is made when it is asked for, and in memory.
         role: "generation", "reconstruction" or None where nothing declares it.
         pool, spatial: statistics the file holds, or None.
         pool_features: (M, D) float32 features the file holds for precision and recall, or None.
@@ -47,7 +47,7 @@ class Reference:
 
     name: str
     kind: str
-    sha256: str | None = None
+    digest: str | None = None
     role: str | None = None
     pool: Statistics | None = None
     spatial: Statistics | None = None
@@ -64,6 +64,13 @@ class Reference:
         return getattr(self.images, "labels", None)
 
     @property
+    def sha256(self) -> str | None:
+        """Of the file, or over all files of the folder; None in memory."""
+        if self.digest is None and isinstance(self.images, FolderImages):
+            self.digest = self.images.sha256()  # reads every file: rank 0 alone does, where the result is written
+        return self.digest
+
+    @property
     def size(self) -> tuple[int, int] | None:
         """(H, W) of the images in pixels, or None where that is not known."""
         return self.stored_size if self.images is None else getattr(self.images, "size", None)
@@ -77,8 +84,7 @@ def open_reference(path: str | os.PathLike) -> Reference:
     """
     path = Path(path)
     if path.is_dir():
-        images = FolderImages(path)
-        return Reference(path.name, "folder", images.sha256(), images=images)
+        return Reference(path.name, "folder", images=FolderImages(path))
     if not path.exists():
         raise UserError(f"{path}: no such reference file or folder")
     members, digest = npz_members(path), file_hash(path)

@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from mutor_img import cli
 from mutor_img.errors import UserError
@@ -108,3 +109,11 @@ def test_inception_is_the_default_network(monkeypatch):
     monkeypatch.setattr(networks, "load_inception", load)
     with pytest.raises(AskedFor, match="mine"):
         main(["--samples", "x.npz", "--reference", "y.npz", "--inception-weights", "mine.pth", "--device", "cpu"])
+
+
+def test_several_processes_have_a_device_each(monkeypatch):
+    launched = networks.Runtime(torch.device("cuda", 1), 1, 2)
+    monkeypatch.setattr(networks.Runtime, "start", lambda: launched)
+    with pytest.raises(UserError, match="2 processes have joined on cuda"):
+        networks.start("cpu")
+    assert networks.start(None) is launched

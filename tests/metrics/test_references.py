@@ -5,7 +5,7 @@ import torch
 from mutor_img.errors import UserError
 from mutor_img.files import file_hash
 from mutor_img.metrics.frechet import Statistics
-from mutor_img.metrics.image_sets import ArrayImages
+from mutor_img.metrics.image_sets import ArrayImages, FolderImages
 from mutor_img.metrics.references import as_reference, check_role, open_reference, save_reference
 
 STATISTICS = {"mu": np.zeros(3, np.float32), "sigma": np.eye(3)}
@@ -46,6 +46,7 @@ def test_adms_layout_declares_generation_and_less_declares_nothing(tmp_path, noi
 def test_a_folder_is_a_reference_with_labels(digit_folders):
     found = open_reference(digit_folders["val"])
     assert (found.kind, found.role, len(found.labels)) == ("folder", None, 18)
+    assert found.sha256 == FolderImages(digit_folders["val"]).sha256() == found.digest
 
 
 def test_roles_must_agree_unless_forced(noise):
