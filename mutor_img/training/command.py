@@ -11,7 +11,7 @@ from mutor_img.training.generator import GeneratorConfig, GeneratorTask
 from mutor_img.training.loop import train
 from mutor_img.training.plan import plan_generator
 from mutor_img.training.runtime import Runtime
-from mutor_img.training.stopping import Stopped, StopRequest
+from mutor_img.training.stopping import Stopped, StopRequest, end_now
 from mutor_img.training.task import Task
 from mutor_img.training.trainer import Trainer
 
@@ -51,11 +51,10 @@ def _readable(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def run_task(task: type[Task], config: Any) -> Trainer | None:
+def run_task(task: type[Task], config: Any) -> Trainer:
     """Join the processes of the launch and train ``task(config, runtime)``.
 
-    Returns:
-        The :class:`Trainer`, or None if SIGTERM or SIGINT came before there was anything to save.
+    SIGTERM or SIGINT before there is anything to save ends the process here, with status 0.
     """
     runtime = None
     with StopRequest() as stop:
@@ -71,7 +70,7 @@ def run_task(task: type[Task], config: Any) -> Trainer | None:
         except Stopped:
             if runtime is None or (runtime.is_main and not runtime.failed()):
                 print("stopped before the first update was done; to resume, run the same command again")
-            return None
+            end_now()
 
 
 def main(argv: Sequence[str]) -> None:

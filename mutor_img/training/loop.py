@@ -70,7 +70,7 @@ def _run(trainer: Trainer, log: RunLog | None, stop: StopRequest) -> None:
             with stop.at_once() if alone or trainer.step == first else nullcontext():
                 values = trainer.gradients()
         except Stopped:
-            if not alone:
+            if trainer.step == first:
                 raise
             break
         values = trainer.apply(values)

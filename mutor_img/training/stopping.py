@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -63,3 +65,10 @@ class StopRequest:
         flag = torch.tensor([int(self.seen)])
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
         return bool(flag.item())
+
+
+def end_now() -> None:
+    """End this process with status 0 without waiting for compilers that work in the background."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -19,8 +19,7 @@ from mutor_img import checkpoint, cli, tensor_files, transformer
 from mutor_img.checkpoint import find_checkpoint, newest_checkpoint, read_meta, read_tensors
 from mutor_img.config import OptimConfig, load_config
 from mutor_img.errors import UserError
-from mutor_img.training import generator
-from mutor_img.training.command import run_task
+from mutor_img.training import command, generator
 from mutor_img.training.generator import GeneratorConfig, GeneratorTask
 from mutor_img.training.log import read_metrics
 from mutor_img.training.loop import train
@@ -174,7 +173,6 @@ def signal_in(monkeypatch, owner, name, call, number=signal.SIGTERM) -> None:
 
 
 @pytest.mark.parametrize("owner, name, call, step", [
-    (GeneratorTask, "loss", 1, 0),  # nothing is done yet: no checkpoint
     (GeneratorTask, "loss", 3, 2),  # an update's gradients are not waited for
     (GeneratorTask, "after_update", 3, 3),  # but once weights move, the update is
     (GeneratorTask, "validate", 2, 2),
@@ -186,17 +184,20 @@ def test_a_signal_at_any_moment_loses_nothing(run_training, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         signal_in(patch, owner, name, call, signal.SIGINT if call == 3 else signal.SIGTERM)
         stopped = run_training(f"run_dir={tmp_path}/stopped", *overrides)
-    found = newest_checkpoint(stopped.run_dir)
-    assert stopped.step == step and (read_meta(found)["step"] if found else 0) == step
+    assert stopped.step == step == read_meta(find_checkpoint(stopped.run_dir))["step"]
     again = run_training(f"run_dir={tmp_path}/stopped", *overrides)
     whole = run_training(f"run_dir={tmp_path}/whole", *overrides)
     assert digest(find_checkpoint(again.run_dir)) == digest(find_checkpoint(whole.run_dir))
 
 
-def test_a_signal_while_the_run_is_built_ends_it_at_once(run_file, tiny, monkeypatch, capsys, tmp_path):
-    signal_in(monkeypatch, generator, "Transformer", 1)
-    assert run_task(GeneratorTask, load_config(GeneratorConfig, run_file)) is None
-    assert "run the same command again" in capsys.readouterr().out and not (tmp_path / "runs").exists()
+@pytest.mark.parametrize("owner, name", [(generator, "Transformer"), (GeneratorTask, "loss")])
+def test_a_signal_before_there_is_anything_to_save_ends_at_once(run_file, tiny, monkeypatch, capsys, tmp_path, owner,
+                                                               name):
+    signal_in(monkeypatch, owner, name, 1)
+    monkeypatch.setattr(command, "end_now", lambda: print("ended"))
+    command.run_task(GeneratorTask, load_config(GeneratorConfig, run_file))
+    assert capsys.readouterr().out.endswith("run the same command again\nended\n")
+    assert newest_checkpoint(tmp_path / "runs" / "run") is None
 
 
 def half_written(tensors, path, **kwargs):
