@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mutor_img.transformer import Transformer
+from mutor_img.transformer import Block, Transformer
 
 
 class StaticCache(nn.Module):
@@ -91,7 +91,7 @@ class StaticDecoder(nn.Module):
             def attend(q: Tensor, k: Tensor, v: Tensor, cache: StaticCache = cache) -> Tensor:
                 return cache.attend(q, k, v, position, mask)
 
-            x = layer(x, rope, attend)
+            x = Block.forward(layer, x, rope, attend)  # the class's: training may have compiled the instance's
         return self.output(self.norm(x))[:, 0]  # (R, V)
 
 

@@ -296,6 +296,17 @@ def test_the_step_for_gpus_is_one_graph_for_all_positions_over_static_weights_an
     assert sorted(graphs.static[0]) == [False] * 2 + [True] * (2 * 7 + 3 + 1 + 1 + 2 * 2)
 
 
+def test_blocks_that_training_has_compiled_are_decoded_without_that(random_model, monkeypatch):
+    monkeypatch.setattr(StaticDecoder, "compile_step", lambda self, **options: setattr(self, "compiled", self))
+    model, codes = random_model(), torch.randint(11, (5, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(LABELS, codes[:, :-1])
+        for block in model.layers:
+            block.forward = None  # what compile_blocks replaces
+        for decoder in (packed_decoder(model, 5), StaticDecoder(model, 5)):
+            torch.testing.assert_close(cached_logits(decoder, LABELS, codes), expected, rtol=0, atol=1e-5)
+
+
 def test_the_gpu_path_gives_the_codes_of_the_cpu_path(random_model, monkeypatch):
     monkeypatch.setattr(StaticDecoder, "compile_step", lambda self, **options: setattr(self, "compiled", self))
     model = random_model(dropout=0.5).train()
