@@ -45,8 +45,8 @@ def list_images(root: str | Path, classes: list[str] | None = None, *, progress:
     folders = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     loose = [entry.name for entry in entries if entry.is_file() and _is_image(entry.name)]
     if loose:
-        raise UserError(f"{root}: {loose[0]} lies outside of the class folders; put each image into its class's, or "
-                        "give the file that holds the labels with --labels")
+        raise UserError(f"{root}: {loose[0]} lies outside of the class folders; put each image into its class's "
+                        "(tokenizer.encode also takes a file of labels: --labels)")
     if not folders:
         raise UserError(f"{root}: no class folders in it; expected one sub-folder of images a class")
     if set(folders) <= _SPLITS:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from mutor_img.errors import UserError
-from tokenizer.folder import list_images
+from tokenizer.folder import ImageFolder, list_images, walk
 from tokenizer.label_file import list_labelled
 from tokenizer.parquet import find_shards, list_parquet
 from tokenizer.sources import ImageSource, read_class_list
@@ -38,3 +40,19 @@ def open_images(images: str | Path, *, labels: str | Path | None = None, classes
     if labels is not None:
         return list_labelled(images, labels, known)
     return list_images(images, known, progress=progress)
+
+
+def open_unlabelled(images: str | Path) -> ImageSource:
+    """List the images at a path whose labels do not matter: as :func:`open_images`, and also those that lie flat.
+
+    Raises:
+        UserError: no layout fits.
+    """
+    root = Path(images)
+    if not root.is_dir() or find_shards(root) or any(entry.is_dir() for entry in root.iterdir()):
+        return open_images(root)
+    found, left_out = walk(root)
+    if not found:
+        return open_images(root)  # which says what is missing
+    return ImageFolder(root, ["images"], [path for path, _ in found], [size for _, size in found],
+                       np.zeros(len(found), np.int64), left_out)

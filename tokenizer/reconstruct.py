@@ -17,7 +17,7 @@ from mutor_img.files import write_json
 from mutor_img.images import to_nhwc, write_png
 from tokenizer.crops import crop_rule, to_float
 from tokenizer.encode import Squares
-from tokenizer.folder import list_images
+from tokenizer.layouts import open_unlabelled
 from tokenizer.loading import load_tokenizer
 from tokenizer.pictures import before_after
 from tokenizer.scores import METRICS, ReconstructionScores
@@ -35,7 +35,7 @@ def reconstruct_folder(vq: VQModel, images: str | Path, *, num_images: int = 0, 
 
     Args:
         vq: the tokenizer.
-        images: folder with one sub-folder of images a class.
+        images: folder of images, flat or with a sub-folder a class; or Parquet files, as tokenizer.encode takes them.
         num_images: how many, spread evenly over the folder; 0: all.
         image_size: pixels a side; the tokenizer's own unless given.
         batch_size: images at a time.
@@ -57,7 +57,7 @@ def reconstruct_folder(vq: VQModel, images: str | Path, *, num_images: int = 0, 
         raise UserError("the tokenizer does not say its image size; give --image-size")
     vq.grid_for(image_size)
     device = vq.quant_conv.weight.device
-    folder = list_images(images)
+    folder = open_unlabelled(images)
     numbers = folder.spread(num_images)
     loader = DataLoader(Squares(folder, numbers, vq.image_channels, image_size, crop_rule("center")), batch_size,
                         num_workers=workers)
@@ -111,7 +111,7 @@ def _parser() -> Parser:
     )
     add = parser.add_argument
     add("--tokenizer", required=True, help="tokenizer run folder, or released LlamaGen .pt")
-    add("--images", required=True, help="folder with one sub-folder of images a class")
+    add("--images", required=True, help="folder of images, flat or by class; or of Parquet files, as for encode")
     add("--num-images", type=int, default=0, help="images, spread evenly over the folder; 0: all")
     add("--image-size", type=int, help="pixels a side (the tokenizer's own unless given)")
     add("--batch-size", type=int, default=32, help="images at a time")

@@ -12,7 +12,7 @@ from photographs import WNIDS, write_photographs
 
 from mutor_img.errors import UserError
 from tokenizer.folder import list_images
-from tokenizer.layouts import open_images
+from tokenizer.layouts import open_images, open_unlabelled
 from tokenizer.sources import imagenet_words, read_class_list
 
 
@@ -240,3 +240,12 @@ def test_the_archives_own_tars_are_to_be_unpacked(tmp_path):
     (tmp_path / "n01440764").mkdir()
     with pytest.raises(UserError, match="no images in this class folder"):
         open_images(tmp_path)  # beside class folders a tar is left over
+
+
+def test_images_without_labels_may_lie_flat(tree, flat, tmp_path):
+    source = open_unlabelled(flat[0])
+    assert source.files == [f"{name}.JPEG" for name in flat[1]] and source.spread(4).tolist() == [0, 32, 64, 96]
+    assert open_unlabelled(tree).files == list_images(tree).files
+    for path, message in ((tmp_path, "no class folders"), (tmp_path / "no", "no such folder")):
+        with pytest.raises(UserError, match=message):
+            open_unlabelled(path)
