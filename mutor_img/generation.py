@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mutor_img.decoder import Decoder, pack
+from mutor_img.decoder import Decoder, PackedTransformer, pack
 from mutor_img.errors import UserError, check_range
 from mutor_img.guidance import guidance_scales, guide
-from mutor_img.static_decoder import static_decoder
+from mutor_img.static_decoder import StaticDecoder, static_decoder
 from mutor_img.streams import Stream, uniform
 from mutor_img.transformer import Transformer
 
@@ -99,13 +99,14 @@ class Sampler:
         count: sequences the network runs on at a time; batches are cut and padded to it.
     """
 
-    def __init__(self, model: Transformer, settings: SamplingSettings, batch: int):
+    def __init__(self, model: Transformer, settings: SamplingSettings, batch: int, keep: bool = True):
         """Prepare.
 
         Args:
             model: the transformer.
             settings: what decides the samples.
             batch: sequences at a time where the number is free, that is anywhere but on CPUs in fp32.
+            keep: False: nothing is compiled or kept beside the model; for a few images amid training.
 
         Raises:
             UserError: settings out of range.
@@ -122,7 +123,10 @@ class Sampler:
         rows = self.halves * self.count
         self.static = weight.device.type != "cpu"
         with torch.no_grad():
-            self.decoder = static_decoder(model, rows) if self.static else Decoder(pack(model), rows)
+            if self.static:
+                self.decoder = static_decoder(model, rows) if keep else StaticDecoder(model, rows, eager=True)
+            else:
+                self.decoder = Decoder(pack(model) if keep else PackedTransformer(model), rows)
 
     def generate(self, labels: Tensor, samples: Tensor) -> Tensor:
         """Return codes (B, N) int64 on the model's device for labels and sample numbers (B,) int64, any B.

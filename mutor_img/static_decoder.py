@@ -51,8 +51,8 @@ class StaticDecoder(nn.Module):
         rows: sequences of every step.
     """
 
-    def __init__(self, model: Transformer, rows: int):
-        """Allocate the cache for ``rows`` sequences; compiles nothing."""
+    def __init__(self, model: Transformer, rows: int, eager: bool = False):
+        """Allocate the cache for ``rows`` sequences; the step is compiled when it is first called, or never."""
         super().__init__()
         config, like = model.config, model.output.weight
         self.rows = rows
@@ -62,7 +62,7 @@ class StaticDecoder(nn.Module):
             StaticCache(rows, config.heads, config.length, config.dim // config.heads, like) for _ in model.layers)
         self.register_buffer("places", torch.arange(config.length, device=like.device), persistent=False)
         self.position = torch.zeros(1, dtype=torch.int64, device=like.device)  # an argument of the step
-        self.compiled = None
+        self.compiled = self.forward if eager else None
 
     def forward(self, codes: Tensor, position: Tensor) -> Tensor:
         """Return logits (R, V) of x_{t+1} for codes x_t (R,) int64 at position t (1,) int64: the step to compile."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 DECODE = 64  # images the tokenizer decodes at a time; at full resolution they take far more memory than the codes
 PIXELS = 96  # smaller images are magnified to about this in grids
+TRAINING_BATCH = 16  # images at a time of a picture amid training, on GPUs
 FRAMES = 8  # moments of an image that a strip shows
 GREY = 128  # cells whose codes are still to come
 
@@ -93,14 +94,14 @@ def verified_tokenizer(codes: dict[str, Any], device: torch.device | str, model:
 
 
 def class_grid(model: Transformer, tokenizer: VQModel, classes: Sequence[int], columns: int, names: Sequence[str],
-               settings: SamplingSettings, batch: int = DECODE) -> Image:
+               settings: SamplingSettings, batch: int = DECODE, keep: bool = True) -> Image:
     """Return a picture with a row of ``columns`` samples for each of ``classes`` and the class's name beside it.
 
-    The image in row r, column c is sample number r * columns + c. Small images are magnified. ``batch`` images are
-    made at a time.
+    The image in row r, column c is sample number r * columns + c. Small images are magnified. ``batch`` and ``keep``
+    are those of :class:`~mutor_img.generation.Sampler`.
     """
     labels = torch.tensor(classes).repeat_interleave(columns)  # (rows * columns,)
-    sampler = Sampler(model, settings, min(batch, len(labels)))
+    sampler = Sampler(model, settings, min(batch, len(labels)), keep)
     images = np.concatenate([decode_images(tokenizer, sampler.generate(labels[part], part), model.config.grid)
                              for part in torch.arange(len(labels)).split(batch)])
     return grid_picture(images, columns, row_names=[names[label] for label in classes], scale=_magnified(images))
@@ -145,4 +146,6 @@ def draw_training_grid(model: Transformer, codes: dict[str, Any], pictures: Any,
     settings = SamplingSettings(cfg_scale=pictures.cfg_scale, seed=seed)
     classes = range(min(10, model.config.classes))
     names = readable_names(codes.get("class_names"), model.config.classes)
-    write_png(path, class_grid(model, tokenizer, list(classes), pictures.per_class, names, settings))
+    # Little memory, and none of it for longer than the picture: training needs it.
+    write_png(path, class_grid(model, tokenizer, list(classes), pictures.per_class, names, settings, TRAINING_BATCH,
+                               keep=False))

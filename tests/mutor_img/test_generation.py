@@ -2,6 +2,8 @@
 
 import gc
 import math
+import weakref
+from functools import partial
 
 import numpy as np
 import pytest
@@ -34,13 +36,12 @@ def cached_logits(decoder, labels, codes):
     return torch.stack(steps, 1)
 
 
-@pytest.mark.parametrize("build", [packed_decoder, StaticDecoder], ids=["packed", "static"])
+@pytest.mark.parametrize("build", [packed_decoder, partial(StaticDecoder, eager=True)], ids=["packed", "static"])
 @pytest.mark.parametrize("heads", [1, 2, 4])
-def test_cached_logits_equal_those_of_whole_forward_passes(random_model, monkeypatch, heads, build):
+def test_cached_logits_equal_those_of_whole_forward_passes(random_model, heads, build):
     model = random_model(heads=heads)
     codes = torch.randint(11, (5, 20), generator=torch.Generator().manual_seed(1))
     labels = torch.tensor([0, 1, 2, 3, 0])  # 3: the null class
-    monkeypatch.setattr(StaticDecoder, "compile_step", lambda self, **options: setattr(self, "compiled", self))
     with torch.no_grad():
         ours = cached_logits(build(model, 5), labels, codes)
         torch.testing.assert_close(ours, model(labels, codes[:, :-1]), rtol=0, atol=1e-5)
@@ -296,25 +297,38 @@ def test_the_step_for_gpus_is_one_graph_for_all_positions_over_static_weights_an
     assert sorted(graphs.static[0]) == [False] * 2 + [True] * (2 * 7 + 3 + 1 + 1 + 2 * 2)
 
 
-def test_blocks_that_training_has_compiled_are_decoded_without_that(random_model, monkeypatch):
-    monkeypatch.setattr(StaticDecoder, "compile_step", lambda self, **options: setattr(self, "compiled", self))
+def test_blocks_that_training_has_compiled_are_decoded_without_that(random_model):
     model, codes = random_model(), torch.randint(11, (5, 20), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = model(LABELS, codes[:, :-1])
         for block in model.layers:
             block.forward = None  # what compile_blocks replaces
-        for decoder in (packed_decoder(model, 5), StaticDecoder(model, 5)):
+        for decoder in (packed_decoder(model, 5), StaticDecoder(model, 5, eager=True)):
             torch.testing.assert_close(cached_logits(decoder, LABELS, codes), expected, rtol=0, atol=1e-5)
 
 
-def test_the_gpu_path_gives_the_codes_of_the_cpu_path(random_model, monkeypatch):
-    monkeypatch.setattr(StaticDecoder, "compile_step", lambda self, **options: setattr(self, "compiled", self))
+def test_the_gpu_path_gives_the_codes_of_the_cpu_path(random_model):
     model = random_model(dropout=0.5).train()
     for settings in ({}, {"cfg_scale": 1.0}, {"cfg_schedule": "interval", "cfg_parameter": 2, "top_k": 5}):
         sampler = Sampler(model, SamplingSettings(**settings), 4)
         sampler.fixed, sampler.static, sampler.count = False, True, 4
-        sampler.decoder = static_decoder(model, 4 * sampler.halves)
+        sampler.decoder = StaticDecoder(model, 4 * sampler.halves, eager=True)
         assert torch.equal(sampler.generate(LABELS, torch.arange(5)), codes_of(model, **settings))
+
+
+def test_a_decoder_for_gpus_serves_until_shapes_or_weights_move(random_model):
+    model = random_model()
+    decoder = static_decoder(model, 4)
+    model.output.weight.data.mul_(2)  # in place: its graph reads the new values
+    assert static_decoder(model, 4) is decoder
+    assert static_decoder(model, 6) is not decoder
+    decoder = static_decoder(model, 4)
+    model.output.weight.data = model.output.weight.data.clone()
+    assert static_decoder(model, 4) is not decoder
+    gone = weakref.ref(model)
+    del model, decoder
+    gc.collect()
+    assert gone() is None
 
 
 def test_memory_does_not_grow_with_steps(random_model, monkeypatch):

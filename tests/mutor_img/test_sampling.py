@@ -19,6 +19,7 @@ from accelerate import PartialState
 from PIL import Image
 from tiny_runs import NAMES, write_tokenizer
 
+from mutor_img import decoder as decoder_module
 from mutor_img.checkpoint import write_checkpoint
 from mutor_img.errors import UserError
 from mutor_img.generation import Sampler, SamplingSettings, generate
@@ -357,7 +358,9 @@ def test_the_training_grid_needs_the_runs_metadata_alone(run_of, random_model, t
     codes = {"tokenizer": vq.path, "tokenizer_hash": vq.hash, "class_names": NAMES, "image_size": 8, "path": "codes"}
     pictures = SimpleNamespace(cfg_scale=2.0, per_class=2)
     draw_training_grid(random_model((4, 4)), codes, pictures, 0, tmp_path / "a.png")
-    draw_training_grid(random_model((4, 4)).train(), codes, pictures, 0, tmp_path / "b.png")
+    kept = len(decoder_module._PACKED)
+    draw_training_grid(model := random_model((4, 4)).train(), codes, pictures, 0, tmp_path / "b.png")
+    assert len(decoder_module._PACKED) == kept and model.training  # no second copy of the weights stays
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     with pytest.raises(UserError, match="sha256"):
         draw_training_grid(random_model((4, 4)), {**codes, "tokenizer_hash": "0" * 64}, pictures, 0, tmp_path / "c.png")
