@@ -106,6 +106,7 @@ def test_a_run_without_a_discriminator_is_not_gone_on_with_as_if_it_had_one(comm
     main([*command, "train.steps=1"])
     assert "without a discriminator" in refused(main, *command, *TERM)
     assert "too many for images of 16 pixels" in refused(main, *command, *TERM, "loss.discriminator_layers=3")
+    assert "give train.parallel=ddp" in refused(main, *command, "train.parallel=fsdp")
 
 
 def test_two_processes_give_the_curve_and_the_weights_of_one(command, tmp_path):
