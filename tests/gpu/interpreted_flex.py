@@ -12,7 +12,9 @@ import json
 import os
 import sys
 
-os.environ.update(TRITON_INTERPRET="1", TORCHINDUCTOR_COMPILE_THREADS="1", TORCHINDUCTOR_FORCE_DISABLE_CACHES="1")
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
 
 import torch
 
@@ -23,13 +25,16 @@ CASES = {f"{name}-{head_dim}": (law, head_dim) for name, law in {
     "paper_dense": {"grid": (16, 16), "count": None}}.items() for head_dim in (64, 100)}
 
 
-class InterpretedDevice:
+class AbsentDevice:
     """What Triton and Inductor ask of a driver when there is none."""
+
+    def __init__(self, capability):
+        self.capability = capability
 
     def get_current_target(self):
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", int(10 * self.capability), 32)
 
     def get_active_torch_device(self):
         return torch.device("cpu")
@@ -51,7 +56,8 @@ def patched(module, old, new):
     exec(compile(source.replace(old, new), module.__file__, "exec"), module.__dict__)
 
 
-def lower_as_on_a_gpu():
+def lower_as_on_a_gpu(capability=9.0):
+    """Have Inductor lower FlexAttention on CPU tensors as it would on a GPU, with that GPU's tile sizes."""
     import torch._inductor.choices as choices
     import torch._inductor.config
     import torch._inductor.lowering
@@ -60,10 +66,11 @@ def lower_as_on_a_gpu():
     import triton
     from torch._inductor.heuristics.template.triton import CUDAConfigHeuristic
 
-    triton.runtime.driver.set_active(InterpretedDevice())
+    triton.runtime.driver.set_active(AbsentDevice(capability))
     torch.utils._triton.has_triton_cpu_backend = lambda: True
     torch._inductor.config.cpu_backend = "triton"
-    torch.cuda.get_device_capability = lambda *device: (9, 0)
+    torch._inductor.config.force_disable_caches = True  # their keys do not know which GPU is meant here
+    torch.cuda.get_device_capability = lambda *device: divmod(int(10 * capability), 10)
     choices.InductorChoices.get_config_heuristics = lambda self, device_type="cuda": CUDAConfigHeuristic()
     patched(front, """any_inputs_on_cpu_device = (
         query.device.type == "cpu"
