@@ -25,6 +25,7 @@ _REPEATED = ("checkpoint", "tokenizer", "weights", "classes", "labels", "cfg_sch
 
 def _parser() -> Parser:
     parser = Parser(
+        prog="python -m mutor_img.sweep",
         description="Score a checkpoint over guidance scales and temperatures with few samples a point. A killed sweep "
                     "goes on with the same command; more values are added to what is there.",
         example="torchrun --nproc-per-node 8 -m mutor_img.sweep --checkpoint runs/imagenet256/mutor2d_b_80 "
