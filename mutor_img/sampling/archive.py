@@ -172,8 +172,10 @@ def open_archive(out: str | Path, settings: dict[str, Any]) -> SampleArchive:
     """Return the sample set that ``out`` asks for: an npz by its ending, a folder where it has none or a slash.
 
     Raises:
-        UserError: another ending.
+        UserError: another ending, or no name.
     """
+    if not Path(out).name:
+        raise UserError(f"{out}: has no name of its own; give a new folder, or a file that ends in .npz")
     if str(out).endswith(os.sep) or not Path(out).suffix:
         return SampleFolder(out, settings)
     if Path(out).suffix != ".npz":

@@ -403,7 +403,8 @@ def test_a_released_file_needs_its_tokenizer_named(random_model, tmp_path):
 
 @pytest.mark.parametrize(("flags", "words"), [
     ([], "nothing to write; give --out"), (["--out", "s.zip"], "s.zip: must end in .npz, or in / for a folder"),
-    (["--grid", "g.jpg"], "must end in .png"), (["--show-steps", "s.gif"], "s.gif: must end in .png"),
+    (["--out", "./"], "./: has no name of its own"), (["--grid", "g.jpg"], "must end in .png"),
+    (["--show-steps", "s.gif"], "s.gif: must end in .png"),
     (["--grid", "g.png", "--labels", "random"], "--labels does nothing for --grid"),
     (["--show-steps", "s.png", "--num-samples", "5"], "--num-samples does nothing for --show-steps"),
     (["--show-steps", "s.png", "--batch-size", "5"], "--batch-size does nothing for --show-steps"),
@@ -423,6 +424,12 @@ def test_a_mistake_is_one_clear_line(run_of, tmp_path, monkeypatch, flags, words
         main(["--checkpoint", run, *flags])
     assert words in str(error.value) and "\n" not in str(error.value)
     assert not list(tmp_path.glob("s.*"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_is_refused_where_there_is_none(tmp_path):
+    with pytest.raises(UserError, match="--device cuda: there is no CUDA device here"):
+        main(["--checkpoint", "absent", "--out", str(tmp_path / "s.npz"), "--device", "cuda"])
 
 
 @pytest.mark.parametrize(("codes", "words"), [
