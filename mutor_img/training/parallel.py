@@ -57,8 +57,24 @@ def distribute(model: nn.Module, blocks: list[nn.Module], train: TrainConfig, ru
         shard(model, blocks, train, runtime)
     elif runtime.world > 1:
         devices = [runtime.device] if runtime.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
+        wrapped = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True,
+                                          broadcast_buffers=False)
+        _settle_buckets(wrapped)
+        return wrapped
     return model
+
+
+def _settle_buckets(wrapped: DistributedDataParallel) -> None:
+    """Have DDP lay out its buckets of gradients for good, by an empty backward pass before the first update.
+
+    It does so once in a process, in the order in which gradients first arrived. A sum over three or more processes
+    rounds by a gradient's place, so that without this a resumed run would leave the bytes of an uninterrupted one.
+    """
+    model = wrapped.module
+    model.forward = lambda: 0.0 * sum(p.sum() for p in model.parameters() if p.requires_grad)
+    wrapped().backward()
+    del model.forward
+    model.zero_grad(set_to_none=True)
 
 
 def shard(model: nn.Module, blocks: list[nn.Module], train: TrainConfig, runtime: Runtime) -> None:

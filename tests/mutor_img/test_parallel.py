@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -103,11 +104,39 @@ def fail_on_rank_1(root: Path) -> None:
         run(root, "failed", (FSDP,))
 
 
-def work(rank: int, port: int, root: Path) -> None:
-    """What each of the two processes does."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+def join(rank: int, world: int, port: int) -> None:
+    """Stand for what a launcher sets."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port), OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
+
+
+def launch(world: int, target: Callable, root: Path) -> list[int]:
+    """Run ``target(rank, world, port, root)`` in new processes; returns their statuses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [multiprocessing.get_context("spawn").Process(target=target, args=(rank, world, port, root))
+                 for rank in range(world)]
+    for process in processes:
+        process.start()
+    begun = time.monotonic()
+    for process in processes:
+        process.join(timeout=500 - (time.monotonic() - begun))
+        process.kill()
+    return [process.exitcode for process in processes]
+
+
+def three(rank: int, world: int, port: int, root: Path) -> None:
+    """What each of three processes does."""
+    join(rank, world, port)
+    for name, steps in (("three", 3), ("three_parts", 2), ("three_parts", 3)):
+        run(root, name, ("train.global_batch=3", f"train.steps={steps}"))
+
+
+def work(rank: int, world: int, port: int, root: Path) -> None:
+    """What each of the two processes does."""
+    join(rank, world, port)
     with open(root / f"stderr_{rank}", "w") as file, contextlib.redirect_stderr(file):
         for name, overrides in SCENARIOS:
             trainer = run(root, name, overrides)
@@ -134,18 +163,8 @@ def root(tmp_path_factory, make_codes) -> Path:
     try:
         run(root, "one", ())
         run(root, "one_two_one", ("train.steps=2",))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        processes = [multiprocessing.get_context("spawn").Process(target=work, args=(rank, port, root))
-                     for rank in range(2)]
-        for process in processes:
-            process.start()
-        begun = time.monotonic()
-        for process in processes:
-            process.join(timeout=500 - (time.monotonic() - begun))
-            process.kill()
-        (root / "status").write_text(json.dumps([process.exitcode for process in processes]))
+        (root / "status").write_text(json.dumps(launch(2, work, root)))
+        launch(3, three, root)
         run(root, "one_two_one", ())
     finally:
         transformer.PRESETS["mnist"] = preset
@@ -179,7 +198,7 @@ def test_the_validation_loss_is_that_of_one_process(root, name):
     assert len(scores[0]) == 1 and scores[1] == pytest.approx(scores[0], abs=2e-5)
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "three"])  # sums of three depend on their order
 def test_a_resume_on_as_many_processes_is_exact_to_the_byte(root, name):
     whole, parts = (find_checkpoint(root / n) for n in (name, f"{name}_parts"))
     assert read_meta(whole)["files"] == read_meta(parts)["files"] and curve(root, name) == curve(root, f"{name}_parts")

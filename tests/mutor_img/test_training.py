@@ -139,14 +139,6 @@ def python(*arguments, **kwargs) -> subprocess.CompletedProcess:
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300, **kwargs)
 
 
-def test_two_processes_give_the_curve_of_one(run_file, tmp_path):
-    one = python("train.py", "--config", run_file, f"run_dir={tmp_path}/one", "registers.count=null")
-    two = python("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29571", "train.py",
-                 "--config", run_file, f"run_dir={tmp_path}/two", "registers.count=null")
-    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=2e-5)
-
-
 def test_sigterm_saves_and_the_same_command_goes_on(run_file, tmp_path):
     words = [sys.executable, "train.py", "--config", str(run_file), "train.steps=100000", "train.checkpoint_every=0"]
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
