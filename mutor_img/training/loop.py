@@ -104,7 +104,7 @@ def _due(step: int, every: int, done: bool) -> bool:
 
 
 def _evaluate(trainer: Trainer, log: RunLog | None, bar: tqdm) -> None:
-    """Validate and draw, where this step is due for it."""
+    """Validate, score and draw, where this step is due for it."""
     train, step, task = trainer.config.train, trainer.step, trainer.task
     done = step == train.steps
     if _due(step, train.validate_every, done):
@@ -112,12 +112,12 @@ def _evaluate(trainer: Trainer, log: RunLog | None, bar: tqdm) -> None:
         with torch.no_grad(), trainer.runtime.autocast(train.precision), torch.compiler.set_stance("force_eager"):
             _note(log, bar, step, task.validate(trainer.best_model.eval()))
     if _due(step, task.score_every, done):
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad():
             _note(log, bar, step, task.score(trainer.whole_model(), step))
     if _due(step, train.picture_every, done):
         model = trainer.whole_model(everywhere=False)
         if model is not None:
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            with torch.no_grad():
                 task.draw_pictures(model, trainer.run_dir / "pictures", step)
     if log and _due(step, train.checkpoint_every, False):
         log.draw(task.headline)

@@ -216,6 +216,7 @@ def test_a_sharded_checkpoint_holds_every_row_once_and_loads_as_a_model(root):
     folder = find_checkpoint(root / "fsdp")
     sizes = [(folder / f"model.0000{rank}-of-00002.safetensors").stat().st_size for rank in range(2)]
     assert max(sizes) < 1.2 * min(sizes)
+    assert all(path.stat().st_mode & 0o666 == folder.stat().st_mode & 0o666 for path in folder.iterdir())
     model, ema = (load_checkpoint(root / "fsdp", ema=which).state_dict() for which in (False, True))
     assert not any("_orig_mod" in k or "_checkpoint" in k for k in model)
     assert all(torch.equal(saved(root, "fsdp", "model")[k], v) for k, v in model.items())
