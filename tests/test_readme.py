@@ -22,7 +22,7 @@ class Parsed(Exception):
 def shown() -> list[str]:
     documents = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     lines = [line.strip() for path in documents for line in path.read_text().replace("\\\n", " ").splitlines()
-             if re.match(r"( {4,}|\t)?(python|torchrun|make) ", line)]
+             if re.match(r"( {4,}|\t)(python|torchrun|accelerate launch|make) ", line)]
     return sorted(set(lines))
 
 
