@@ -1,5 +1,6 @@
 """A small code store and a small training run, shared by the tests of training."""
 
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,14 @@ def write_codes(folder: Path, seed: int = 0, images: int = 10, views: int = 2, t
                      [block_checksum(codes[i: i + block], labels[i: i + block]) for i in range(0, images, block)])
     write_json(folder / "codes.json", info.to_json())
     return folder
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Return a context of processes that are forked from one that has imported everything, and done nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mutor_img.training.command"])
+    return context
 
 
 @pytest.fixture(scope="session")

@@ -3,12 +3,12 @@
 import contextlib
 import functools
 import json
-import multiprocessing
 import os
 import signal
 import socket
 import time
 from collections.abc import Callable
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import pytest
@@ -111,13 +111,12 @@ def join(rank: int, world: int, port: int) -> None:
     torch.set_num_threads(1)
 
 
-def launch(world: int, target: Callable, root: Path) -> list[int]:
+def launch(context: BaseContext, world: int, target: Callable, root: Path) -> list[int]:
     """Run ``target(rank, world, port, root)`` in new processes; returns their statuses."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [multiprocessing.get_context("spawn").Process(target=target, args=(rank, world, port, root))
-                 for rank in range(world)]
+    processes = [context.Process(target=target, args=(rank, world, port, root)) for rank in range(world)]
     for process in processes:
         process.start()
     begun = time.monotonic()
@@ -155,7 +154,7 @@ def work(rank: int, world: int, port: int, root: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory, make_codes) -> Path:
+def root(tmp_path_factory, make_codes, processes) -> Path:
     """A folder in which one process, then two, then one again have run everything."""
     root = tmp_path_factory.mktemp("parallel")
     (root / "run.yaml").write_text(RUN.format(codes=make_codes(root / "codes")))
@@ -163,8 +162,8 @@ def root(tmp_path_factory, make_codes) -> Path:
     try:
         run(root, "one", ())
         run(root, "one_two_one", ("train.steps=2",))
-        (root / "status").write_text(json.dumps(launch(2, work, root)))
-        launch(3, three, root)
+        (root / "status").write_text(json.dumps(launch(processes, 2, work, root)))
+        launch(processes, 3, three, root)
         run(root, "one_two_one", ())
     finally:
         transformer.PRESETS["mnist"] = preset

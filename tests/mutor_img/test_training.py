@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -236,12 +235,11 @@ def killed_run(run_file, run_dir, where) -> None:
     train(GeneratorTask(config, runtime), config, runtime)
 
 
-def test_a_kill_at_any_moment_loses_at_most_the_steps_since_the_last_checkpoint(run_file, run_training, tmp_path):
-    context = multiprocessing.get_context("forkserver")  # imports once for all of them
-    context.set_forkserver_preload(["mutor_img.training.generator", "mutor_img.training.loop"])
+def test_a_kill_at_any_moment_loses_at_most_the_steps_since_the_last_checkpoint(run_file, run_training, tmp_path,
+                                                                                processes):
     for where in KILLS:
         run_dir = tmp_path / where.replace(" ", "_")
-        process = context.Process(target=killed_run, args=(run_file, run_dir, where))
+        process = processes.Process(target=killed_run, args=(run_file, run_dir, where))
         process.start()
         process.join(200)
         assert process.exitcode == -signal.SIGKILL, where
