@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +21,13 @@ from mutor_img.files import read_json, write_json
 from mutor_img.generation import SamplingSettings, generate_samples
 from mutor_img.loading import Loaded, load_run
 from mutor_img.metrics.digits import load_digits
-from mutor_img.metrics.evaluator import evaluate
-from mutor_img.metrics.image_sets import ArrayImages, FolderImages
+from mutor_img.metrics.image_sets import FolderImages
 from mutor_img.metrics.references import Reference, as_reference
 from mutor_img.sampling.labels import make_labels
-from mutor_img.sampling.pictures import sample_images
+from mutor_img.sampling.source import SampleSource
 from mutor_img.study.config import StudyConfig
 from mutor_img.study.mnist import prepare_mnist
+from mutor_img.sweep import SweepPoint, sweep
 from mutor_img.training.generator import GeneratorConfig
 from tokenizer import load_tokenizer
 
@@ -204,18 +203,13 @@ def repeated(codes: Tensor, known: Tensor) -> int:
 
 def select_guidance(config: StudyConfig, loaded: Loaded, reference: Reference, network) -> list[dict[str, Any]]:
     """Return one row of scores a guidance scale."""
-    tokenizer = load_tokenizer(loaded.codes["tokenizer"])
-    classes = range(loaded.model.config.classes)
-    labels = make_labels("random", classes, config.selection_samples, config.selection_seed)
-    rows = []
-    for scale in config.cfg_scales:
-        begun = time.perf_counter()
-        settings = SamplingSettings(cfg_scale=scale, seed=config.selection_seed)
-        images = sample_images(loaded.model, tokenizer, labels, torch.arange(len(labels)), settings)
-        result = evaluate(ArrayImages(images, labels.numpy()), reference, network, metrics=("fid", "pr"))
-        rows.append({"cfg_scale": scale, **{k: result[k] for k in ("fd", "recognised", "precision", "recall")}})
-        print(f"guidance {scale:<4} " + "  ".join(f"{k} {v:.3f}" for k, v in rows[-1].items() if k != "cfg_scale")
-              + f"  ({time.perf_counter() - begun:.0f} s)", flush=True)
+    settings = SamplingSettings(seed=config.selection_seed)
+    source = SampleSource(loaded, load_tokenizer(loaded.codes["tokenizer"]), settings, "random", None, (), "fp32")
+    points, rows = [SweepPoint(scale, 1.0) for scale in config.cfg_scales], []
+    for row in sweep(source, points, config.selection_samples, reference, network, metrics=("fid", "pr")):
+        rows.append({key: row[key] for key in ("cfg_scale", "fd", "recognised", "precision", "recall")})
+        print(f"guidance {row['cfg_scale']:<4} fd {row['fd']:.2f}  recognised {row['recognised']:.1%}  precision "
+              f"{row['precision']:.3f}  recall {row['recall']:.3f}  ({row['seconds']:.0f} s)", flush=True)
     return rows
 
 

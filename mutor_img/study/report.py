@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mutor_img.metrics.report import aligned
+
 ROWS = (  # key, what a reader calls it, format
     ("updates", "updates", "{:,.0f}"),
     ("training_seconds", "training seconds", "{:,.0f}"),
@@ -37,9 +39,7 @@ def score_table(scores: dict[str, dict[str, Any]]) -> str:
     for key, title, form in ROWS:
         if any(key in column for column in columns.values()):
             lines.append([title, *(form.format(c[key]) if c.get(key) is not None else "-" for c in columns.values())])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))])
-                     for line in lines)
+    return "\n".join(aligned(lines))
 
 
 def tokenizer_line(scores: dict[str, Any], classifier: dict[str, Any]) -> str:

@@ -138,16 +138,12 @@ def scored(config: StudyConfig, monkeypatch) -> None:
 
 
 def chosen(config: StudyConfig, monkeypatch) -> str:
-    """Return the labels and settings that guidance scales are judged by."""
-    drawn = []
-    scores = dict.fromkeys(("fd", "recognised", "precision", "recall"), 0.0)
+    """Return the samples that guidance scales are judged by."""
     monkeypatch.setattr(pipeline, "load_tokenizer", lambda path: None)
-    monkeypatch.setattr(pipeline, "sample_images", lambda model, vq, labels, *rest: drawn.append((labels, rest[1:])))
-    monkeypatch.setattr(pipeline, "ArrayImages", lambda images, labels: None)
-    monkeypatch.setattr(pipeline, "evaluate", lambda *arguments, **named: scores)
-    model = SimpleNamespace(config=SimpleNamespace(classes=10))
-    pipeline.select_guidance(config, SimpleNamespace(codes={"tokenizer": ""}, model=model), None, None)
-    return repr(drawn)
+    swept = []
+    monkeypatch.setattr(pipeline, "sweep", lambda *arguments, **named: swept.append(arguments[:3]) or [])
+    pipeline.select_guidance(config, SimpleNamespace(codes={"tokenizer": ""}), None, None)
+    return repr(swept)
 
 
 @pytest.mark.parametrize("change, observe", [
