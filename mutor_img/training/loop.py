@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import nullcontext, suppress
 from typing import Any
@@ -46,7 +47,7 @@ def train(task: Task, config: Any, runtime: Runtime, stop: StopRequest | None = 
         return trainer
     log = RunLog(trainer.run_dir, trainer.step) if runtime.is_main else None
     if log:
-        write_atomic(trainer.run_dir / "config.yaml", lambda path: path.write_text(to_yaml(config)))
+        _record(trainer)
     try:
         _run(trainer, log, stop)
     finally:
@@ -55,6 +56,17 @@ def train(task: Task, config: Any, runtime: Runtime, stop: StopRequest | None = 
     if runtime.is_main and trainer.step < config.train.steps:
         print(f"stopped after update {trainer.step}; to resume, run the same command again")
     return trainer
+
+
+def _record(trainer: Trainer) -> None:
+    """Write the resolved config; where a resume changed it, the earlier one stays under the step it led to."""
+    path = trainer.run_dir / "config.yaml"
+    if trainer.step:
+        print(f"{trainer.run_dir}: going on after update {trainer.step}"
+              + "".join(f"; {change}" for change in trainer.changes))
+    if trainer.changes and path.is_file():
+        os.replace(path, path.with_name(f"config_until_{trainer.step:08d}.yaml"))
+    write_atomic(path, lambda aside: aside.write_text(to_yaml(trainer.config)))
 
 
 def _run(trainer: Trainer, log: RunLog | None, stop: StopRequest) -> None:

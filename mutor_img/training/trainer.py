@@ -20,6 +20,7 @@ from mutor_img.config import to_dict
 from mutor_img.errors import UserError
 from mutor_img.streams import Stream, generator_seed
 from mutor_img.training import parallel
+from mutor_img.training.changes import check_changes
 from mutor_img.training.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.task import Task
@@ -31,6 +32,7 @@ class Trainer:
     Attributes:
         step: updates done.
         seconds: time spent in updates, over all sittings; validation and pictures not counted.
+        changes: settings that differ from those of the checkpoint that it resumed from, a phrase each.
     """
 
     def __init__(self, task: Task, config: Any, runtime: Runtime):
@@ -42,7 +44,7 @@ class Trainer:
             runtime: this process.
 
         Raises:
-            UserError: a batch that does not divide, or a checkpoint of another model.
+            UserError: a batch that does not divide, or a checkpoint of another run or model.
         """
         self.task, self.config, self.runtime = task, config, runtime
         self.run_dir = Path(config.run_dir)
@@ -66,7 +68,7 @@ class Trainer:
         if self.ema is not None and self.sharded:
             parallel.shard(self.ema.module, task.blocks(self.ema.module), config.train, runtime)
         self.optimizer = build_optimizer(self.model, config.optim)
-        self.step, self.seconds, self.saved_step = 0, 0.0, 0
+        self.step, self.seconds, self.saved_step, self.changes = 0, 0.0, 0, []
         self._resume()
 
     def _resume(self) -> None:
@@ -74,6 +76,7 @@ class Trainer:
         if folder is None:
             return
         meta, rank, world = read_meta(folder), self.runtime.rank, self.runtime.world
+        self.changes = check_changes(meta, self.metadata(), folder)
         parallel.load_model(self.model, open_group(folder, "model", rank, world))
         load_optimizer_tensors(self.model, self.optimizer, open_group(folder, "optimizer", rank, world))
         if self.ema is not None:
@@ -147,14 +150,17 @@ class Trainer:
         self.step += 1
         return {**logged, **after, "lr": lr}
 
+    def metadata(self) -> dict[str, Any]:
+        """Return what a checkpoint's JSON says of the run, whatever its step."""
+        return {**self.task.metadata(), "config": to_dict(self.config)}
+
     def save(self) -> None:
         """Write a checkpoint; every process waits for it."""
         tensors = {"model": self.model.state_dict(), "optimizer": optimizer_tensors(self.model, self.optimizer)}
         if self.ema is not None:
             tensors["ema"] = self.ema.module.state_dict()
         tensors.update(self.task.tensors())
-        meta = {"seconds": self.seconds, "samples": self.step * self.config.train.global_batch,
-                **self.task.metadata(), "config": to_dict(self.config)}
+        meta = {"seconds": self.seconds, "samples": self.step * self.config.train.global_batch, **self.metadata()}
         if self.sharded:
             tensors = {group: parallel.as_slices(content) for group, content in tensors.items()}
             write_checkpoint(self.run_dir, self.step, tensors, meta, self.config.train.keep, self.runtime)

@@ -1,0 +1,53 @@
+"""What may differ between the sittings of one run, and what makes it another run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mutor_img.errors import UserError
+
+IDENTITY = ("seed", "model.", "registers.", "train.global_batch")  # other ones make another run
+SILENT = (  # change where, how fast or how long a run trains and what it shows, not what an update computes
+    "run_dir", "init_from", "data.codes", "data.val_codes", "model.attention", "model.loss_chunk", "pictures.", "plan.",
+    "eval.", "train.steps", "train.micro_batch", "train.compile", "train.parallel", "train.activation_checkpointing",
+    "train.log_every", "train.checkpoint_every", "train.keep", "train.validate_every", "train.picture_every",
+    "train.timeout_minutes",
+)
+
+
+def check_changes(recorded: Mapping[str, Any], current: Mapping[str, Any], folder: str | os.PathLike) -> list[str]:
+    """Compare a checkpoint's record with how the run is to go on; returns what changed, a phrase each.
+
+    Args:
+        recorded: the checkpoint's metadata: ``config`` and, for a generator, ``codes``.
+        current: the same of the run as it is to go on.
+        folder: the checkpoint, for the error.
+
+    Raises:
+        UserError: it would be another run: other data, seed, model, registers or global batch.
+    """
+    before, now = dict(_leaves(recorded["config"])), dict(_leaves(current["config"]))
+    changed = [key for key in now if key in before and before[key] != now[key] and not key.startswith(SILENT)]
+    other = [key for key in changed if key.startswith(IDENTITY)]
+    if other:
+        key = other[0]
+        raise UserError(f"{folder} was trained with {key} {before[key]}, now it is {now[key]}, which is another run; "
+                        "give another run_dir (there, init_from starts from this one's weights)")
+    if _hashes(recorded) != _hashes(current):
+        raise UserError(f"{folder} was trained on other codes than data.codes={now.get('data.codes')}; give those, or "
+                        "another run_dir")
+    return [f"{key} {before[key]} -> {now[key]}" for key in changed]
+
+
+def _hashes(metadata: Mapping[str, Any]) -> list[str]:
+    return [store["hash"] for store in metadata.get("codes", {}).get("stores", [])]
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, list(value) if isinstance(value, tuple) else value  # as JSON gives it back
