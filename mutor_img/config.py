@@ -27,7 +27,7 @@ class OptimConfig:
     """AdamW and its learning-rate schedule."""
 
     lr: float = 4e-4  # peak learning rate
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = (0.9, 0.95)  # AdamW's, of the first and the second moment
     weight_decay: float = 0.05  # on tensors of two or more dimensions
     clip: float = 1.0  # global gradient norm; 0 switches clipping off
     schedule: str = "constant"  # constant, cosine, or wsd (warm-up, stable, decay)
@@ -165,7 +165,8 @@ def _layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Any, str]]:
     if path.resolve() in seen:
         raise UserError(f"{path}: extends itself")
     if not path.is_file():
-        raise UserError(f"{path}: no such config file; give --config the path of a YAML file")
+        what = "a folder, not a config file" if path.is_dir() else "no such config file"
+        raise UserError(f"{path}: {what}; give --config the path of a YAML file")
     try:
         layer = yaml.safe_load(path.read_text()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:

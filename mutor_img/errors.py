@@ -16,12 +16,16 @@ class UserError(ValueError):
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the known word nearest to ``word``, else the known words."""
+    """Return ``"; did you mean 'x'?"`` for the known word nearest to ``word``, and the known words where they are few.
+
+    Where none is near, all are named.
+    """
     known = sorted(set(known))
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; known: {', '.join(known)}"
+    listing = f"known: {', '.join(known)}"
+    if not close:
+        return f"; {listing}"
+    return f"; did you mean {close[0]!r}?" + (f" ({listing})" if len(known) <= 6 else "")
 
 
 def check_range(name: str, value: float, low: float, high: float, *, low_open: bool = False) -> None:

@@ -1,5 +1,6 @@
 """Every command that the README and the pages in docs/ show is one that the program takes."""
 
+import importlib.util
 import re
 import shlex
 from importlib import import_module
@@ -41,6 +42,13 @@ def schema_of(module: str) -> type:
                     "tokenizer.train": ("tokenizer.train", "TokenizerConfig"),
                     "mutor_img.study.__main__": ("mutor_img.study.config", "StudyConfig")}[module]
     return getattr(import_module(name), schema)
+
+
+def test_the_page_of_all_config_keys_is_the_code_s():
+    spec = importlib.util.spec_from_file_location("write_configuration", ROOT / "docs" / "write_configuration.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.PAGE.read_text() == script.page(), "run python docs/write_configuration.py"
 
 
 def test_the_readme_shows_its_commands():

@@ -91,7 +91,7 @@ class TokenizerConfig:
     """A tokenizer's training run."""
 
     run_dir: str = ""  # empty: the config's path with configs/ read as runs/
-    seed: int = 0
+    seed: int = 0  # of weights, data order, crops and mirrors
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -41,7 +41,8 @@ def _load_folder(path: Path) -> VQModel:
     folder = find_checkpoint(path)
     meta = read_meta(folder)
     if meta.get("kind") != "tokenizer":
-        raise UserError(f"{folder}: a checkpoint of a {meta.get('kind', 'model of unknown kind')}, not of a tokenizer")
+        raise UserError(f"{folder}: a checkpoint of a {meta.get('kind', 'model of unknown kind')}, not of a tokenizer; "
+                        "give the tokenizer's run folder")
     group = "ema" if has_group(meta["files"], "ema") else "model"
     try:
         vq = _empty(meta["model"])

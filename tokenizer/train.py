@@ -173,7 +173,8 @@ def main(argv: Sequence[str]) -> None:
         argv, TokenizerConfig, plan_tokenizer,
         description="Train a VQ tokenizer on a folder of images (one sub-folder a class). To resume, run the same "
                     "command again.",
-        example="python -m tokenizer.train --config configs/mnist/tokenizer.yaml optim.lr=1e-3")
+        example="python -m tokenizer.train --config configs/mnist/tokenizer.yaml optim.lr=1e-3",
+        prog="python -m tokenizer.train")
     if config is not None:
         run_task(TokenizerTask, config)
 

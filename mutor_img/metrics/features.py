@@ -199,7 +199,8 @@ def _download(path: Path) -> None:
         os.replace(aside, path)
     except (urllib.error.URLError, OSError, RuntimeError) as error:
         raise UserError(f"no Inception weights: looked at {path}, and {URL_INCEPTION_V3} cannot be downloaded "
-                        f"({error}); put the file there or name it with --inception-weights FILE") from None
+                        f"({error}); put the file there, name it with --inception-weights FILE, or choose other "
+                        "features (--features mnist, timm:NAME)") from None
     finally:
         aside.unlink(missing_ok=True)
 

@@ -40,6 +40,7 @@ def main(argv: Sequence[str]) -> None:
         argv, StudyConfig, plan,
         description="Train a tokenizer, encode images, train generators, sample and score them: one table at the end.",
         example="python -m mutor_img.study --config configs/mnist/study.yaml compare=true",
+        prog="python -m mutor_img.study",
     )
     if config is None:
         return

@@ -17,16 +17,16 @@ from mutor_img.training.trainer import Trainer
 
 
 def parse_training(argv: Sequence[str], schema: type, plan: Callable[[Any], dict[str, Any]], *, description: str,
-                   example: str) -> Any | None:
+                   example: str, prog: str | None = None) -> Any | None:
     """Parse a training command line; returns the config, or None after ``--dry-run`` has printed it and its plan.
 
     Args:
         argv: the arguments.
         schema: the config's dataclass.
         plan: returns from a config what the dry run prints beside it.
-        description, example: for ``--help``.
+        description, example, prog: for ``--help``; prog where the command is not a file of that name.
     """
-    parser = Parser(description=description, example=example)
+    parser = Parser(description=description, example=example, prog=prog)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML config")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and a plan, and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", default=[],

@@ -102,7 +102,7 @@ class GeneratorConfig:
     """A generator's training run."""
 
     run_dir: str = ""  # empty: the config's path with configs/ read as runs/
-    seed: int = 0
+    seed: int = 0  # of weights, data order, views, registers, class drops and dropout
     init_from: str | None = None  # weights to start from: a run, a checkpoint, or a released LlamaGen .pt
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelSection = field(default_factory=ModelSection)

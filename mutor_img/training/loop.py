@@ -75,6 +75,8 @@ def _run(trainer: Trainer, log: RunLog | None, stop: StopRequest) -> None:
     peak = peak_flops(trainer.runtime.device, train.precision)
     bar = tqdm(total=train.steps, initial=trainer.step, desc=trainer.run_dir.name, unit="step", disable=not log,
                mininterval=1.0, dynamic_ncols=True)
+    if log and train.compile:
+        bar.write("compiling at the first update: it takes longer than the others, about a minute on CPUs")
     first, mark_step, mark_seconds = trainer.step, trainer.step, trainer.seconds
     while trainer.step < train.steps and not stop.requested():
         begun = time.perf_counter()
