@@ -16,7 +16,8 @@ from mutor_img.metrics.image_sets import FolderImages, NpzImages
 def open_samples(path: str | os.PathLike) -> NpzImages | FolderImages:
     """Open an npz of samples (ADM's format) or a folder of PNGs as an image set.
 
-    The set carries ``manifest``, the JSON beside the npz (``x.json`` for ``x.npz``) or None, and ``warnings``.
+    The set carries ``manifest``, the JSON beside the npz (``x.json`` for ``x.npz``) or in the folder
+    (``manifest.json``), or None, and ``warnings``. A folder's labels are its classes', or those of ``labels.json``.
 
     Raises:
         UserError: whatever keeps the images from being read as they are.
@@ -24,7 +25,10 @@ def open_samples(path: str | os.PathLike) -> NpzImages | FolderImages:
     path = Path(path)
     if path.is_dir():
         images = FolderImages(path)
-        images.manifest, images.warnings = None, []
+        beside = path / "manifest.json"
+        images.manifest, images.warnings = read_json(beside) if beside.exists() else None, []
+        if images.labels is None and (path / "labels.json").exists():
+            images.labels = _labels(path / "labels.json", len(images))
         return images
     if not path.exists():
         raise UserError(f"{path}: no such file or folder of samples")
@@ -36,6 +40,15 @@ def open_samples(path: str | os.PathLike) -> NpzImages | FolderImages:
     beside = path.with_suffix(".json")
     images.manifest = read_json(beside) if beside.exists() else None
     return images
+
+
+def _labels(path: Path, count: int) -> np.ndarray:
+    """Return the labels (count,) int64 that ``sample.py`` wrote beside a folder's PNGs."""
+    labels = read_json(path)
+    if not isinstance(labels, list) or not all(type(label) is int for label in labels) or len(labels) != count:
+        raise UserError(f"{path}: must be a list of one whole number for each of the {count} images in the folder; "
+                        "remove the file to score without labels, or make the samples again")
+    return np.array(labels, np.int64)
 
 
 def label_rule(samples: Any, count: int) -> str | None:

@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mutor_img.errors import UserError
 from mutor_img.metrics.image_sets import ArrayImages, read_all
@@ -42,3 +43,17 @@ def test_a_missing_file_and_a_broken_manifest_are_refused(tmp_path, noise):
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(UserError, match="JSON"):
         open_samples(tmp_path / "x.npz")
+
+
+def test_a_folder_that_sample_py_wrote_tells_its_labels_and_how_they_were_made(tmp_path, noise):
+    for number, image in enumerate(noise(3)):
+        Image.fromarray(image).save(tmp_path / f"{number:06d}.png")
+    assert open_samples(tmp_path).labels is None and open_samples(tmp_path).manifest is None
+    (tmp_path / "labels.json").write_text("[2, 0, 1]")
+    (tmp_path / "manifest.json").write_text(json.dumps({"labels": "random"}))
+    samples = open_samples(tmp_path)
+    assert samples.labels.tolist() == [2, 0, 1] and label_rule(samples, 3) == "random"
+    for broken in ("[2, 0]", "[2, 0, 1.5]", "{}"):
+        (tmp_path / "labels.json").write_text(broken)
+        with pytest.raises(UserError, match=r"labels\.json: must be a list of one whole number"):
+            open_samples(tmp_path)
