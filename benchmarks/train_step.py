@@ -23,6 +23,7 @@ from mutor_img.cli import Parser, run
 from mutor_img.config import OptimConfig, check_choice
 from mutor_img.errors import UserError, check_range
 from mutor_img.registers import RegisterLaw, mutor_loss
+from mutor_img.training.compiling import compile_blocks
 from mutor_img.training.hardware import keep_freed_memory
 from mutor_img.training.optimizer import build_optimizer
 from mutor_img.transformer import ModelConfig, Transformer
@@ -50,8 +51,7 @@ def make_step(preset: str, law: RegisterLaw, batch: int, bf16: bool, compiled: b
                                 register_offsets=None if law.kind == "none" else ())
     model = Transformer(config)
     if compiled:
-        for layer in model.layers:
-            layer.compile(dynamic=False)
+        compile_blocks(list(model.layers))
     optimizer = build_optimizer(model, OptimConfig())
     codes = torch.randint(VOCABULARY, (batch, law.length))
     labels = torch.randint(CLASSES, (batch,))
@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> dict[str, float]:
     parser.add_argument("--batch", type=int, default=4, help="sequences a step")
     parser.add_argument("--rounds", type=int, default=5, help="times each variant is timed")
     parser.add_argument("--dtype", default="bf16", help="bf16 (autocast over fp32 weights) or fp32")
-    parser.add_argument("--compile", action="store_true", help="compile the blocks, as on GPUs")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks, as training does")
     parser.add_argument("--only", default="", metavar="TEXT", help="time only variants with this in their name")
     args = parser.parse_args(argv)
     check_range("--batch", args.batch, 1, 4096)
