@@ -16,15 +16,15 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from mutor_img.attention import FlexAttention, SdpaAttention
-from mutor_img.config import OptimConfig
+from mutor_img.config import OptimConfig, TrainConfig
 from mutor_img.generation import generate
 from mutor_img.parity import Difference, compare_attention, draw_at_scale_one, rms_difference
 from mutor_img.registers import RegisterLaw, mutor_loss
 from mutor_img.training.compiling import compile_blocks, compile_whole
 from mutor_img.training.optimizer import build_optimizer
+from mutor_img.training.parallel import distribute
 from mutor_img.training.preflight import BATCH, HEADS, preflight
 from mutor_img.training.runtime import Runtime
 from mutor_img.transformer import PRESETS, ModelConfig, Transformer
@@ -216,7 +216,8 @@ def check_collectives(place: Place) -> str:
         if not torch.equal(ones, torch.ones_like(ones)):
             raise CheckFailed("an all-reduce over one process changed its values")
         step = Step(place, law, model, 2).compile(flex=place.flex)
-        wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+        # As a run of several processes is wrapped; the group has one, which DDP treats no differently.
+        wrapped = distribute(model, list(model.layers), TrainConfig(), Runtime(device, rank=0, world=2))
         one, two = plain.tensors(0, "fp32"), step.tensors(0, "fp32", wrapped)
     torch.compiler.reset()
     return f"{backend}: {expect([rms_difference(name, two[name], one[name], one[name], 'fp32') for name in one])}"

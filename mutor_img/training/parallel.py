@@ -56,9 +56,8 @@ def distribute(model: nn.Module, blocks: list[nn.Module], train: TrainConfig, ru
     if is_sharded(train, runtime):
         shard(model, blocks, train, runtime)
     elif runtime.world > 1:
-        devices = [runtime.device] if runtime.device.type == "cuda" else None
-        wrapped = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True,
-                                          broadcast_buffers=False)
+        # No device_ids: they only move inputs, which are on the device, and a call without any would fail.
+        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
         _settle_buckets(wrapped)
         return wrapped
     return model

@@ -15,10 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.utils import _to_kwargs
 
 from mutor_img import cli, load_checkpoint, transformer
 from mutor_img.checkpoint import find_checkpoint, read_meta, read_tensors, write_checkpoint
-from mutor_img.config import load_config
+from mutor_img.config import TrainConfig, load_config
 from mutor_img.errors import UserError
 from mutor_img.tensor_files import Slice
 from mutor_img.training import parallel
@@ -265,6 +266,28 @@ def test_rows_that_no_file_holds_are_refused(tmp_path):
     folder = write_checkpoint(tmp_path, 1, {"model": {"w": Slice(torch.ones(1, 2), 0, 2)}}, {}, 1, Half())
     with pytest.raises(UserError, match="row 1 of 'w' is in none"):
         read_tensors(folder, "model")
+
+
+def test_ddp_on_gpus_is_wrapped_as_on_cpus_and_takes_calls_without_inputs(monkeypatch):
+    """Given devices, DDP moves a call's inputs first, and fails where there are none, as when buckets are settled."""
+    def wrap(device):
+        given = {}
+
+        class Wrapper:
+            def __init__(self, module, device_ids=None, **options):
+                self.module, self.device_ids = module, device_ids
+                given.update(options, device_ids=device_ids)
+
+            def __call__(self, *inputs):
+                if self.device_ids:  # what torch's DDP does before forward
+                    inputs = _to_kwargs(inputs, {}, torch.device("cpu"), True)[0][0]
+                return self.module(*inputs)
+
+        monkeypatch.setattr(parallel, "DistributedDataParallel", Wrapper)
+        parallel.distribute(torch.nn.Linear(2, 2), [], TrainConfig(), Runtime(torch.device(device), world=2))
+        return given
+
+    assert wrap("cuda:0") == wrap("cpu")
 
 
 def test_only_what_can_be_sharded_is(root):
