@@ -11,6 +11,9 @@ from collections.abc import Callable, Sequence
 
 from mutor_img.errors import UserError, suggest
 
+# No permission, a read-only disk, and a file where a path needs a folder, or the other way round.
+_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+
 
 class Parser(argparse.ArgumentParser):
     """``ArgumentParser`` without prefix guessing, whose errors name the nearest valid option.
@@ -47,14 +50,17 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
 def run(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = None) -> None:
     """Run a command's ``main(argv)`` and exit: 0, or 2 with one line on stderr for a user's mistake.
 
-    A full disk is a user's mistake too. Under a launcher with several processes the mistake is the same in
-    each, so that only rank 0 prints it, unless the error says of itself who ``speaks``.
+    A full disk is a user's mistake too, and so is a path that may not be read or written. Under a launcher with several
+    processes the mistake is the same in each, so that only rank 0 prints it, unless the error says of itself who
+    ``speaks``.
     """
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         _fail(str(error), error)
     except OSError as error:
+        if error.errno in _CLOSED and error.filename:
+            _fail(f"{error.filename}: {error.strerror}; give another path, or mend this one", error)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         _fail(f"no space left on the device while writing {error.filename or 'a file'}; free some and run the "

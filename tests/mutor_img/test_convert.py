@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mutor_img import load_checkpoint
+from mutor_img import cli, load_checkpoint
 from mutor_img.convert import main
 from mutor_img.errors import UserError
 from mutor_img.llamagen import read_pt
@@ -76,3 +76,12 @@ def test_weights_of_another_model_are_no_start(run_training, tmp_path):
     run_training(f"run_dir={tmp_path}/plain", "model.preset=B")
     with pytest.raises(UserError, match="weight"):
         run_training(f"run_dir={tmp_path}/start", f"init_from={tmp_path}/plain")
+
+
+@pytest.mark.parametrize("name", ["file/back.pt", "file/run"])
+def test_a_path_below_a_file_is_one_line(released, tmp_path, name, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as caught:
+        cli.run(main, ["--source", str(released[0]), "--grid", "4x5", "--out", str(tmp_path / name)])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.count("\n") == 1 and f"error: {tmp_path / 'file'}" in error
