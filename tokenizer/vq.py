@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from mutor_img.errors import UserError, suggest
+from mutor_img.metrics.full_precision import full_precision
 from tokenizer.layers import Decoder, Encoder
-from tokenizer.quantizer import Quantised, Quantizer, full_precision
+from tokenizer.quantizer import Quantised, Quantizer
 
 PRESETS: dict[str, dict[str, Any]] = {
     "vq16": {"multipliers": (1, 1, 2, 2, 4)},
@@ -177,14 +178,15 @@ class VQModel(nn.Module):
         return codes, grid
 
     def _in_fixed_rows(self, function: Callable[[Tensor], Tensor], rows: Tensor, size: int | None = None) -> Tensor:
-        """Run ``function`` with autocast off; on the CPU always on one number of rows, padded.
+        """Run ``function`` in full single precision; on the CPU always on one number of rows, padded.
 
+        GPUs would convolve in TF32, as torch has them do by default: codes between two near ones would change.
         A convolution may sum in another order for another batch size. With the number of rows fixed by the image
         size alone, results are the same bytes however the images are grouped.
         """
         size = size or max(rows.shape[2:])
         count = len(rows) if rows.is_cuda else (64 if size <= 64 else 8 if size <= 128 else 1)  # what is fastest
-        with full_precision(rows.device):
+        with full_precision():
             if not len(rows):
                 return function(rows.new_zeros(1, *rows.shape[1:]))[:0]
             parts = []

@@ -132,3 +132,13 @@ def test_a_local_code_depends_on_nearby_pixels_only(tiny_vq):
     moved = (vq.latents(images) != vq.latents(changed)).any(1)[0]  # (16, 16)
     rows, columns = moved.nonzero().unbind(1)
     assert len(rows) and int((rows - 7).abs().max()) <= 1 and int((columns - 7).abs().max()) <= 1
+
+
+def test_codes_and_pixels_are_made_in_full_precision(tiny_vq):
+    vq, conv, seen = tiny_vq(), torch.backends.cudnn.conv, []
+    for layer in (vq.quant_conv, vq.post_quant_conv):
+        layer.register_forward_hook(lambda *_: seen.append((conv.fp32_precision, torch.is_autocast_enabled("cpu"))))
+    before = conv.fp32_precision
+    with torch.autocast("cpu", torch.bfloat16):
+        vq.decode(vq.encode(torch.zeros(1, 1, 8, 8)))
+    assert seen == [("ieee", False)] * 2 and conv.fp32_precision == before != "ieee"
