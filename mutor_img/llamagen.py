@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import zipfile
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -37,8 +38,11 @@ def read_pt(path: str | Path, ema: bool = False) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged file can fail anywhere in torch's reader: IndexError, AssertionError, ..
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: not a PyTorch weights file that can be read safely ({first})") from None
+        # Torch's own words on an unpickling error are a recipe for reading such a file unsafely: not passed on.
+        what = ["it is damaged, or holds objects that could run code"] if isinstance(error, UnpicklingError) else \
+            str(error).strip().splitlines()
+        raise UserError(f"{path}: not a PyTorch weights file that can be read safely "
+                        f"({what[0] if what else type(error).__name__})") from None
     if ema:
         if not isinstance(content, dict) or "ema" not in content:
             raise UserError(f"{path}: holds no EMA weights; leave ema off")
