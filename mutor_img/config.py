@@ -185,7 +185,8 @@ def _merge(config: Any, layer: Any, schema: type, origin: str) -> Any:
         key = str(error.full_key or error.key)
         raise UserError(f"{origin}: unknown key {key!r}{suggest(key, field_names(schema))}") from None
     except OmegaConfBaseException as error:
-        raise UserError(f"{origin}: {error.full_key}: {_first_line(error)}") from None
+        where = f"{error.full_key}: " if error.full_key else ""
+        raise UserError(f"{origin}: {where}{_first_line(error)}") from None
 
 
 def _first_line(error: Exception) -> str:

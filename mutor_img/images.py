@@ -57,6 +57,12 @@ def read_image(path: str | os.PathLike | BinaryIO, mode: str = "RGB", *, name: s
         raise UserError(f"{name}: not a readable image ({reason}); replace or remove the file") from None
 
 
+def check_png(path: str | os.PathLike | None) -> None:
+    """Raise :class:`UserError` for a picture's path that does not end in .png; None is no path."""
+    if path and Path(path).suffix != ".png":
+        raise UserError(f"{path}: must end in .png")
+
+
 def write_png(path: str | os.PathLike, image: Image.Image) -> Path:
     """Write a PNG under its final name only once it is whole; returns the path."""
     return write_atomic(path, lambda aside: image.save(aside, format="PNG"))

@@ -11,7 +11,7 @@ from PIL import Image
 from mutor_img.cli import Parser, run
 from mutor_img.codes import Codes
 from mutor_img.errors import UserError, check_range
-from mutor_img.images import grid_picture, to_nhwc, write_png
+from mutor_img.images import check_png, grid_picture, to_nhwc, write_png
 from tokenizer.loading import load_tokenizer
 from tokenizer.measures import CodeUse
 from tokenizer.pictures import magnification
@@ -54,6 +54,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--verify", action="store_true", help="read every block and compare its checksum")
     options = parser.parse_args(argv)
     check_range("--num", options.num, 1, 10_000)
+    check_png(options.out)
     codes = Codes(options.codes)
     info = codes.info
     names = ", ".join(info.class_names[:5]) + (", …" if len(info.class_names) > 5 else "")

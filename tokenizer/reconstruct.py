@@ -14,7 +14,7 @@ from tqdm import tqdm
 from mutor_img.cli import Parser, run
 from mutor_img.errors import UserError, check_range
 from mutor_img.files import write_json
-from mutor_img.images import to_nhwc, write_png
+from mutor_img.images import check_png, to_nhwc, write_png
 from tokenizer.crops import crop_rule, to_float
 from tokenizer.encode import Squares
 from tokenizer.layouts import open_unlabelled
@@ -89,6 +89,7 @@ def main(argv: Sequence[str]) -> None:
     check_range("--num-images", options.num_images, 0, 10**9)
     check_range("--batch-size", options.batch_size, 1, 65536)
     check_range("--workers", options.workers, 0, 256)
+    check_png(options.out)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     scores = reconstruct_folder(
         load_tokenizer(options.tokenizer, device), options.images, num_images=options.num_images,

@@ -73,7 +73,8 @@ class TokenizerTask(Task):
         """
         # The layout of the fastest convolutions, which every activation inherits. Weights keep the default one: fused
         # AdamW walks over weights and restored moments alike, whatever their strides.
-        images = self.images.batch(samples).contiguous(memory_format=torch.channels_last)  # (b, C, H, W)
+        images = self.images.batch(samples, self.runtime.device)
+        images = images.contiguous(memory_format=torch.channels_last)  # (b, C, H, W)
         reconstruction, quantised = model(images)
         self.seen.append((int(samples[0]), quantised))
         total, values = self.reconstruction(reconstruction, images)

@@ -45,13 +45,12 @@ class TrainingImages:
         if crop_min == 1 and len(folder) * channels * image_size**2 <= _CACHE_BYTES:
             self.cache = read_all(folder, range(len(folder)), channels, image_size, self.pool)
 
-    def batch(self, samples: Tensor) -> Tensor:
-        """Return the pixels of global sample numbers: (b,) int64 -> (b, C, H, W) fp32 in [-1, 1], on their device.
+    def batch(self, samples: Tensor, device: torch.device | str = "cpu") -> Tensor:
+        """Return the pixels of global sample numbers: (b,) int64 on the CPU -> (b, C, H, W) fp32 in [-1, 1].
 
         Raises:
             UserError: an image cannot be read.
         """
-        device, samples = samples.device, samples.cpu()
         if self.cache is not None:
             items, _ = self.order.items(samples.numpy())
             images = self.cache[torch.from_numpy(items)]

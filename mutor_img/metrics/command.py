@@ -82,11 +82,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         held_out=None if args.held_out is None else open_samples(args.held_out), role=args.role or "generation",
         force_role=args.force_role, is_order=args.is_order, **options)
     if result:
-        if args.json:
-            write_json(args.json, result)
         for warning in result["warnings"]:
             print(f"warning: {warning}", file=sys.stderr)
-        print(table(result))
+        print(table(result), flush=True)  # before the file: what took an hour is not lost to a folder that is gone
+        if args.json:
+            write_json(args.json, result)
     return result
 
 

@@ -18,7 +18,7 @@ from mutor_img.cli import Parser, run
 from mutor_img.config import check_choice
 from mutor_img.errors import UserError, check_range
 from mutor_img.generation import Sampler, SamplingSettings
-from mutor_img.images import write_png
+from mutor_img.images import check_png, write_png
 from mutor_img.loading import Loaded
 from mutor_img.sampling.archive import FORMAT, SampleArchive, open_archive
 from mutor_img.sampling.options import add_sampling_flags, check_sampling_flags, open_source
@@ -96,8 +96,7 @@ def _check(args: argparse.Namespace, given: set[str]) -> None:
     if not args.out and not args.grid and not args.show_steps:
         raise UserError("nothing to write; give --out samples.npz, --grid grid.png or --show-steps strip.png")
     for path in (args.grid, args.show_steps):
-        if path and Path(path).suffix != ".png":
-            raise UserError(f"{path}: must end in .png")
+        check_png(path)
     if args.out:
         open_archive(args.out, {"num_samples": 0})
     elif not args.grid and {"num_samples", "batch_size"} & given:

@@ -149,7 +149,11 @@ def score_generator(config: StudyConfig, generator: Generator, reference: Refere
     selection = _kept(generator.run_dir / "guidance.json", key,
                       lambda: select_guidance(config, loaded, reference, network))
     scale = min(selection, key=lambda row: row["fd"])["cfg_scale"]
-    scores = _kept(generator.run_dir / "study.json", key, lambda: _score_samples(config, generator, scale))
+    kept = generator.run_dir / "study.json"
+    if kept.is_file() and read_json(kept).get("key") != key:  # sample.py goes on with samples of its own settings only
+        for name in ("samples.npz", "samples.json", "study.json"):
+            (generator.run_dir / name).unlink(missing_ok=True)
+    scores = _kept(kept, key, lambda: _score_samples(config, generator, scale))
     meta = read_meta(find_checkpoint(generator.run_dir))
     return {**scores, "updates": meta["step"], "training_seconds": meta["seconds"], "cfg_scale": scale,
             "selection": selection}

@@ -8,7 +8,7 @@ from typing import Any
 
 from mutor_img.errors import UserError
 
-IDENTITY = ("seed", "model.", "registers.", "train.global_batch")  # other ones make another run
+IDENTITY = ("seed", "model.", "registers.", "train.global_batch", "data.image_size")  # other ones make another run
 SILENT = (  # change where, how fast or how long a run trains and what it shows, not what an update computes
     "run_dir", "init_from", "data.codes", "data.val_codes", "model.attention", "model.loss_chunk", "pictures.", "plan.",
     "eval.", "train.steps", "train.micro_batch", "train.compile", "train.parallel", "train.activation_checkpointing",
@@ -26,7 +26,7 @@ def check_changes(recorded: Mapping[str, Any], current: Mapping[str, Any], folde
         folder: the checkpoint, for the error.
 
     Raises:
-        UserError: it would be another run: other data, seed, model, registers or global batch.
+        UserError: it would be another run: other codes, image size, seed, model, registers or global batch.
     """
     before, now = dict(_leaves(recorded["config"])), dict(_leaves(current["config"]))
     changed = [key for key in now if key in before and before[key] != now[key] and not key.startswith(SILENT)]

@@ -172,9 +172,14 @@ class GeneratorTask(Task):
         return list(model.layers)
 
     def batch(self, step: int, samples: Tensor) -> tuple[Tensor, Tensor]:
-        """Return labels (b,), the null class where dropped, and codes (b, N) of global sample numbers."""
-        codes, labels = (x.to(samples.device, non_blocking=True) for x in self.data.batch(samples.cpu().numpy()))
-        dropped = uniform(self.config.seed, Stream.CLASS_DROP, step, samples) < self.config.model.class_dropout
+        """Return labels (b,), the null class where dropped, and codes (b, N) of global sample numbers (b,) on the CPU.
+
+        What it returns is on the run's device.
+        """
+        device = self.runtime.device
+        codes, labels = (x.to(device, non_blocking=True) for x in self.data.batch(samples.numpy()))
+        drawn = uniform(self.config.seed, Stream.CLASS_DROP, step, samples.to(device, non_blocking=True))
+        dropped = drawn < self.config.model.class_dropout
         return torch.where(dropped, self.config.model.classes, labels), codes
 
     def loss(self, model: nn.Module, step: int, samples: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -184,11 +189,12 @@ class GeneratorTask(Task):
         if self.law.kind == "none":
             next_token = model(labels, codes[:, :-1], targets=codes, loss_chunk=chunk) / total
             return next_token, {"next_token": next_token}
-        anchors, offsets = self.law.draw(self.config.seed, step, samples)  # (b, R) each
-        if self.model.flex is None and self.flex_passes(samples.device):
+        device = self.runtime.device
+        anchors, offsets = self.law.draw(self.config.seed, step, samples.to(device, non_blocking=True))  # (b, R) each
+        if self.model.flex is None and self.flex_passes(device):
             self.model.use_flex(anchors, fixed=self.law.count is None)
         sums = model(labels, codes[:, :-1], anchors, offsets, targets=codes, loss_chunk=chunk)  # two scalars
-        next_token, register = sums[0] / total, sums[1] / self._register_count(step, samples.device)
+        next_token, register = sums[0] / total, sums[1] / self._register_count(step, device)
         weight = self.config.registers.loss_weight
         return (1 - weight) * next_token + weight * register, {"next_token": next_token, "register": register}
 

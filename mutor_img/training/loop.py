@@ -43,7 +43,8 @@ def train(task: Task, config: Any, runtime: Runtime, stop: StopRequest | None = 
         trainer = Trainer(task, config, runtime)
     if trainer.step >= config.train.steps:
         if runtime.is_main:
-            print(f"{config.run_dir}: all {trainer.step} updates are done already; nothing to do")
+            print(f"{config.run_dir}: all {trainer.step} updates are done already; nothing to do"
+                  + "".join(f"; not applied: {change}" for change in trainer.changes))
         return trainer
     log = RunLog(trainer.run_dir, trainer.step) if runtime.is_main else None
     if log:

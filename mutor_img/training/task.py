@@ -35,7 +35,8 @@ class Task:
         Args:
             model: the model to call: ``self.model``, perhaps wrapped by DDP or compiled.
             step: number of the update, from 0.
-            samples: (b,) int64 global sample numbers, ``step * global_batch`` and up, on the device.
+            samples: (b,) int64 global sample numbers, ``step * global_batch`` and up, on the CPU: reading what they
+                stand for must not wait for the GPU.
 
         Every returned tensor is a scalar, already divided by global counts: the sum over micro-batches and
         processes is the value for the global batch.

@@ -115,7 +115,7 @@ class Trainer:
         totals: dict[str, Tensor] = {}
         first = self.step * train.global_batch + runtime.rank * self.local_batch
         for offset in range(0, self.local_batch, self.micro_batch):
-            samples = torch.arange(first + offset, first + offset + self.micro_batch, device=runtime.device)
+            samples = torch.arange(first + offset, first + offset + self.micro_batch)
             torch.manual_seed(generator_seed(self.config.seed, Stream.DROPOUT, self.step, runtime.rank, offset))
             last = offset + self.micro_batch == self.local_batch
             parallel.reduce_gradients(self.wrapped, now=last)

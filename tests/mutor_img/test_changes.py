@@ -30,6 +30,12 @@ def test_other_codes_are_another_run_and_the_same_ones_elsewhere_are_not(run_tra
     run_training(f"data.codes={make_codes(tmp_path / 'copy')}", "train.steps=5")
 
 
+def test_a_finished_run_says_what_it_did_not_apply(run_training, capsys):
+    run_training()
+    run_training("optim.lr=1e-5")
+    assert "nothing to do; not applied: optim.lr 0.01 -> 1e-05\n" in capsys.readouterr().out
+
+
 def test_a_changed_setting_is_said_and_the_earlier_config_stays(run_training, capsys):
     trainer = run_training()
     lr = yaml.safe_load((trainer.run_dir / "config.yaml").read_text())["optim"]["lr"]

@@ -117,10 +117,12 @@ def test_a_small_study_runs_from_images_to_scores_and_reuses_what_is_done(digits
     study.main(["--config", str(configs / "study.yaml")])
     assert [a for a in asked if "train" not in a and "encode" not in a and "digits" not in a] == []
     assert json.loads((tmp_path / "runs" / "study" / "scores.json").read_text())["generators"] == scores
-    (tmp_path / "runs" / "mutor2d" / "scores.json").unlink()
+    run_dir = tmp_path / "runs" / "mutor2d"
+    (run_dir / "scores.json").unlink()
     with pytest.raises(UserError, match=r"scores\.json"):  # other settings: drawn and scored anew
         study.main(["--config", str(configs / "study.yaml"), "samples=120"])
     assert "('sample.py', '--checkpoint')" in asked
+    assert not (run_dir / "samples.npz").exists()  # those of other settings, which sample.py would not go on with
 
 
 def prepared(config: StudyConfig, monkeypatch) -> None:

@@ -39,3 +39,7 @@ def test_a_changed_code_is_found(tokenizer_run, image_folder, tmp_path, refused)
 
 def test_a_folder_without_codes_is_refused(tmp_path, refused):
     assert "no codes here" in refused(main, "--codes", tmp_path)
+
+
+def test_a_picture_that_is_no_png_is_refused_before_anything_is_read(tmp_path, refused):
+    assert "codes.txt: must end in .png" in refused(main, "--codes", tmp_path / "missing", "--out", "codes.txt")

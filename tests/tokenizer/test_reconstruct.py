@@ -94,3 +94,7 @@ def test_metrics_without_weights_are_left_out_and_named_unless_asked_for(tokeniz
     assert "no such file" in refused(main, *command, "--inception-weights", tmp_path / "x")
     assert "'ssim'" in refused(main, *command, "--metrics", "sim")
     assert "leaves lpips out" in refused(main, *command, "--metrics", "ssim", "--lpips-weights", tmp_path / "x")
+
+
+def test_a_picture_that_is_no_png_is_refused_before_anything_is_read(tmp_path, refused):
+    assert "a.gif: must end in .png" in refused(main, "--tokenizer", "missing", "--images", tmp_path, "--out", "a.gif")

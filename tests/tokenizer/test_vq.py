@@ -136,9 +136,13 @@ def test_a_local_code_depends_on_nearby_pixels_only(tiny_vq):
 
 def test_codes_and_pixels_are_made_in_full_precision(tiny_vq):
     vq, conv, seen = tiny_vq(), torch.backends.cudnn.conv, []
+    before = conv.fp32_precision
     for layer in (vq.quant_conv, vq.post_quant_conv):
         layer.register_forward_hook(lambda *_: seen.append((conv.fp32_precision, torch.is_autocast_enabled("cpu"))))
-    before = conv.fp32_precision
-    with torch.autocast("cpu", torch.bfloat16):
-        vq.decode(vq.encode(torch.zeros(1, 1, 8, 8)))
-    assert seen == [("ieee", False)] * 2 and conv.fp32_precision == before != "ieee"
+    conv.fp32_precision = "tf32"  # torch's default on GPUs
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            vq.decode(vq.encode(torch.zeros(1, 1, 8, 8)))
+        assert seen == [("ieee", False)] * 2 and conv.fp32_precision == "tf32"
+    finally:
+        conv.fp32_precision = before
