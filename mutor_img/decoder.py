@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable
 from functools import cache
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, finalize
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ class PrefixCache:
     """
 
     def __init__(self, layers: int, rows: int, heads: int, length: int, head_dim: int, like: Tensor):
-        self.fused = like.dtype == torch.bfloat16 and shutil.which(os.environ.get("CXX", "g++")) is not None
+        self.fused = _fuses(like.dtype)
         dtype = like.dtype if self.fused else torch.promote_types(like.dtype, torch.float32)
         self.store = torch.zeros(layers, 2, rows, heads, length, head_dim, device=like.device, dtype=dtype)
 
@@ -54,6 +54,11 @@ class PrefixCache:
             return _compiled_attention()(qkv[:, 0], keys, values)
         scores = torch.matmul(qkv[:, 0, :, None].to(keys.dtype), keys.transpose(2, 3))  # (R, H, 1, seen)
         return torch.matmul(scores.softmax(-1), values)[:, :, 0]
+
+
+def _fuses(dtype: torch.dtype) -> bool:
+    """Tell whether attention over a cache of that dtype is one compiled kernel: in bf16, with a C++ compiler."""
+    return dtype == torch.bfloat16 and shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 @cache
@@ -147,6 +152,7 @@ class PackedTransformer:
         self.codes = model.tok_embeddings.weight.detach()
         self.layers = [_Layer(block) for block in model.layers]
         self.norm, self.output = model.norm.weight.detach(), Packed(model.output.weight)
+        self.spare: list[PrefixCache] = []  # of decoders that are gone, the last two, for the next ones
         scale = (self.config.dim // self.config.heads) ** -0.5
         turns = torch.view_as_complex(model.rope.table.transpose(1, 2).contiguous())  # (N + 1, head_dim / 2)
         self.rope = torch.stack([turns * scale, turns], dim=1)[:, None, :, None]  # (N + 1, 1, 2, 1, ..): q, k
@@ -173,6 +179,12 @@ def _state(weight: Tensor) -> tuple:
     return weight.data_ptr(), version, weight.dtype, tuple(weight.shape), int(whole.sum())
 
 
+def _put_back(spare: list[PrefixCache], cache: PrefixCache) -> None:
+    """Keep a cache for the next decoder: allocating one afresh, and its page faults, would cost as much as a step."""
+    spare.append(cache)
+    del spare[:-2]
+
+
 class Decoder:
     """Decoding of up to ``rows`` sequences on a CPU.
 
@@ -185,11 +197,18 @@ class Decoder:
     """
 
     def __init__(self, weights: PackedTransformer, rows: int):
-        """Allocate the cache."""
+        """Take over the cache of a decoder of as many rows that is gone, or allocate one."""
         config = weights.config
         self.weights, self.rows = weights, rows
-        self.cache = PrefixCache(config.layers, rows, config.heads, config.length, config.dim // config.heads,
-                                 weights.codes)
+        wanted = rows, _fuses(weights.codes.dtype)
+        fitting = next((cache for cache in weights.spare if (cache.store.shape[2], cache.fused) == wanted), None)
+        if fitting is None:
+            fitting = PrefixCache(config.layers, rows, config.heads, config.length, config.dim // config.heads,
+                                  weights.codes)
+        else:  # nobody else may have it at the same time
+            weights.spare[:] = [cache for cache in weights.spare if cache is not fitting]
+        self.cache = fitting
+        finalize(self, _put_back, weights.spare, fitting)
 
     def first(self, labels: Tensor) -> Tensor:
         """Start sequences: labels (R,) int64 in 0 .. classes (the null class) -> logits (R, V) of the first code."""

@@ -351,3 +351,17 @@ def test_on_cuda_the_replayed_graph_gives_the_codes_of_the_uncached_argmax_loop(
     model = random_model()
     expected = codes_of(model, top_k=1)
     assert torch.equal(codes_of(model.cuda(), top_k=1).cpu(), expected)
+
+
+def test_a_cache_serves_one_decoder_after_the_other_and_never_two_at_once(random_model):
+    model = random_model((4, 4))
+    weights = pack(model)
+    first, second = Decoder(weights, 4), Decoder(weights, 4)
+    assert first.cache is not second.cache
+    kept = second.cache
+    del second
+    third = Decoder(weights, 4)
+    assert third.cache is kept and Decoder(weights, 6).cache.store.shape[2] == 6
+    whole = generate(model, [0, 1, 2], seed=3)
+    generate(model, [2, 2, 2], seed=9)  # leaves its own keys and values in the cache
+    assert torch.equal(generate(model, [0, 1, 2], seed=3), whole)
