@@ -56,3 +56,12 @@ def run_of(random_model, tmp_path):
         return write_generator(tmp_path / name, random_model((4, 4), seed=seed), vq, **codes)
 
     return build
+
+
+@pytest.fixture
+def usual_limits():
+    """Compiling blocks sets process-wide limits; with this a test begins and ends with torch's own."""
+    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256,
+                                    fail_on_recompile_limit_hit=False):
+        yield
+    torch._dynamo.reset()

@@ -57,7 +57,7 @@ class Quantizer(nn.Module):
 
         Losses are means over all entries, in van den Oord's form (arXiv 1711.00937, eq. 3) and not yet weighted.
         """
-        with full_precision(latents.device):
+        with without_autocast(latents.device):
             unit = F.normalize(latents.float(), dim=1)  # (B, C, h, w)
             indices = self.nearest(unit)  # (B, h*w)
             chosen = self.lookup(indices, unit.shape[-2:])  # (B, C, h, w)
@@ -128,7 +128,7 @@ def usage_loss(unit: Tensor, codes: Tensor) -> Tensor:
     return -(choice.exp() * choice).sum(dim=1).mean() - spread
 
 
-def full_precision(device: torch.device) -> AbstractContextManager:
+def without_autocast(device: torch.device) -> AbstractContextManager:
     """Return a context that switches a caller's autocast off, where the device has such a thing."""
     known = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if known else nullcontext()

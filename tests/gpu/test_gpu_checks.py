@@ -8,18 +8,10 @@ from mutor_img.gpu_report.checks import LAWS, PLAIN, CheckFailed, Place, all_che
 from mutor_img.registers import RegisterLaw
 from mutor_img.transformer import PRESETS
 
+pytestmark = pytest.mark.usefixtures("usual_limits")
 CHECKS = all_checks()
 CPU = Place(torch.device("cpu"), backend="eager")
 SMALL = RegisterLaw("2d", (4, 5), 3, 6)
-
-
-@pytest.fixture(autouse=True)
-def usual_limits():
-    """Compiling blocks sets process-wide limits."""
-    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256,
-                                    fail_on_recompile_limit_hit=False):
-        yield
-    torch._dynamo.reset()
 
 
 # ---- on a GPU

@@ -12,6 +12,7 @@ from mutor_img.attention import BLOCK, FlexAttention, SdpaAttention, may_attend
 from mutor_img.training.compiling import compile_blocks
 from mutor_img.transformer import Block, ModelConfig, RotaryTable
 
+pytestmark = pytest.mark.usefixtures("usual_limits")
 PLACEMENTS = {"dense": {}, "sparse": {"count": 4}, "every": {"every": 3}}
 LENGTHS = [((10, 10), 60), ((10, 15), 33), ((16, 16), 80)]  # N + R = 160, 183, 336: no multiples of 128
 
@@ -217,15 +218,6 @@ def block_inputs(grid, count, step):
     x = torch.randn(2, tokens + count, 32, generator=torch.Generator().manual_seed(step))
     ids = torch.cat([torch.arange(tokens).expand(2, -1), anchors], dim=1)
     return x, RotaryTable(grid, 16)(ids), SdpaAttention(tokens, anchors)
-
-
-@pytest.fixture(autouse=True)
-def usual_limits():
-    """Compiling blocks sets process-wide limits; here each test begins and ends with torch's own."""
-    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256,
-                                    fail_on_recompile_limit_hit=False):
-        yield
-    torch._dynamo.reset()
 
 
 def test_many_blocks_with_stochastic_depth_are_all_compiled(random_model):
