@@ -3,7 +3,7 @@
 # make test     the whole test suite
 # make test-gpu the tests that need a GPU; python -m mutor_img.gpu_report prints what they check as a report
 # make test-app the page of mutor_img.app in a headless Chromium; installs Gradio, playwright and, as root on Debian, Chromium
-# make lint     the linter
+# make lint     ruff, and that imports point down the floors (pyproject.toml)
 
 PYTHON ?= python3
 VENV := .venv
@@ -31,6 +31,7 @@ test-app: $(VENV)/installed-app
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
+	$(VENV)/bin/lint-imports
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'

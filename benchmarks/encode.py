@@ -30,15 +30,15 @@ import torch.distributed as dist
 from PIL import Image
 
 from benchmarks.train_step import processor
-from mutor_img.cli import Parser, run
-from mutor_img.errors import check_range
+from mutor_img.common.cli import Parser, run
+from mutor_img.common.errors import check_range
 from mutor_img.training.hardware import keep_freed_memory
 from mutor_img.training.runtime import Runtime
-from tokenizer.crops import center_rule, read_squares, to_float
 from tokenizer.encode import encode_images
-from tokenizer.folder import ImageFolder
-from tokenizer.layouts import open_images
-from tokenizer.vq import VQModel, preset
+from tokenizer.images.crops import center_rule, read_squares, to_float
+from tokenizer.images.folder import ImageFolder
+from tokenizer.images.layouts import open_images
+from tokenizer.network.vq import VQModel, preset
 
 VARIANTS = {"plain loop": (0, 1), "batch 1": (1, 1), "batch 8": (8, 1), "batch 8, 2 processes": (8, 2)}
 

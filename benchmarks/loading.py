@@ -20,11 +20,11 @@ import numpy as np
 import torch
 
 from benchmarks.train_step import make_step, processor
-from mutor_img.cli import Parser, run
-from mutor_img.codes import BLOCK, Codes, CodesInfo, block_checksum
-from mutor_img.data import TrainingCodes
-from mutor_img.errors import check_range
-from mutor_img.files import write_json
+from mutor_img.common.cli import Parser, run
+from mutor_img.common.errors import check_range
+from mutor_img.common.files import write_json
+from mutor_img.data.order import TrainingCodes
+from mutor_img.data.store import BLOCK, Codes, CodesInfo, block_checksum
 from mutor_img.registers import RegisterLaw
 
 GRID, VOCABULARY, CLASSES, VIEWS = (16, 16), 16384, 1000, 2

@@ -26,9 +26,9 @@ from torch.utils.data import Dataset
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.utils import get_featuresdict_from_dataset
 
-from mutor_img.cli import Parser, run
-from mutor_img.config import check_choice
-from mutor_img.errors import check_range
+from mutor_img.common.cli import Parser, run
+from mutor_img.common.config import check_choice
+from mutor_img.common.errors import check_range
 from mutor_img.metrics.evaluator import evaluate
 from mutor_img.metrics.extraction import extract
 from mutor_img.metrics.features import Inception, InceptionGraph

@@ -19,17 +19,17 @@ import numpy as np
 from PIL import Image
 from skimage import data
 
-from mutor_img.cli import Parser, run
-from mutor_img.config import load_config
-from mutor_img.errors import check_range
-from mutor_img.images import grid_picture, to_nhwc, write_png
+from mutor_img.common.cli import Parser, run
+from mutor_img.common.config import load_config
+from mutor_img.common.errors import check_range
+from mutor_img.common.images import grid_picture, to_nhwc, write_png
 from mutor_img.training.command import run_task
 from tokenizer import load_tokenizer
-from tokenizer.crops import to_float
-from tokenizer.folder import list_images
+from tokenizer.images.crops import to_float
+from tokenizer.images.folder import list_images
 from tokenizer.measures import psnr, sharpness, ssim
 from tokenizer.train import TokenizerConfig, TokenizerTask
-from tokenizer.training_images import read_all
+from tokenizer.training.images import read_all
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "immunohistochemistry")
 SIZE, TRAIN, HELD_OUT, COLUMNS = 32, 240, 24, 10  # pixels a side; crops a photograph; pictures shown

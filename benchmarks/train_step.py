@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mutor_img.cli import Parser, run
-from mutor_img.config import OptimConfig, check_choice
-from mutor_img.errors import UserError, check_range
+from mutor_img.common.cli import Parser, run
+from mutor_img.common.config import OptimConfig, check_choice
+from mutor_img.common.errors import UserError, check_range
 from mutor_img.registers import RegisterLaw, mutor_loss
 from mutor_img.training.compiling import compile_blocks
 from mutor_img.training.hardware import keep_freed_memory

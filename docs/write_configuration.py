@@ -13,9 +13,9 @@ from pathlib import Path
 
 import yaml
 
+from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.study.config import StudyConfig
-from mutor_img.training.generator import GeneratorConfig
-from tokenizer.config import TokenizerConfig
+from tokenizer.training.config import TokenizerConfig
 
 PAGE = Path(__file__).with_name("configuration.md")
 SCHEMAS = (

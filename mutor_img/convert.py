@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mutor_img.checkpoint import find_checkpoint, read_meta, write_checkpoint
-from mutor_img.cli import Parser, run
-from mutor_img.errors import UserError
-from mutor_img.files import write_atomic
-from mutor_img.llamagen import read_pt
-from mutor_img.loading import load_run
+from mutor_img.checkpoints.folder import find_checkpoint, read_meta, write_checkpoint
+from mutor_img.checkpoints.llamagen import read_pt
+from mutor_img.checkpoints.loading import load_run
+from mutor_img.common.cli import Parser, run
+from mutor_img.common.errors import UserError
+from mutor_img.common.files import write_atomic
 from tokenizer import load_tokenizer
 
 

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mutor_img.errors import UserError, check_range, suggest
-from mutor_img.streams import Stream, bits, integers
+from mutor_img.common.errors import UserError, check_range, suggest
+from mutor_img.common.streams import Stream, bits, integers
 
 IGNORE = -100  # the target of a register that predicts nothing
 KINDS = ("none", "1d", "2d")

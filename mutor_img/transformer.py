@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mutor_img.attention import FlexAttention, SdpaAttention
 from mutor_img.chunked_loss import chunked_cross_entropy_sum
-from mutor_img.errors import UserError, suggest
+from mutor_img.common.errors import UserError, suggest
 from mutor_img.registers import cross_entropy_sum, register_ids, register_targets
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from mutor_img.cli import Parser
-from mutor_img.config import load_config
+from mutor_img.common.cli import Parser
+from mutor_img.common.config import load_config
 
 ROOT = Path(__file__).parent.parent
-DOORS = {"train.py": "mutor_img.training.command", "sample.py": "mutor_img.sampling",
-         "evaluate_fid.py": "mutor_img.metrics.command"}
+DOORS = {"train.py": "mutor_img.pretraining.command", "sample.py": "mutor_img.sampling",
+         "evaluate_fid.py": "mutor_img.evaluation.command"}
 
 
 class Parsed(Exception):
@@ -38,8 +38,8 @@ def module_and_arguments(command: str) -> tuple[str, list[str]]:
 
 def schema_of(module: str) -> type:
     """Return the config schema of a training command."""
-    name, schema = {"mutor_img.training.command": ("mutor_img.training.generator", "GeneratorConfig"),
-                    "tokenizer.train": ("tokenizer.train", "TokenizerConfig"),
+    name, schema = {"mutor_img.pretraining.command": ("mutor_img.pretraining.config", "GeneratorConfig"),
+                    "tokenizer.train": ("tokenizer.training.config", "TokenizerConfig"),
                     "mutor_img.study.__main__": ("mutor_img.study.config", "StudyConfig")}[module]
     return getattr(import_module(name), schema)
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from mutor_img.checkpoint import write_checkpoint
+from mutor_img.checkpoints.folder import write_checkpoint
 from mutor_img.transformer import Transformer
 from tokenizer import load_tokenizer
-from tokenizer.vq import VQModel
+from tokenizer.network.vq import VQModel
 
 NAMES = ["cat", "dog", "red fox"]
 GREY = {"image_channels": 1, "channels": 8, "multipliers": (1, 2), "blocks": 1, "latent_channels": 8, "code_dim": 4,

@@ -15,43 +15,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from mutor_img.cli import Parser, run
-from mutor_img.codes import Codes
-from mutor_img.errors import UserError, check_range, suggest
+from mutor_img.common.cli import Parser, run
+from mutor_img.common.errors import UserError, check_range, suggest
+from mutor_img.data.store import Codes
 from mutor_img.training.runtime import Runtime
-from tokenizer.crops import CROPS, CropRule, center_rule, crop_rule, read_squares, to_float
-from tokenizer.layouts import open_images
+from tokenizer.images.crops import CROPS, CropRule, center_rule, crop_rule, to_float
+from tokenizer.images.layouts import open_images
+from tokenizer.images.source import IMAGENET, ImageSource
+from tokenizer.images.squares import Squares
 from tokenizer.loading import load_tokenizer
-from tokenizer.quantizer import USED_SLOTS
-from tokenizer.sources import IMAGENET, ImageSource
+from tokenizer.network.quantizer import USED_SLOTS
+from tokenizer.network.vq import VQModel
 from tokenizer.store import Recipe, StoreWriter
-from tokenizer.vq import VQModel
 
 VIEWS = {"plain": lambda squares: squares, "mirror": lambda squares: squares.flip(-1)}
-
-
-class Squares(Dataset):
-    """The cropped images of some image numbers, read in worker processes; a reading error is data, not a crash."""
-
-    def __init__(self, source: ImageSource, numbers: Sequence[int], channels: int, image_size: int, rule: CropRule):
-        self.source, self.numbers, self.channels = source, numbers, channels
-        self.image_size, self.rule = image_size, rule
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, str]:
-        """Return (squares, channels, size, size) uint8 and an empty string, or zeros and what was wrong."""
-        try:
-            number = int(self.numbers[index])
-            return read_squares(self.source, number, self.channels, self.image_size, self.rule), ""
-        except UserError as error:
-            shape = (len(self.rule.squares), self.channels, self.image_size, self.image_size)
-            return torch.zeros(shape, dtype=torch.uint8), str(error)
 
 
 def view_names(views: Sequence[str], rule: CropRule) -> tuple[str, ...]:

@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mutor_img.cli import Parser, run
-from mutor_img.codes import Codes
-from mutor_img.errors import UserError, check_range
-from mutor_img.images import check_png, grid_picture, to_nhwc, write_png
+from mutor_img.common.cli import Parser, run
+from mutor_img.common.errors import UserError, check_range
+from mutor_img.common.images import check_png, grid_picture, to_nhwc, write_png
+from mutor_img.data.store import Codes
+from tokenizer.images.source import spread
 from tokenizer.loading import load_tokenizer
 from tokenizer.measures import CodeUse
+from tokenizer.network.vq import VQModel
 from tokenizer.pictures import magnification
-from tokenizer.sources import spread
-from tokenizer.vq import VQModel
 
 _COLUMNS = 10
 

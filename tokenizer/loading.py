@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mutor_img.checkpoint import find_checkpoint, load_strict, read_meta, read_tensors
-from mutor_img.errors import UserError
-from mutor_img.files import file_hash
-from mutor_img.llamagen import read_pt
-from mutor_img.tensor_files import group_hash, has_group
-from tokenizer.vq import VQModel, preset
+from mutor_img.checkpoints.folder import find_checkpoint, load_strict, read_meta, read_tensors
+from mutor_img.checkpoints.llamagen import read_pt
+from mutor_img.checkpoints.tensor_files import group_hash, has_group
+from mutor_img.common.errors import UserError
+from mutor_img.common.files import file_hash
+from tokenizer.network.vq import VQModel, preset
 
 RELEASED = ("vq16", "vq8")  # presets that released files are tried against
 RELEASED_IMAGE_SIZE = 256  # pixels both were trained at

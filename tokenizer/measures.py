@@ -7,7 +7,7 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
-from tokenizer.quantizer import perplexity
+from tokenizer.network.quantizer import perplexity
 
 _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, PIL's
 

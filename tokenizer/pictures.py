@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from mutor_img.images import grid_picture
+from mutor_img.common.images import grid_picture
 
 
 def before_after(images: np.ndarray, reconstructions: np.ndarray, columns: int = 10) -> Image.Image:

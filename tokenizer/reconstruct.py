@@ -11,18 +11,18 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from mutor_img.cli import Parser, run
-from mutor_img.errors import UserError, check_range
-from mutor_img.files import write_json
-from mutor_img.images import check_png, to_nhwc, write_png
-from tokenizer.crops import crop_rule, to_float
-from tokenizer.encode import Squares
-from tokenizer.layouts import open_unlabelled
+from mutor_img.common.cli import Parser, run
+from mutor_img.common.errors import UserError, check_range
+from mutor_img.common.files import write_json
+from mutor_img.common.images import check_png, to_nhwc, write_png
+from tokenizer.images.crops import crop_rule, to_float
+from tokenizer.images.layouts import open_unlabelled
+from tokenizer.images.source import spread
+from tokenizer.images.squares import Squares
 from tokenizer.loading import load_tokenizer
+from tokenizer.network.vq import VQModel
 from tokenizer.pictures import before_after
 from tokenizer.scores import METRICS, ReconstructionScores
-from tokenizer.sources import spread
-from tokenizer.vq import VQModel
 
 _PICTURES = 20
 

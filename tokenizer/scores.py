@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mutor_img.errors import UserError, suggest
+from mutor_img.common.errors import UserError, suggest
 from mutor_img.metrics.features import FeatureNetwork, default_inception_path, load_inception
 from mutor_img.metrics.frechet import Moments, frechet_distance
-from tokenizer.crops import to_float
+from tokenizer.images.crops import to_float
 from tokenizer.measures import CodeUse, psnr, sharpness, ssim
-from tokenizer.perceptual import LPIPS, SMALLEST, load_lpips
+from tokenizer.training.perceptual import LPIPS, SMALLEST, load_lpips
 
 T = TypeVar("T")
 METRICS = ("psnr", "ssim", "rfid", "lpips")
@@ -31,7 +31,7 @@ class ReconstructionScores:
         metrics: some of ``METRICS``, and an error where one cannot be computed; None: PSNR, SSIM, and those of the
             others whose weights are at hand.
         inception_weights: Inception's file, for rFID; None: in torch's hub folder.
-        lpips_weights: folder of LPIPS's files, as in :func:`~tokenizer.perceptual.find_files`.
+        lpips_weights: folder of LPIPS's files, as in :func:`~tokenizer.training.perceptual.find_files`.
         device: where the networks run.
 
     Attributes:

@@ -18,10 +18,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from mutor_img.codes import BLOCK, Codes, CodesInfo, block_checksum
-from mutor_img.errors import UserError
-from mutor_img.files import read_json, write_atomic, write_json
-from tokenizer.sources import ImageSource
+from mutor_img.common.errors import UserError
+from mutor_img.common.files import read_json, write_atomic, write_json
+from mutor_img.data.store import BLOCK, Codes, CodesInfo, block_checksum
+from tokenizer.images.source import ImageSource
 
 PART = 1024  # images a part at most: seconds of work on a GPU
 SMALLEST, PARTS = 8, 64  # few images are cut into more and smaller parts, so that every process has some

@@ -9,31 +9,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mutor_img.cli import run
-from mutor_img.images import to_nhwc, write_png
-from mutor_img.streams import Stream, generator_seed, integers
+from mutor_img.common.cli import run
+from mutor_img.common.images import to_nhwc, write_png
+from mutor_img.common.streams import Stream, generator_seed, integers
 from mutor_img.training.command import parse_training, run_task
 from mutor_img.training.optimizer import learning_rate
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.task import Task
-from tokenizer.adversary import Adversary
-from tokenizer.config import TokenizerConfig
-from tokenizer.crops import to_float
-from tokenizer.folder import list_images
-from tokenizer.losses import ReconstructionLoss
+from tokenizer.images.crops import to_float
+from tokenizer.images.folder import list_images
 from tokenizer.measures import psnr
+from tokenizer.network.quantizer import Quantised, perplexity
+from tokenizer.network.vq import VQModel
 from tokenizer.pictures import before_after
-from tokenizer.plan import build_discriminator, forward_flops, plan_tokenizer
-from tokenizer.quantizer import Quantised, perplexity
-from tokenizer.training_images import TrainingImages, read_all
-from tokenizer.vq import VQModel
+from tokenizer.training.adversary import Adversary
+from tokenizer.training.config import TokenizerConfig
+from tokenizer.training.images import TrainingImages, read_all
+from tokenizer.training.losses import ReconstructionLoss
+from tokenizer.training.plan import build_discriminator, forward_flops, plan_tokenizer
 
 _VALIDATION_BATCH = 32
 _PICTURES = 10
 
 
 class TokenizerTask(Task):
-    """Train a :class:`~tokenizer.vq.VQModel` to reproduce images."""
+    """Train a :class:`~tokenizer.network.vq.VQModel` to reproduce images."""
 
     unit = "images"
     units_per_sample = 1

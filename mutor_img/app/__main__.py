@@ -1,7 +1,7 @@
 """``python -m mutor_img.app``: a page to look at samples, and to compare two checkpoints."""
 
 from mutor_img.app.command import main
-from mutor_img.cli import run
+from mutor_img.common.cli import run
 
 if __name__ == "__main__":
     run(main)

@@ -11,8 +11,8 @@ from importlib.metadata import version
 from types import ModuleType
 
 from mutor_img.app.session import Side, check_comparable
-from mutor_img.cli import Parser
-from mutor_img.errors import UserError, check_range
+from mutor_img.common.cli import Parser
+from mutor_img.common.errors import UserError, check_range
 from mutor_img.sampling.options import add_sampling_flags, check_sampling_flags, open_source
 from mutor_img.training.runtime import Runtime
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mutor_img.app import markup
-from mutor_img.errors import UserError, check_range
-from mutor_img.generation import CHUNK
+from mutor_img.common.errors import UserError, check_range
+from mutor_img.decoding.sampler import CHUNK
 from mutor_img.sampling.source import GeneratedImages, SampleSource
 
 MAX_IMAGES = 256  # a checkpoint; the page holds all of them
@@ -50,7 +50,7 @@ class Controls:
         classes: labels to choose from; none: all.
         labels: rule of the labels.
         count: images of each checkpoint.
-        cfg_scale, temperature, top_k, top_p, seed: see :class:`~mutor_img.generation.SamplingSettings`.
+        cfg_scale, temperature, top_k, top_p, seed: see :class:`~mutor_img.decoding.sampler.SamplingSettings`.
     """
 
     classes: list[int]
@@ -103,7 +103,7 @@ def _whole(name: str, value: float | None) -> int:
 
 
 def check_comparable(sides: Sequence[Side]) -> None:
-    """Raise :class:`~mutor_img.errors.UserError` unless all sides have the same classes."""
+    """Raise :class:`~mutor_img.common.errors.UserError` unless all sides have the same classes."""
     first = sides[0]
     for side in sides[1:]:
         ours, theirs = first.source.names, side.source.names

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from mutor_img.cli import Parser, run
-from mutor_img.errors import UserError, check_range
-from mutor_img.files import write_atomic
+from mutor_img.common.cli import Parser, run
+from mutor_img.common.errors import UserError, check_range
+from mutor_img.common.files import write_atomic
 from mutor_img.gpu_report.checks import Place, all_checks
 from mutor_img.gpu_report.report import environment, run_checks, timings, to_markdown
 

@@ -18,14 +18,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mutor_img.attention import FlexAttention, SdpaAttention
-from mutor_img.config import OptimConfig, TrainConfig
-from mutor_img.generation import generate
-from mutor_img.parity import Difference, compare_attention, draw_at_scale_one, rms_difference
+from mutor_img.common.config import OptimConfig, TrainConfig
+from mutor_img.decoding.sampler import generate
+from mutor_img.pretraining.parity import Difference, compare_attention, draw_at_scale_one, rms_difference
+from mutor_img.pretraining.preflight import BATCH, HEADS, preflight
 from mutor_img.registers import RegisterLaw, mutor_loss
 from mutor_img.training.compiling import compile_blocks, compile_whole
 from mutor_img.training.optimizer import build_optimizer
 from mutor_img.training.parallel import distribute
-from mutor_img.training.preflight import BATCH, HEADS, preflight
 from mutor_img.training.runtime import Runtime
 from mutor_img.transformer import PRESETS, ModelConfig, Transformer
 

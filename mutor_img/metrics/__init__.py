@@ -1,0 +1,1 @@
+"""From images and features to numbers; nothing here knows a model."""

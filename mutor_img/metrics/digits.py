@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from mutor_img import cli
-from mutor_img.errors import UserError, check_range
-from mutor_img.files import file_hash, read_json, write_atomic, write_json
+from mutor_img.common import cli
+from mutor_img.common.errors import UserError, check_range
+from mutor_img.common.files import file_hash, read_json, write_atomic, write_json
+from mutor_img.common.full_precision import full_precision
+from mutor_img.common.streams import Stream, bits, generator_seed, integers
 from mutor_img.metrics.features import to_nchw
-from mutor_img.metrics.full_precision import full_precision
 from mutor_img.metrics.image_sets import FolderImages, read_all
-from mutor_img.streams import Stream, bits, generator_seed, integers
 
 DEFAULT_FOLDER = Path("runs/mnist/classifier")
 FEATURES = 64

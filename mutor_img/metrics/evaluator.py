@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mutor_img.errors import UserError, check_range, suggest
+from mutor_img.common.errors import UserError, check_range, suggest
 from mutor_img.metrics.extraction import Features, extract
 from mutor_img.metrics.features import FeatureNetwork
 from mutor_img.metrics.frechet import frechet_distance

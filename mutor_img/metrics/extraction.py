@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from mutor_img.errors import UserError
+from mutor_img.common.errors import UserError
 from mutor_img.metrics.features import FeatureNetwork
 from mutor_img.metrics.frechet import Moments, Statistics
 from mutor_img.metrics.image_sets import ImageSet, shares

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
-from mutor_img.errors import UserError
-from mutor_img.files import file_hash
-from mutor_img.metrics.full_precision import full_precision
+from mutor_img.common.errors import UserError
+from mutor_img.common.files import file_hash
+from mutor_img.common.full_precision import full_precision
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_HASH = "6726825d"  # the first digits of the file's sha256

@@ -12,7 +12,7 @@ import torch
 from scipy.linalg.lapack import dpstrf
 from torch import Tensor
 
-from mutor_img.errors import UserError
+from mutor_img.common.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from typing import Protocol
 
 import numpy as np
 
-from mutor_img.errors import UserError
-from mutor_img.images import IMAGE_SUFFIXES, read_image
+from mutor_img.common.errors import UserError
+from mutor_img.common.images import IMAGE_SUFFIXES, read_image
 
 _CHUNK = 64  # images read at once
 

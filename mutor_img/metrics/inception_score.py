@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 
-from mutor_img.errors import UserError, suggest
-from mutor_img.streams import Stream, bits
+from mutor_img.common.errors import UserError, suggest
+from mutor_img.common.streams import Stream, bits
 
 CHUNK = 5000
 ORDERS = ("shuffle", "file")

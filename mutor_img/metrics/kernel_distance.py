@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
-from mutor_img.errors import UserError
+from mutor_img.common.errors import UserError
 
 SUBSETS, SUBSET_SIZE = 100, 1000
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mutor_img.errors import UserError
-from mutor_img.metrics.full_precision import full_precision
+from mutor_img.common.errors import UserError
+from mutor_img.common.full_precision import full_precision
 
 _ROWS = 2048
 

@@ -1,38 +1,17 @@
-"""Which feature network scores are made with, and where it runs: shared by all that score."""
+"""The feature networks by name."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
 
-from mutor_img.cli import Parser
-from mutor_img.errors import UserError, check_range, suggest
+from mutor_img.common.errors import UserError, suggest
 from mutor_img.metrics.digits import DEFAULT_FOLDER, load_digits
 from mutor_img.metrics.features import FeatureNetwork, load_inception
 from mutor_img.metrics.timm_features import PREFIX, load_timm
-from mutor_img.training.runtime import Runtime
 
 FEATURES = ("inception", "mnist")
-
-
-def add_network_flags(parser: Parser) -> None:
-    """Add ``--features`` and what belongs to it, ``--batch-size`` and ``--device``."""
-    add = parser.add_argument
-    add("--features", default="inception", metavar="NAME",
-        help=f"feature network: {', '.join(FEATURES)}, or {PREFIX}NAME for a timm model")
-    add("--features-weights", metavar="PATH", help=f"folder of the digit classifier ({DEFAULT_FOLDER} unless given), "
-                                                   "or weights file of the timm model")
-    add("--inception-weights", metavar="FILE", help="Inception weights elsewhere than in torch's hub folder")
-    add("--batch-size", type=int, default=64, help="images a process at once")
-    add("--device", help="cpu, cuda or cuda:N; CUDA if there is one, else the CPU")
-
-
-def check_network_flags(args: argparse.Namespace) -> None:
-    """Raise :class:`UserError` for what cannot be meant."""
-    check_features(args.features, args.features_weights, args.inception_weights)
-    check_range("--batch-size", args.batch_size, 1, 100_000)
 
 
 def check_features(features: str, weights: str | None, inception_weights: str | None = None) -> None:
@@ -48,44 +27,21 @@ def check_features(features: str, weights: str | None, inception_weights: str | 
         raise UserError(f"--features {features} needs --features-weights FILE, its weights; nothing is downloaded")
 
 
-def load_network(features: str, weights: str | Path | None, inception_weights: str | Path | None,
-                 runtime: Runtime) -> FeatureNetwork:
-    """Load the feature network on this process's device, the main process first where it may have to download.
+def load_features(features: str, weights: str | Path | None, inception_weights: str | Path | None,
+                  device: torch.device) -> FeatureNetwork:
+    """Load a feature network onto ``device``; Inception's weights may be downloaded.
+
+    Args:
+        features: ``inception``, ``mnist`` or ``timm:NAME``.
+        weights: folder of the digit classifier, or the timm model's file.
+        inception_weights: Inception's file, where it is not in torch's hub folder.
+        device: where it runs.
 
     Raises:
         UserError: as the loader of that network.
     """
-    if not runtime.is_main:
-        runtime.barrier()
-    try:
-        if features == "mnist":
-            return load_digits(weights or DEFAULT_FOLDER, runtime.device)
-        if features.startswith(PREFIX):
-            return load_timm(features, weights, runtime.device)
-        return load_inception(inception_weights, runtime.device)
-    finally:
-        if runtime.is_main:
-            runtime.barrier()
-
-
-def start(name: str | None) -> Runtime:
-    """Join the launch, if there is one, on ``--device``.
-
-    Raises:
-        UserError: no such device.
-    """
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise UserError(f"--device {name!r} is no device; give cpu, cuda or cuda:N") from None
-    devices = {"cpu": 1, "cuda": torch.cuda.device_count()}
-    if (device.index or 0) >= devices.get(device.type, 0):
-        raise UserError(f"--device {name}: there is no such device here ({torch.cuda.device_count()} CUDA devices); "
-                        "give another or leave it out")
-    launched = Runtime.start()
-    if launched.world == 1:
-        return Runtime(device)
-    if name is not None and (device.index is not None or device.type != launched.device.type):
-        raise UserError(f"--device {name}: {launched.world} processes have joined on {launched.device.type}, a device "
-                        "each; leave it out, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to score on CPUs")
-    return launched
+    if features == "mnist":
+        return load_digits(weights or DEFAULT_FOLDER, device)
+    if features.startswith(PREFIX):
+        return load_timm(features, weights, device)
+    return load_inception(inception_weights, device)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mutor_img.errors import UserError
-from mutor_img.metrics.full_precision import full_precision
+from mutor_img.common.errors import UserError
+from mutor_img.common.full_precision import full_precision
 
 NEIGHBOURS = 3
 _ROWS = 4096

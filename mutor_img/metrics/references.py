@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mutor_img.errors import UserError, suggest
-from mutor_img.files import file_hash, write_atomic
+from mutor_img.common.errors import UserError, suggest
+from mutor_img.common.files import file_hash, write_atomic
 from mutor_img.metrics.frechet import Statistics
 from mutor_img.metrics.image_sets import FolderImages, ImageSet, NpzImages, npz_members, read_npz_array
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mutor_img.errors import UserError, suggest
+from mutor_img.common.errors import UserError, suggest
 from mutor_img.metrics.features import FeatureNetwork
 from mutor_img.metrics.references import Reference
 

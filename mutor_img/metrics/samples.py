@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mutor_img.errors import UserError
-from mutor_img.files import read_json
+from mutor_img.common.errors import UserError
+from mutor_img.common.files import read_json
 from mutor_img.metrics.image_sets import FolderImages, NpzImages
 
 

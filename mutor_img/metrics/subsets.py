@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from mutor_img.errors import UserError
-from mutor_img.streams import Stream, bits
+from mutor_img.common.errors import UserError
+from mutor_img.common.streams import Stream, bits
 
 
 def choose(count: int, size: int, seed: int) -> torch.Tensor:

@@ -13,10 +13,10 @@ from timm.models import load_checkpoint
 from torch import Tensor
 from torchvision.transforms.v2.functional import InterpolationMode, normalize, resize
 
-from mutor_img.errors import UserError, suggest
-from mutor_img.files import file_hash
+from mutor_img.common.errors import UserError, suggest
+from mutor_img.common.files import file_hash
+from mutor_img.common.full_precision import full_precision
 from mutor_img.metrics.features import to_nchw
-from mutor_img.metrics.full_precision import full_precision
 
 PREFIX = "timm:"
 

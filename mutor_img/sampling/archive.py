@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from mutor_img.errors import UserError
-from mutor_img.files import read_json, write_atomic, write_json
+from mutor_img.common.errors import UserError
+from mutor_img.common.files import read_json, write_atomic, write_json
 
 FORMAT = "mutor_img samples 1"
 UNIT = 64  # samples a part; fixed, so that parts are the same for any number of processes and batch size

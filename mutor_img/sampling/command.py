@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mutor_img.cli import Parser, run
-from mutor_img.config import check_choice
-from mutor_img.errors import UserError, check_range
-from mutor_img.generation import Sampler, SamplingSettings
-from mutor_img.images import check_png, write_png
-from mutor_img.loading import Loaded
+from mutor_img.checkpoints.loading import Loaded
+from mutor_img.common.cli import Parser, run
+from mutor_img.common.config import check_choice
+from mutor_img.common.errors import UserError, check_range
+from mutor_img.common.images import check_png, write_png
+from mutor_img.decoding.sampler import Sampler, SamplingSettings
 from mutor_img.sampling.archive import FORMAT, SampleArchive, open_archive
 from mutor_img.sampling.options import add_sampling_flags, check_sampling_flags, open_source
 from mutor_img.sampling.pictures import class_grid, decode_images, steps_strip
 from mutor_img.sampling.source import SampleSource
 from mutor_img.training.runtime import Runtime
-from tokenizer.vq import VQModel
+from tokenizer.network.vq import VQModel
 
 GRID_CLASSES = 10  # rows of a grid whose classes are not given
 GRID_COLUMNS = 8

@@ -9,9 +9,9 @@ import torch
 from timm.data import ImageNetInfo
 from torch import Tensor
 
-from mutor_img.config import check_choice
-from mutor_img.errors import UserError, suggest
-from mutor_img.streams import Stream, bits, integers
+from mutor_img.common.config import check_choice
+from mutor_img.common.errors import UserError, suggest
+from mutor_img.common.streams import Stream, bits, integers
 
 RULES = ("random", "balanced")
 _WORDNET_ID = re.compile(r"n\d{8}")

@@ -8,15 +8,15 @@ from collections.abc import Collection
 
 import torch
 
-from mutor_img.config import check_choice
-from mutor_img.generation import SamplingSettings
-from mutor_img.guidance import SCHEDULES
-from mutor_img.loading import Loaded, load_run
+from mutor_img.checkpoints.loading import Loaded, load_run
+from mutor_img.common.config import check_choice
+from mutor_img.decoding.guidance import SCHEDULES
+from mutor_img.decoding.sampler import SamplingSettings
 from mutor_img.sampling.labels import RULES, parse_classes, readable_names
 from mutor_img.sampling.pictures import open_tokenizer, verified_tokenizer
 from mutor_img.sampling.source import SampleSource
 from mutor_img.training.runtime import Runtime
-from tokenizer.vq import VQModel
+from tokenizer.network.vq import VQModel
 
 WEIGHTS = {"auto": None, "ema": True, "raw": False}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -53,7 +53,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup
 
 
 def check_sampling_flags(args: argparse.Namespace) -> None:
-    """Raise :class:`~mutor_img.errors.UserError` for a word that is none of the known ones."""
+    """Raise :class:`~mutor_img.common.errors.UserError` for a word that is none of the known ones."""
     check_choice("--weights", args.weights, tuple(WEIGHTS))
     check_choice("--labels", args.labels, RULES)
     check_choice("--dtype", args.dtype, ("auto", *DTYPES))

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mutor_img.errors import UserError
-from mutor_img.generation import Sampler, SamplingSettings, generate_samples
-from mutor_img.images import grid_picture, to_nhwc, write_png
+from mutor_img.common.errors import UserError
+from mutor_img.common.images import grid_picture, to_nhwc, write_png
+from mutor_img.decoding.sampler import Sampler, SamplingSettings, generate_samples
 from mutor_img.sampling.labels import readable_names
 from mutor_img.transformer import Transformer
 from tokenizer.loading import load_tokenizer
-from tokenizer.vq import VQModel
+from tokenizer.network.vq import VQModel
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -98,7 +98,7 @@ def class_grid(model: Transformer, tokenizer: VQModel, classes: Sequence[int], c
     """Return a picture with a row of ``columns`` samples for each of ``classes`` and the class's name beside it.
 
     The image in row r, column c is sample number r * columns + c. Small images are magnified. ``batch`` and ``keep``
-    are those of :class:`~mutor_img.generation.Sampler`.
+    are those of :class:`~mutor_img.decoding.sampler.Sampler`.
     """
     labels = torch.tensor(classes).repeat_interleave(columns)  # (rows * columns,)
     sampler = Sampler(model, settings, min(batch, len(labels)), keep)

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mutor_img.generation import Sampler, SamplingSettings
-from mutor_img.loading import Loaded
+from mutor_img.checkpoints.loading import Loaded
+from mutor_img.decoding.sampler import Sampler, SamplingSettings
 from mutor_img.sampling.labels import make_labels
 from mutor_img.sampling.pictures import decode_images
 from mutor_img.transformer import Transformer
-from tokenizer.vq import VQModel
+from tokenizer.network.vq import VQModel
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class ModelImages:
             model, tokenizer: on one device.
             labels: (N,) int64 of images 0 .. N - 1.
             settings: guidance, filtering and seed.
-            batch: images at a time where that is free, see :class:`~mutor_img.generation.Sampler`.
+            batch: images at a time where that is free, see :class:`~mutor_img.decoding.sampler.Sampler`.
             name: for results.
         """
         self.model, self.tokenizer, self.settings, self.batch, self.name = model, tokenizer, settings, batch, name

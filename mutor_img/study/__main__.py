@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mutor_img.cli import run
-from mutor_img.files import read_json, write_json
+from mutor_img.common.cli import run
+from mutor_img.common.files import read_json, write_json
 from mutor_img.study.config import StudyConfig
 from mutor_img.study.pipeline import (
     classifier_dir,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mutor_img.errors import UserError, check_range
+from mutor_img.common.errors import UserError, check_range
 
 
 @dataclass

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from mutor_img.errors import UserError
-from mutor_img.streams import Stream, bits
+from mutor_img.common.errors import UserError
+from mutor_img.common.streams import Stream, bits
 
 PAD = 2  # 28 -> 32 pixels a side, with background
 VAL_PER_CLASS = 50

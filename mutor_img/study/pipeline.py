@@ -13,22 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mutor_img.checkpoint import find_checkpoint, newest_checkpoint, read_meta
-from mutor_img.codes import Codes
-from mutor_img.config import load_config
-from mutor_img.errors import UserError
-from mutor_img.files import read_json, write_json
-from mutor_img.generation import SamplingSettings, generate_samples
-from mutor_img.loading import Loaded, load_run
+from mutor_img.checkpoints.folder import find_checkpoint, newest_checkpoint, read_meta
+from mutor_img.checkpoints.loading import Loaded, load_run
+from mutor_img.common.config import load_config
+from mutor_img.common.errors import UserError
+from mutor_img.common.files import read_json, write_json
+from mutor_img.data.store import Codes
+from mutor_img.decoding.sampler import SamplingSettings, generate_samples
 from mutor_img.metrics.digits import load_digits
 from mutor_img.metrics.image_sets import FolderImages
 from mutor_img.metrics.references import Reference, as_reference
+from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.sampling.labels import make_labels
 from mutor_img.sampling.source import SampleSource
 from mutor_img.study.config import StudyConfig
 from mutor_img.study.mnist import prepare_mnist
 from mutor_img.sweep import SweepPoint, sweep
-from mutor_img.training.generator import GeneratorConfig
 from tokenizer import load_tokenizer
 
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mutor_img.cli import Parser, run
-from mutor_img.errors import UserError
-from mutor_img.files import read_json, write_json
-from mutor_img.metrics.networks import add_network_flags, check_network_flags, load_network, start
+from mutor_img.common.cli import Parser, run
+from mutor_img.common.errors import UserError
+from mutor_img.common.files import read_json, write_json
+from mutor_img.evaluation.networks import add_network_flags, check_network_flags, load_network, start
 from mutor_img.metrics.references import open_reference
 from mutor_img.metrics.requirements import METRICS, OPTIONAL, check_names, frechet_key
 from mutor_img.sampling.options import add_sampling_flags, check_sampling_flags, open_source
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if metrics is not None:
         check_names(metrics)
     runtime = start(args.device)
-    network = load_network(args.features, args.features_weights, args.inception_weights, runtime)
+    network = load_network(args, runtime)
     args.cfg_scale, args.temperature = points[0]
     source, reference = open_source(args, runtime), open_reference(args.reference)
     out = Path(args.out) if args.out else _default_folder(Path(args.checkpoint))

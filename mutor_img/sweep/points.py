@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mutor_img.errors import UserError, check_range
-from mutor_img.files import read_json, write_json
+from mutor_img.common.errors import UserError, check_range
+from mutor_img.common.files import read_json, write_json
 from mutor_img.metrics.evaluator import evaluate
 from mutor_img.metrics.features import FeatureNetwork
 from mutor_img.metrics.references import Reference

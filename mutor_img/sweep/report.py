@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from mutor_img.files import write_atomic
+from mutor_img.common.files import write_atomic
 from mutor_img.metrics.report import aligned
 
 _COLUMNS = {"fid": "FID", "fd": "FD", "sfid": "sFID", "is": "IS", "precision": "precision", "recall": "recall",

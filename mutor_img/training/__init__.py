@@ -1,1 +1,1 @@
-"""One training loop for every model of the project."""
+"""The engine: one training loop for every model. It knows no model."""

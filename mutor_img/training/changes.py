@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mutor_img.errors import UserError
+from mutor_img.common.errors import UserError
 
 IDENTITY = ("seed", "model.", "registers.", "train.global_batch", "data.image_size")  # other ones make another run
 SILENT = (  # change where, how fast or how long a run trains and what it shows, not what an update computes

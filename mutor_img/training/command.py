@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mutor_img.cli import Parser, run
-from mutor_img.config import load_config, to_yaml
-from mutor_img.training.generator import GeneratorConfig, GeneratorTask
+from mutor_img.common.cli import Parser
+from mutor_img.common.config import load_config, to_yaml
 from mutor_img.training.loop import train
-from mutor_img.training.plan import plan_generator
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.stopping import Stopped, StopRequest, end_now
 from mutor_img.training.task import Task
@@ -71,21 +69,3 @@ def run_task(task: type[Task], config: Any) -> Trainer:
             if runtime is None or (runtime.is_main and not runtime.failed()):
                 print("stopped before the first update was done; to resume, run the same command again")
             end_now()
-
-
-def main(argv: Sequence[str]) -> None:
-    """Train a generator."""
-    config = parse_training(
-        argv, GeneratorConfig, plan_generator,
-        description="Train a class-conditional transformer on VQ codes, with MuToR's registers or without. "
-                    "To resume, run the same command again.",
-        example="torchrun --nproc-per-node 8 train.py --config configs/imagenet256/mutor2d_b_80.yaml "
-                "data.codes=codes/imagenet256",
-    )
-    if config is not None:
-        run_task(GeneratorTask, config)
-
-
-def entry() -> None:
-    """Console entry."""
-    run(main)

@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from torch.utils.tensorboard import SummaryWriter
 
-from mutor_img.files import write_atomic
+from mutor_img.common.files import write_atomic
 from mutor_img.training.task import Task
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mutor_img.config import to_yaml
-from mutor_img.files import write_atomic
+from mutor_img.common.config import to_yaml
+from mutor_img.common.files import write_atomic
 from mutor_img.training.hardware import peak_flops
 from mutor_img.training.log import RunLog, log_line
 from mutor_img.training.runtime import Runtime

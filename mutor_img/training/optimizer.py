@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from mutor_img.config import OptimConfig
-from mutor_img.errors import UserError
-from mutor_img.tensor_files import TensorGroup
+from mutor_img.checkpoints.tensor_files import TensorGroup
+from mutor_img.common.config import OptimConfig
+from mutor_img.common.errors import UserError
 from mutor_img.training.parallel import copy_rows
 
 

@@ -17,9 +17,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from mutor_img.checkpoint import check_shapes
-from mutor_img.config import TrainConfig
-from mutor_img.tensor_files import Slice, TensorGroup
+from mutor_img.checkpoints.folder import check_shapes
+from mutor_img.checkpoints.tensor_files import Slice, TensorGroup
+from mutor_img.common.config import TrainConfig
 from mutor_img.training.compiling import compile_blocks
 from mutor_img.training.runtime import Runtime
 

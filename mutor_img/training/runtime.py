@@ -12,7 +12,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
 
-from mutor_img.errors import UserError
+from mutor_img.common.errors import UserError
 from mutor_img.training.hardware import keep_freed_memory
 
 _FAILURES = "mutor_img/failures"  # a counter in the store
@@ -55,6 +55,17 @@ class Runtime:
         """Wait for all processes."""
         if self.world > 1:
             dist.barrier()
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Let rank 0 go through this block before the others, e.g. where it may have to download a file."""
+        if not self.is_main:
+            self.barrier()
+        try:
+            yield
+        finally:
+            if self.is_main:
+                self.barrier()
 
     @contextmanager
     def one_voice(self) -> Iterator[None]:

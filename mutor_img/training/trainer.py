@@ -15,10 +15,10 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mutor_img.checkpoint import newest_checkpoint, open_group, read_meta, write_checkpoint
-from mutor_img.config import to_dict
-from mutor_img.errors import UserError
-from mutor_img.streams import Stream, generator_seed
+from mutor_img.checkpoints.folder import newest_checkpoint, open_group, read_meta, write_checkpoint
+from mutor_img.common.config import to_dict
+from mutor_img.common.errors import UserError
+from mutor_img.common.streams import Stream, generator_seed
 from mutor_img.training import parallel
 from mutor_img.training.changes import check_changes
 from mutor_img.training.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors

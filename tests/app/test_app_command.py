@@ -7,8 +7,8 @@ import pytest
 from tiny_runs import NAMES, write_generator, write_tokenizer
 
 from mutor_img.app import command, main
-from mutor_img.cli import run
-from mutor_img.errors import UserError
+from mutor_img.common.cli import run
+from mutor_img.common.errors import UserError
 
 
 def test_two_checkpoints_are_served_on_this_machine_alone(served, two_runs, free_port):

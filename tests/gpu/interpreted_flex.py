@@ -85,7 +85,7 @@ def lower_as_on_a_gpu(capability=9.0):
 def run(grid, head_dim, count, every=None):
     """Yield the differences of two draws with one BlockMask; one sequence, one head."""
     from mutor_img.attention import FlexAttention
-    from mutor_img.parity import compare_attention
+    from mutor_img.pretraining.parity import compare_attention
     from mutor_img.registers import RegisterLaw
 
     law = RegisterLaw("2d", grid, 4, count, every)

@@ -137,7 +137,7 @@ def test_a_measured_update_that_does_not_fit_is_tried_with_fewer_sequences(monke
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_the_command_is_one_line_and_exit_status_2(capsys):
-    from mutor_img.cli import run
+    from mutor_img.common.cli import run
     from mutor_img.gpu_report.__main__ import main
 
     with pytest.raises(SystemExit) as exit_:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mutor_img.errors import UserError
+from mutor_img.common.errors import UserError
 from mutor_img.metrics.digits import ABOUT_FILE, WEIGHTS_FILE, DigitNet, load_digits, main, train
 from mutor_img.metrics.image_sets import FolderImages, read_all
 

@@ -7,7 +7,7 @@ import torch_fidelity
 from projection import Projection
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from mutor_img.errors import UserError
+from mutor_img.common.errors import UserError
 from mutor_img.metrics import evaluator
 from mutor_img.metrics.evaluator import evaluate, make_reference
 from mutor_img.metrics.features import load_inception

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from mutor_img.errors import UserError
+from mutor_img.common.errors import UserError
 from mutor_img.metrics.extraction import extract
 from mutor_img.metrics.image_sets import ArrayImages
 

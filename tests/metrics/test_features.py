@@ -3,10 +3,10 @@ import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-from mutor_img.errors import UserError
+from mutor_img.common.errors import UserError
+from mutor_img.common.full_precision import full_precision
 from mutor_img.metrics import features
 from mutor_img.metrics.features import INCEPTION_FILE, load_inception, resize_like_tensorflow, to_nchw
-from mutor_img.metrics.full_precision import full_precision
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import scipy.linalg
 import torch
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 
-from mutor_img.errors import UserError
+from mutor_img.common.errors import UserError
 from mutor_img.metrics.frechet import Moments, Statistics, frechet_distance
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mutor_img.errors import UserError
+from mutor_img.common.errors import UserError
 from mutor_img.metrics.image_sets import ArrayImages, FolderImages, NpzImages, read_all, rebatch
 
 

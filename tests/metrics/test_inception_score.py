@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch_fidelity.metric_isc import isc_features_to_metric
 
-from mutor_img.errors import UserError
+from mutor_img.common.errors import UserError
 from mutor_img.metrics.inception_score import inception_score
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from mutor_img.errors import UserError
+from mutor_img.common.errors import UserError
 from mutor_img.metrics import kernel_distance as module
 from mutor_img.metrics.kernel_distance import kernel_distance
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch_fidelity.metric_prc import calculate_precision_recall_full
 
-from mutor_img.errors import UserError
+from mutor_img.common.errors import UserError
 from mutor_img.metrics import precision_recall as module
 from mutor_img.metrics.precision_recall import precision_recall
 

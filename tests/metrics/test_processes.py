@@ -11,8 +11,8 @@ import torch.distributed as dist
 from PIL import Image
 from projection import Projection
 
-from mutor_img.errors import UserError
-from mutor_img.metrics.command import main
+from mutor_img.common.errors import UserError
+from mutor_img.evaluation.command import main
 from mutor_img.metrics.extraction import extract
 from mutor_img.metrics.image_sets import ArrayImages, FolderImages
 

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from mutor_img.errors import UserError
-from mutor_img.files import file_hash
+from mutor_img.common.errors import UserError
+from mutor_img.common.files import file_hash
 from mutor_img.metrics.frechet import Statistics
 from mutor_img.metrics.image_sets import ArrayImages, FolderImages
 from mutor_img.metrics.references import as_reference, check_role, open_reference, save_reference

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mutor_img.errors import UserError
+from mutor_img.common.errors import UserError
 from mutor_img.metrics.subsets import choose, match
 
 

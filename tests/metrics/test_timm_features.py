@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 from torchvision.transforms.functional import to_tensor
 
-from mutor_img.errors import UserError
+from mutor_img.common.errors import UserError
 from mutor_img.metrics.evaluator import evaluate
 from mutor_img.metrics.image_sets import ArrayImages
 from mutor_img.metrics.references import as_reference

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from mutor_img import cli, load_checkpoint
+from mutor_img import load_checkpoint
+from mutor_img.checkpoints.llamagen import read_pt
+from mutor_img.common import cli
+from mutor_img.common.errors import UserError
 from mutor_img.convert import main
-from mutor_img.errors import UserError
-from mutor_img.llamagen import read_pt
 from tokenizer import load_tokenizer
-from tokenizer.vq import VQModel, preset
+from tokenizer.network.vq import VQModel, preset
 
 
 @pytest.fixture

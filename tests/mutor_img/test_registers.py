@@ -10,7 +10,7 @@ from reference import mutor as reference
 from scipy import stats
 
 from mutor_img import draw_registers, mutor_loss
-from mutor_img.errors import UserError
+from mutor_img.common.errors import UserError
 from mutor_img.registers import IGNORE, RegisterLaw, count_targets, register_ids, register_targets
 
 GRIDS = [(4, 5), (3, 7), (5, 4)]

@@ -12,7 +12,7 @@ from torch import nn
 
 from mutor_img import mutor_loss
 from mutor_img.attention import SdpaAttention
-from mutor_img.errors import UserError
+from mutor_img.common.errors import UserError
 from mutor_img.transformer import PRESETS, Block, ModelConfig, RMSNorm, RotaryTable, Transformer, rotate
 
 # ---- initialisation

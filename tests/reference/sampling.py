@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from mutor_img.streams import Stream, uniform
+from mutor_img.common.streams import Stream, uniform
 
 
 def scale_at(schedule, scale, parameter, token, length):

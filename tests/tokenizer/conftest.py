@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mutor_img.checkpoint import write_checkpoint
-from mutor_img.cli import run
-from tokenizer.vq import VQModel
+from mutor_img.checkpoints.folder import write_checkpoint
+from mutor_img.common.cli import run
+from tokenizer.network.vq import VQModel
 
 TINY = {"image_channels": 1, "channels": 4, "multipliers": [1, 2], "blocks": 1, "latent_channels": 4, "code_dim": 3,
         "vocabulary": 16, "groups": 2, "attention": True}

@@ -7,15 +7,15 @@ import sys
 import pytest
 import torch
 
-from mutor_img.checkpoint import find_checkpoint, read_tensors
-from mutor_img.config import OptimConfig
-from mutor_img.errors import UserError
+from mutor_img.checkpoints.folder import find_checkpoint, read_tensors
+from mutor_img.common.config import OptimConfig
+from mutor_img.common.errors import UserError
 from mutor_img.training.log import read_metrics
 from mutor_img.training.runtime import Runtime
-from tokenizer import adversary
-from tokenizer.adversary import Adversary
-from tokenizer.discriminator import PatchDiscriminator
 from tokenizer.train import main
+from tokenizer.training import adversary
+from tokenizer.training.adversary import Adversary
+from tokenizer.training.discriminator import PatchDiscriminator
 
 ALONE = Runtime(torch.device("cpu"))
 TERM = ("loss.adversarial_weight=0.5", "loss.adversarial_start=2", "loss.discriminator_channels=4",

@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mutor_img.errors import UserError
-from mutor_img.images import to_uint8
-from tokenizer.crops import center_crop, crop_rule, pixels, random_crop, read_squares, to_float
-from tokenizer.folder import list_images
+from mutor_img.common.errors import UserError
+from mutor_img.common.images import to_uint8
+from tokenizer.images.crops import center_crop, crop_rule, pixels, random_crop, read_squares, to_float
+from tokenizer.images.folder import list_images
 
 
 def ramp(width, height):

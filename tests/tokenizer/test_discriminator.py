@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tokenizer.discriminator import PatchDiscriminator, discriminator_loss, generator_loss, patches
+from tokenizer.training.discriminator import PatchDiscriminator, discriminator_loss, generator_loss, patches
 
 
 def convolve(x, weight, bias, stride):

@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from mutor_img.codes import Codes
-from mutor_img.errors import UserError
+from mutor_img.common.errors import UserError
+from mutor_img.data.store import Codes
 from tokenizer import encode, load_tokenizer, store
-from tokenizer.crops import CropRule, center_rule, to_float
 from tokenizer.encode import main, parse_views, view_names
-from tokenizer.folder import list_images
+from tokenizer.images.crops import CropRule, center_rule, to_float
+from tokenizer.images.folder import list_images
 
 
 def run_encode(run, images, out, *more):

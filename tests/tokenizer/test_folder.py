@@ -2,9 +2,9 @@
 
 import pytest
 
-from mutor_img.errors import UserError
-from tokenizer.folder import list_images
-from tokenizer.sources import class_names
+from mutor_img.common.errors import UserError
+from tokenizer.images.folder import list_images
+from tokenizer.images.source import class_names
 
 
 def test_labels_are_positions_in_sorted_order(image_folder):

@@ -11,14 +11,14 @@ import torch
 from photographs import CMYK, GREY, PNG, TRUNCATED, WNIDS, write_photographs
 from PIL import Image
 
-from mutor_img.checkpoint import write_checkpoint
-from mutor_img.codes import Codes
+from mutor_img.checkpoints.folder import write_checkpoint
+from mutor_img.data.store import Codes
 from mutor_img.training.runtime import Runtime
 from tokenizer import load_tokenizer, store
-from tokenizer.crops import center_crop, center_rule, crop_rule
 from tokenizer.encode import encode_images, main
-from tokenizer.layouts import open_images
-from tokenizer.sources import imagenet_words
+from tokenizer.images.crops import center_crop, center_rule, crop_rule
+from tokenizer.images.layouts import open_images
+from tokenizer.images.source import imagenet_words
 
 SIZE = 16
 

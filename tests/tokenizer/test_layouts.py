@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from photographs import WNIDS, write_photographs
 
-from mutor_img.errors import UserError
-from tokenizer.folder import list_images
-from tokenizer.layouts import open_images, open_unlabelled
-from tokenizer.sources import imagenet_words, read_class_list
+from mutor_img.common.errors import UserError
+from tokenizer.images.folder import list_images
+from tokenizer.images.layouts import open_images, open_unlabelled
+from tokenizer.images.source import imagenet_words, read_class_list
 
 
 @pytest.fixture(scope="module")

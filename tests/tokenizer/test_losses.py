@@ -2,7 +2,7 @@
 
 import torch
 
-from tokenizer.losses import TERMS, ReconstructionLoss, check_terms
+from tokenizer.training.losses import TERMS, ReconstructionLoss, check_terms
 
 
 def test_terms_are_weighted_and_a_zero_leaves_one_out(monkeypatch):

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torchvision
 
-from mutor_img.errors import UserError
-from tokenizer import perceptual
-from tokenizer.losses import ReconstructionLoss
-from tokenizer.perceptual import LPIPS, find_files, load_lpips
+from mutor_img.common.errors import UserError
+from tokenizer.training import perceptual
+from tokenizer.training.losses import ReconstructionLoss
+from tokenizer.training.perceptual import LPIPS, find_files, load_lpips
 
 
 @pytest.fixture(scope="module")

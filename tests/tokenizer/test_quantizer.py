@@ -8,8 +8,8 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 
-from tokenizer import quantizer
-from tokenizer.quantizer import Quantizer, perplexity, usage_loss
+from tokenizer.network import quantizer
+from tokenizer.network.quantizer import Quantizer, perplexity, usage_loss
 
 
 def build(vocabulary=50, dim=4, seed=0):

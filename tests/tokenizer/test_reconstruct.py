@@ -8,10 +8,10 @@ import scipy.linalg
 import torch
 from PIL import Image
 
-from mutor_img.images import to_nhwc
+from mutor_img.common.images import to_nhwc
 from tokenizer import load_tokenizer, scores
-from tokenizer.crops import to_float
-from tokenizer.folder import list_images
+from tokenizer.images.crops import to_float
+from tokenizer.images.folder import list_images
 from tokenizer.measures import psnr, sharpness, ssim
 from tokenizer.reconstruct import main, reconstruct_folder
 

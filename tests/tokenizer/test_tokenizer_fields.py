@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mutor_img.config import OptimConfig, TrainConfig, field_names, load_config
-from mutor_img.errors import UserError
+from mutor_img.common.config import OptimConfig, TrainConfig, field_names, load_config
+from mutor_img.common.errors import UserError
 from mutor_img.training.log import read_metrics
 from mutor_img.training.loop import train
 from mutor_img.training.runtime import Runtime
@@ -92,7 +92,7 @@ def test_the_preset_changes_the_network():
         config = TokenizerConfig()
         config.model.preset = name
         with torch.device("meta"):
-            from tokenizer.vq import VQModel
+            from tokenizer.network.vq import VQModel
 
             seen.append({k: tuple(v.shape) for k, v in VQModel(**config.model.options()).state_dict().items()})
     assert seen[0] != seen[1]

@@ -5,9 +5,9 @@ import argparse
 import pytest
 import torch
 
-from mutor_img.checkpoint import find_checkpoint, write_checkpoint
-from mutor_img.errors import UserError
-from mutor_img.files import file_hash
+from mutor_img.checkpoints.folder import find_checkpoint, write_checkpoint
+from mutor_img.common.errors import UserError
+from mutor_img.common.files import file_hash
 from tokenizer import load_tokenizer, loading
 
 

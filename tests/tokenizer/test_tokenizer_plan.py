@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mutor_img.config import load_config
-from tokenizer.config import TokenizerConfig
-from tokenizer.plan import activation_bytes
-from tokenizer.vq import VQModel
+from mutor_img.common.config import load_config
+from tokenizer.network.vq import VQModel
+from tokenizer.training.config import TokenizerConfig
+from tokenizer.training.plan import activation_bytes
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

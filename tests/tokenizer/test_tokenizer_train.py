@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from mutor_img.checkpoint import find_checkpoint
-from mutor_img.config import field_names, load_config
+from mutor_img.checkpoints.folder import find_checkpoint
+from mutor_img.common.config import field_names, load_config
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.trainer import Trainer
 from tokenizer import load_tokenizer

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tokenizer import training_images
-from tokenizer.folder import list_images
-from tokenizer.training_images import TrainingImages
+from tokenizer.images.folder import list_images
+from tokenizer.training import images as training_images
+from tokenizer.training.images import TrainingImages
 
 
 def build(folder, **options):

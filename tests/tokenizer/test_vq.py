@@ -4,8 +4,8 @@ import pytest
 import reference_vq as reference
 import torch
 
-from mutor_img.errors import UserError
-from tokenizer.vq import VQModel, preset
+from mutor_img.common.errors import UserError
+from tokenizer.network.vq import VQModel, preset
 
 
 @pytest.mark.parametrize("name, parameters, keys", [("vq16", 71_883_403, 344), ("vq8", 70_109_835, 300)])

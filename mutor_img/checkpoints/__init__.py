@@ -1,0 +1,1 @@
+"""Files of a model: checkpoints, tensors, loading, and the names of LlamaGen's released weights."""

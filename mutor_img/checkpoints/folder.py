@@ -1,0 +1,196 @@
+"""Checkpoints: safetensors and a JSON that a person can read, complete or absent, never pickle.
+
+A run folder holds ``checkpoints/step_00001000/`` with ``model.safetensors``, where there are any
+``ema.safetensors`` and ``optimizer.safetensors``, and ``checkpoint.json``: the step, what is needed to build the model
+again, and size and sha256 of every tensor file. A folder is written aside, flushed, renamed, and only then
+named in ``checkpoints/latest``; older ones are pruned last. So a kill at any moment leaves the newest complete
+checkpoint in place.
+
+A sharded run writes ``model.00000-of-00008.safetensors`` and so on, one file a process (see ``tensor_files.py``).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from mutor_img.checkpoints.tensor_files import Files, Slice, TensorGroup, flush, write_groups
+from mutor_img.common.errors import UserError
+from mutor_img.common.files import read_json, write_atomic, write_json
+
+FORMAT = "mutor_img checkpoint 1"
+
+
+class Processes(Protocol):
+    """Who writes a sharded checkpoint together."""
+
+    rank: int
+    world: int
+
+    def barrier(self) -> None:
+        """Wait for all."""
+
+
+def write_checkpoint(run_dir: str | Path, step: int, tensors: dict[str, dict[str, Tensor | Slice]],
+                     meta: dict[str, Any], keep: int, processes: Processes | None = None) -> Path:
+    """Write one complete checkpoint, mark it as the latest, and prune all but the ``keep`` newest.
+
+    Args:
+        run_dir: the run folder; with ``processes`` one that all of them see.
+        step: updates done.
+        tensors: groups of named tensors, e.g. ``{"model": {...}, "ema": {...}}``; each becomes a file, or one a process
+            where some are slices.
+        meta: what else the JSON holds; plain JSON values only.
+        processes: None: this process has everything. Else all of them call this, each with its slices; tensors that
+            are whole are taken from rank 0.
+
+    Raises:
+        UserError: the files of another process cannot be seen from here.
+        OSError: the disk is full.
+    """
+    rank = processes.rank if processes else 0
+    barrier = processes.barrier if processes else (lambda: None)
+    root = Path(run_dir) / "checkpoints"
+    final = root / f"step_{step:08d}"
+    aside = root / f".step_{step:08d}.part"
+    if rank == 0:
+        for old in root.glob(".step_*.part"):  # of this attempt or of a killed one
+            shutil.rmtree(old)
+        aside.mkdir(parents=True)
+    barrier()
+    try:
+        files = write_groups(aside, tensors, rank, processes.world if processes else 1)
+        if rank > 0:
+            write_json(aside / f"rank_{rank:05d}.json", files)
+        barrier()
+        if rank == 0:
+            for other in range(1, processes.world if processes else 1):
+                files.update(_files_of(aside / f"rank_{other:05d}.json"))
+            write_json(aside / "checkpoint.json", {"format": FORMAT, "step": step, **meta, "files": files})
+            shutil.rmtree(final, ignore_errors=True)  # only ever an earlier, incomplete attempt at this step
+            os.rename(aside, final)
+    except SafetensorError as error:
+        raise OSError(28, f"could not write ({error})", str(aside)) from None
+    finally:
+        if rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+    if rank == 0:
+        flush(root)
+        write_atomic(root / "latest", lambda path: path.write_text(final.name + "\n"))
+        for old in sorted(_complete(root))[:-keep]:
+            gone = root / f".{old.name}.part"  # what a kill leaves of it is no checkpoint, and removed next time
+            os.rename(old, gone)
+            shutil.rmtree(gone)
+    barrier()
+    return final
+
+
+def _files_of(path: Path) -> Files:
+    """Return and remove what another process wrote of its files.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: this process does not see what another one wrote; run_dir must be on a file system "
+                        "that all nodes share")
+    files = read_json(path)
+    path.unlink()
+    return files
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """Return the checkpoint folder that ``path`` means: itself, or the newest complete one of a run folder.
+
+    Raises:
+        UserError: nothing of ours is there.
+    """
+    path = Path(path)
+    if (path / "checkpoint.json").is_file():
+        return path
+    found = newest_checkpoint(path)
+    if found is None:
+        reason = "no such file or folder" if not path.exists() else "no complete checkpoint in it"
+        raise UserError(f"{path}: {reason}; give a run folder, or a checkpoint folder that holds checkpoint.json")
+    return found
+
+
+def newest_checkpoint(run_dir: str | Path) -> Path | None:
+    """Return the newest complete checkpoint folder of a run, or None."""
+    return max(_complete(Path(run_dir) / "checkpoints"), default=None)
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Return a checkpoint's JSON.
+
+    Raises:
+        UserError: it is of another format or version.
+    """
+    meta = read_json(folder / "checkpoint.json")
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise UserError(f"{folder / 'checkpoint.json'}: not a checkpoint of this project's format ({FORMAT})")
+    return meta
+
+
+def open_group(folder: Path, group: str, rank: int = 0, world: int = 1) -> TensorGroup:
+    """Open one group (``"model"``, ``"ema"``, ``"optimizer"``) of a checkpoint; ``world`` processes share the checking.
+
+    Raises:
+        UserError: a file is missing, shorter than written, or its hash differs.
+    """
+    return TensorGroup(folder, read_meta(folder)["files"], group, rank, world)
+
+
+def read_tensors(folder: Path, group: str) -> dict[str, Tensor]:
+    """Return the named tensors of one group (``"model"``, ``"ema"``, ``"optimizer"``), whole, on the CPU.
+
+    Raises:
+        UserError: a file is missing, shorter than written, or its hash differs.
+    """
+    opened = open_group(folder, group)
+    return {name: opened.read(name) for name in opened.shapes}
+
+
+def load_strict(model: torch.nn.Module, tensors: dict[str, Tensor], origin: str | Path) -> None:
+    """Load a state dict into ``model``: every key present, none left over, every shape equal.
+
+    Raises:
+        UserError: naming the first key that is missing, unknown or of another shape.
+    """
+    check_shapes(model, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, origin)
+    model.load_state_dict(tensors)
+
+
+def check_shapes(model: torch.nn.Module, shapes: dict[str, tuple[int, ...]], origin: str | Path) -> None:
+    """Check that weights of these names and shapes are all that ``model`` has, and nothing else.
+
+    Raises:
+        UserError: naming the first key that is missing, unknown or of another shape.
+    """
+    own = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    for key in own.keys() - shapes.keys():
+        raise UserError(f"{origin}: weight {key!r} is missing; the file is of another model")
+    for key in shapes.keys() - own.keys():
+        raise UserError(f"{origin}: unknown weight {key!r}; the file is of another model")
+    for key, shape in shapes.items():
+        if shape != own[key]:
+            raise UserError(f"{origin}: weight {key!r} has shape {shape}; the model has {own[key]}")
+
+
+def _complete(root: Path) -> list[Path]:
+    """Return the checkpoint folders whose JSON and tensor files are all there at their full size."""
+    folders = []
+    for folder in root.glob("step_*") if root.is_dir() else ():
+        if not re.fullmatch(r"step_\d{8}", folder.name) or not (folder / "checkpoint.json").is_file():
+            continue
+        files = read_meta(folder)["files"]
+        if all((folder / n).is_file() and (folder / n).stat().st_size == f["bytes"] for n, f in files.items()):
+            folders.append(folder)
+    return folders

@@ -1,0 +1,175 @@
+"""A generator from files: run folders and checkpoint folders of this project, and released LlamaGen weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mutor_img.checkpoints.folder import find_checkpoint, load_strict, read_meta, read_tensors
+from mutor_img.checkpoints.llamagen import read_pt
+from mutor_img.checkpoints.tensor_files import group_hash, has_group
+from mutor_img.common.errors import UserError
+from mutor_img.common.files import file_hash
+from mutor_img.registers import RegisterLaw
+from mutor_img.transformer import PRESETS, ModelConfig, Transformer
+
+RELEASED_GRID = (16, 16)  # a bare state dict does not say its grid; this is 256 pixels at stride 16
+
+
+@dataclass
+class Loaded:
+    """A generator and where it came from.
+
+    Attributes:
+        model: in eval mode.
+        path: the checkpoint folder, or the ``.pt`` file.
+        which: ``"ema"`` or ``"raw"`` weights.
+        meta: the checkpoint's JSON; empty for a ``.pt`` file.
+    """
+
+    model: Transformer
+    path: Path
+    which: str
+    meta: dict[str, Any]
+
+    @property
+    def codes(self) -> dict[str, Any]:
+        """What the run knows of its codes: tokenizer, tokenizer_hash, class_names, image_size; {} for a ``.pt``."""
+        return self.meta.get("codes", {})
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """The sha256 of the weights file; of a sharded checkpoint's files, that of their hashes."""
+        if not self.meta:
+            return file_hash(self.path)
+        return group_hash(self.meta["files"], _group(self.which))
+
+
+def load_checkpoint(path: str | Path, *, ema: bool | None = None, device: torch.device | str = "cpu",
+                    dtype: torch.dtype | None = None, grid: tuple[int, int] | None = None,
+                    heads: int | None = None) -> Transformer:
+    """Return a generator in eval mode.
+
+    Args:
+        path: a run folder (its newest complete checkpoint), a checkpoint folder, or a ``.pt`` in LlamaGen's layout.
+            The latter may hold ``register_embedding.weight``: one row is the vector shared by all registers;
+            d * d - 1 rows are those of the 2D offsets up to d, ascending; any other number K those of the offsets 1
+            to K.
+        ema: True: averaged weights; False: raw ones; None: averaged where a run has them, raw for a ``.pt``.
+        device: where the weights go.
+        dtype: what they are cast to; None: as stored. The rotary table stays fp32.
+        grid: rows and columns of codes, which a ``.pt`` does not say; 16 x 16 unless given.
+        heads: attention heads, which a ``.pt`` does not say; those of the preset with its layers and dim, else
+            dim // 64.
+
+    Raises:
+        UserError: nothing is there, the file is damaged or of another kind of model, there are no EMA weights to
+            take, or ``grid`` or ``heads`` do not fit.
+    """
+    return load_run(path, ema=ema, device=device, dtype=dtype, grid=grid, heads=heads).model
+
+
+def load_run(path: str | Path, *, ema: bool | None = None, device: torch.device | str = "cpu",
+             dtype: torch.dtype | None = None, grid: tuple[int, int] | None = None,
+             heads: int | None = None) -> Loaded:
+    """Return a generator with what its checkpoint says; arguments and errors as :func:`load_checkpoint`."""
+    path = Path(path)
+    if path.is_file() and path.name != "checkpoint.json":
+        loaded = _load_file(path, bool(ema), grid, heads)
+    else:
+        loaded = _load_folder(path if path.is_dir() else path.parent if path.is_file() else path, ema, grid, heads)
+    loaded.model.to(device=device, dtype=dtype).eval()
+    return loaded
+
+
+def _load_folder(path: Path, ema: bool | None, grid: tuple[int, int] | None, heads: int | None) -> Loaded:
+    folder = find_checkpoint(path)
+    meta, origin = read_meta(folder), folder / "checkpoint.json"
+    if meta.get("kind") != "generator":
+        raise UserError(f"{folder}: a checkpoint of a {meta.get('kind', 'model of unknown kind')}, not of a generator; "
+                        "give the run folder of a generator")
+    averaged = has_group(meta["files"], "ema")
+    if ema and not averaged:
+        raise UserError(f"{folder}: holds no EMA weights; leave ema off")
+    which = "ema" if averaged and ema is not False else "raw"
+    try:
+        config = ModelConfig.from_json(meta["model"])
+        for name, given, own in (("grid", grid, config.grid), ("heads", heads, config.heads)):
+            if given is not None and given != own:
+                raise UserError(f"{folder}: {name} {given} was asked for, but the run has {own}; leave {name} out")
+        model = _build(config)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{origin}: does not describe a generator ({error})") from None
+    load_strict(model, read_tensors(folder, _group(which)), folder / f"{_group(which)}.safetensors")
+    return Loaded(model, folder, which, meta)
+
+
+def _group(which: str) -> str:
+    return "ema" if which == "ema" else "model"
+
+
+def _load_file(path: Path, ema: bool, grid: tuple[int, int] | None, heads: int | None) -> Loaded:
+    if (path.parent / "checkpoint.json").is_file():  # alone it would not say its grid, and a guess might be wrong
+        raise UserError(f"{path}: is part of a checkpoint; give its folder, {path.parent}")
+    weights = read_pt(path, ema)
+    if "quantize.embedding.weight" in weights:
+        raise UserError(f"{path}: weights of a tokenizer, not of a generator; give the generator's file")
+    config = config_from_weights(weights, path, RELEASED_GRID if grid is None else tuple(grid), heads)
+    model = _build(config).to(weights["output.weight"].dtype)
+    load_strict(model, weights, path)
+    return Loaded(model, path, "ema" if ema else "raw", {})
+
+
+def config_from_weights(weights: dict[str, Tensor], origin: str | Path, grid: tuple[int, int],
+                        heads: int | None = None) -> ModelConfig:
+    """Read a model's size off its weights in LlamaGen's layout.
+
+    Args:
+        weights: named tensors.
+        origin: what an error names.
+        grid, heads: as in :func:`load_checkpoint`.
+
+    Raises:
+        UserError: weights of something else, or heads that do not divide dim.
+    """
+    for name in ("tok_embeddings.weight", "cls_embedding.embedding_table.weight", "output.weight"):
+        if name not in weights or weights[name].dim() != 2:
+            raise UserError(f"{origin}: weight {name!r} is missing or no matrix; not a generator in LlamaGen's layout")
+    vocabulary, dim = weights["tok_embeddings.weight"].shape
+    layers = 1 + max((int(m[1]) for m in map(re.compile(r"layers\.(\d+)\.").match, weights) if m), default=-1)
+    if layers < 1 or layers > len(weights):
+        raise UserError(f"{origin}: {layers} layers in {len(weights)} weights; not a generator in LlamaGen's layout")
+    if heads is None:
+        heads = next((h for n, h, d in PRESETS.values() if (n, d) == (layers, dim)), max(1, dim // 64))
+    if heads < 1 or dim % heads:
+        raise UserError(f"{origin}: dim {dim} does not divide into {heads} heads; give heads=")
+    embedding = weights.get("register_embedding.weight")
+    offsets = None if embedding is None else _offsets_of(len(embedding), grid, origin)
+    return ModelConfig(layers, heads, dim, grid, vocabulary,
+                       classes=len(weights["cls_embedding.embedding_table.weight"]) - 1, register_offsets=offsets)
+
+
+def _offsets_of(rows: int, grid: tuple[int, int], origin: str | Path) -> Sequence[int]:
+    """Return the offsets that the rows of a register embedding stand for; a bare state dict does not say them."""
+    if rows < 1:
+        raise UserError(f"{origin}: 'register_embedding.weight' has no rows")
+    if rows == 1:
+        return ()
+    d_max = isqrt(rows + 1)
+    if d_max * d_max == rows + 1 and d_max <= min(grid):
+        return RegisterLaw("2d", grid, d_max).offsets
+    return tuple(range(1, rows + 1))
+
+
+def _build(config: ModelConfig) -> Transformer:
+    """Build a model whose weights are yet to be loaded; torch's global random state stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        return Transformer(config)

@@ -1,0 +1,158 @@
+"""Named tensors in safetensors files: whole in one file, or by rows in one file a process; never pickle.
+
+The header of a sharded file holds, as JSON under ``rows``, the first row of each slice and the rows of the whole
+tensor. Whoever reads takes the rows that it needs from the files that have them, so that the number of processes may
+change between writing and reading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mutor_img.common.errors import UserError
+from mutor_img.common.files import file_hash
+
+Files = dict[str, dict[str, Any]]  # size and sha256 by file name, as checkpoint.json holds them
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Consecutive rows of a tensor.
+
+    Attributes:
+        tensor: (rows here, ...), perhaps none.
+        start: the first of them in the whole tensor.
+        total: rows of the whole tensor.
+    """
+
+    tensor: Tensor
+    start: int
+    total: int
+
+
+def write_groups(folder: Path, tensors: dict[str, dict[str, Tensor | Slice]], rank: int = 0, world: int = 1) -> Files:
+    """Write this process's file of each group, flushed to disk; returns size and sha256 by file name.
+
+    A group in which some tensors are slices becomes a file a process; what is whole in it stands in rank 0's. Any other
+    group is one file, and rank 0's business.
+    """
+    files = {}
+    for group, content in tensors.items():
+        sharded = any(isinstance(value, Slice) for value in content.values())
+        if rank > 0 and not sharded:
+            continue
+        held, rows = {}, {}
+        for name, value in content.items():
+            if isinstance(value, Slice):
+                if len(value.tensor):
+                    held[name], rows[name] = value.tensor, [value.start, value.total]
+            elif rank == 0:
+                held[name] = value
+        path = folder / (f"{group}.{rank:05d}-of-{world:05d}.safetensors" if sharded else f"{group}.safetensors")
+        save_file({name: value.detach().contiguous().cpu() for name, value in held.items()}, path,
+                  metadata={"rows": json.dumps(rows)} if sharded else None)
+        path.chmod(folder.stat().st_mode & 0o666)  # safetensors writes for the owner's eyes only
+        flush(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+    return files
+
+
+def has_group(files: Files, group: str) -> bool:
+    """Tell from a checkpoint's files whether it holds a group of tensors."""
+    return bool(_group_files(files, group))
+
+
+def group_hash(files: Files, group: str) -> str:
+    """Return the sha256 of a group's file; of a sharded group, that of its files' hashes one after the other."""
+    hashes = [files[name]["sha256"] for name in _group_files(files, group)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def _group_files(files: Files, group: str) -> list[str]:
+    """Return the names of a group's files, in the order of their ranks."""
+    return sorted(n for n in files if re.fullmatch(rf"{group}(\.\d{{5}}-of-\d{{5}})?\.safetensors", n))
+
+
+class TensorGroup:
+    """The named tensors of one group of a checkpoint, read from as many files as were written, whole or by rows.
+
+    Attributes:
+        shapes: the whole tensors' shapes by name.
+    """
+
+    def __init__(self, folder: Path, files: Files, group: str, rank: int = 0, world: int = 1):
+        """Open the files, and check the hashes of every ``world``-th file from the ``rank``-th: all, between them.
+
+        Raises:
+            UserError: a file is missing, shorter than written, not safetensors, or its hash differs.
+        """
+        self.origin = folder / f"{group}.safetensors"
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._parts: dict[str, list[tuple[int, safe_open]]] = {}  # first row, and the file that holds it and more
+        names = _group_files(files, group)
+        if not names:
+            raise UserError(f"{self.origin}: no such file in this checkpoint")
+        for number, name in enumerate(names):
+            self._open(folder / name, files[name], check=number % world == rank or world > len(names))
+
+    def _open(self, path: Path, expected: dict[str, Any], check: bool) -> None:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file in this checkpoint")
+        if path.stat().st_size != expected["bytes"] or (check and file_hash(path) != expected["sha256"]):
+            raise UserError(f"{path}: damaged (its size or sha256 differs from checkpoint.json); use another "
+                            "checkpoint")
+        file = _open_safetensors(path)
+        rows = json.loads((file.metadata() or {}).get("rows", "{}"))
+        for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+            start, total = rows.get(name, (0, None))
+            shape = tuple(file.get_slice(name).get_shape())
+            self.shapes[name] = shape if total is None else (total, *shape[1:])
+            self._parts.setdefault(name, []).append((start, file))
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return rows ``start`` to ``stop`` of a tensor (None: to its end; a scalar has none), on the CPU.
+
+        Raises:
+            UserError: the files do not hold all of them.
+        """
+        shape, parts = self.shapes[name], sorted(self._parts[name], key=lambda part: part[0])
+        if not shape:
+            return parts[0][1].get_tensor(name)
+        stop = shape[0] if stop is None else stop
+        pieces, reached = [torch.empty(0, *shape[1:])] if start == stop else [], start
+        for first, file in parts:
+            part = file.get_slice(name)
+            last = min(stop, first + part.get_shape()[0])
+            if first <= reached < last:
+                pieces.append(part[reached - first:last - first])
+                reached = last
+        if reached < stop:
+            raise UserError(f"{self.origin}: row {reached} of {name!r} is in none of its files; use another checkpoint")
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _open_safetensors(path: str | Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def flush(path: Path) -> None:
+    """Make a file or a folder's entries durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

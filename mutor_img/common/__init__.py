@@ -1,0 +1,1 @@
+"""What everyone uses: the command line, configuration, errors, files, pictures, random streams."""

@@ -1,0 +1,73 @@
+"""What every command shares: option parsing that suggests, and errors as one line with exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+from mutor_img.common.errors import UserError, suggest
+
+# No permission, a read-only disk, and a file where a path needs a folder, or the other way round.
+_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+
+
+class Parser(argparse.ArgumentParser):
+    """``ArgumentParser`` without prefix guessing, whose errors name the nearest valid option.
+
+    ``example`` is printed below the options of ``--help``.
+    """
+
+    def __init__(self, *, description: str, example: str, **kwargs):
+        super().__init__(
+            description=description,
+            epilog="example:\n  " + example.strip().replace("\n", "\n  "),
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+            **kwargs,
+        )
+
+    def error(self, message: str):
+        """Raise :class:`UserError` in place of argparse's usage dump."""
+        unknown = re.match(r"unrecognized arguments: (.*)", message)
+        if unknown:
+            word = unknown.group(1).split()[0]
+            options = [o for action in self._actions for o in action.option_strings if o.startswith("--")]
+            hint = suggest(word.split("=")[0], options) if word.startswith("-") else "; options begin with --"
+            message = f"unknown argument {word!r}{hint}"
+        raise UserError(f"{message} (see --help)")
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        """Say the default where there is one."""
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def run(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = None) -> None:
+    """Run a command's ``main(argv)`` and exit: 0, or 2 with one line on stderr for a user's mistake.
+
+    A full disk is a user's mistake too, and so is a path that may not be read or written. Under a launcher with several
+    processes the mistake is the same in each, so that only rank 0 prints it, unless the error says of itself who
+    ``speaks``.
+    """
+    try:
+        main(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        _fail(str(error), error)
+    except OSError as error:
+        if error.errno in _CLOSED and error.filename:
+            _fail(f"{error.filename}: {error.strerror}; give another path, or mend this one", error)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _fail(f"no space left on the device while writing {error.filename or 'a file'}; free some and run the "
+              "same command again", error)
+
+
+def _fail(message: str, error: Exception) -> None:
+    if getattr(error, "speaks", os.environ.get("RANK", "0") == "0"):
+        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(2)

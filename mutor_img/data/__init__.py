@@ -1,0 +1,1 @@
+"""Codes on disk: the store, and the order in which training reads it."""

@@ -1,0 +1,238 @@
+"""Sampling codes from the transformer: guidance, filtering, and one stateless random number a token.
+
+Row j of a batch is a function of (seed, first + j), the label, the settings and the weights, and of nothing else.
+On CPUs in fp32 that holds to the last bit: the network always runs on ``CHUNK`` sequences, and sample i stands
+in row i mod CHUNK of them, whoever its neighbours are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mutor_img.common.errors import UserError, check_range
+from mutor_img.common.streams import Stream, uniform
+from mutor_img.decoding.cpu import PackedDecoder, PackedTransformer, pack
+from mutor_img.decoding.gpu import StaticDecoder, static_decoder
+from mutor_img.decoding.guidance import guidance_scales, guide
+from mutor_img.transformer import Transformer
+
+CHUNK = 8  # sequences the network runs on at a time, on CPUs in fp32; a bit of the result may depend on it
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """What decides the codes of a sample beside its number, its label and the weights.
+
+    Attributes:
+        cfg_scale: guidance scale >= 1; 1: none.
+        cfg_schedule, cfg_parameter: see :func:`~mutor_img.decoding.guidance.guidance_scales`.
+        temperature: > 0; divides the logits after guidance.
+        top_k: the k most likely codes only; 0: all.
+        top_p: after top_k, the smallest set of codes whose mass is at least this; 1: all.
+        seed: the random streams'.
+    """
+
+    cfg_scale: float = 2.0
+    cfg_schedule: str = "constant"
+    cfg_parameter: float | None = None
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def validate(self, vocabulary: int) -> None:
+        """Raise :class:`UserError` for a value out of range."""
+        check_range("cfg_scale", self.cfg_scale, 1.0, 1e6)
+        check_range("temperature", self.temperature, 0.0, 1e6, low_open=True)
+        check_range("top_k", self.top_k, 0, vocabulary)
+        check_range("top_p", self.top_p, 0.0, 1.0, low_open=True)
+        guidance_scales(self.cfg_schedule, self.cfg_scale, self.cfg_parameter, 1)
+
+
+def generate(model: Transformer, labels: Tensor | Sequence[int], cfg_scale: float = 2.0, temperature: float = 1.0,
+             top_k: int = 0, top_p: float = 1.0, seed: int = 0, first: int = 0) -> Tensor:
+    """Sample the codes of one image a label.
+
+    Args:
+        model: the transformer, in any mode (dropout is never applied here) and on any device.
+        labels: (B,) in 0 .. classes - 1.
+        cfg_scale, temperature, top_k, top_p, seed: see :class:`SamplingSettings`.
+        first: number of the first sample; row j uses the random stream f(seed, first + j).
+
+    Returns:
+        (B, N) int64 codes on the model's device.
+
+    Raises:
+        UserError: a value or a label out of range, or weights that give logits which are not finite.
+    """
+    labels = torch.as_tensor(labels, dtype=torch.int64)
+    settings = SamplingSettings(cfg_scale, "constant", None, temperature, top_k, top_p, seed)
+    return generate_samples(model, labels, first + torch.arange(len(labels)), settings)
+
+
+def generate_samples(model: Transformer, labels: Tensor, samples: Tensor, settings: SamplingSettings) -> Tensor:
+    """Sample the codes of the given samples; as :func:`generate` for sample numbers that need not be consecutive.
+
+    Args:
+        labels: (B,) int64.
+        samples: (B,) int64 sample numbers, all different.
+
+    Returns:
+        (B, N) int64 codes.
+    """
+    return Sampler(model, settings, max(1, len(labels))).generate(labels, samples)
+
+
+class Sampler:
+    """A model's weights made ready for sampling, and one cache for all batches. Make a new one after an update.
+
+    What is costly to prepare (weights laid out for a CPU, a step compiled for a GPU) is kept beside the model, and
+    serves the next sampler too where neither weights nor shapes have changed.
+
+    Attributes:
+        count: sequences the network runs on at a time; batches are cut and padded to it.
+    """
+
+    def __init__(self, model: Transformer, settings: SamplingSettings, batch: int, keep: bool = True):
+        """Prepare.
+
+        Args:
+            model: the transformer.
+            settings: what decides the samples.
+            batch: sequences at a time where the number is free, that is anywhere but on CPUs in fp32.
+            keep: False: nothing is compiled or kept beside the model; for a few images amid training.
+
+        Raises:
+            UserError: settings out of range.
+        """
+        config, weight = model.config, model.output.weight
+        settings.validate(config.vocabulary)
+        self.model, self.config, self.settings, self.device = model, config, settings, weight.device
+        self.fixed = weight.device.type == "cpu" and weight.dtype == torch.float32
+        self.count = CHUNK if self.fixed else batch
+        self.scales = guidance_scales(settings.cfg_schedule, settings.cfg_scale, settings.cfg_parameter, config.length)
+        # After the last guided token, or without any, there is no second half of the batch.
+        self.guided_until = max((token + 1 for token, scale in enumerate(self.scales) if scale > 1), default=0)
+        self.halves = 2 if self.guided_until else 1
+        rows = self.halves * self.count
+        self.static = weight.device.type != "cpu"
+        with torch.no_grad():
+            if self.static:
+                self.decoder = static_decoder(model, rows) if keep else StaticDecoder(model, rows, eager=True)
+            else:
+                self.decoder = PackedDecoder(pack(model) if keep else PackedTransformer(model), rows)
+
+    def generate(self, labels: Tensor, samples: Tensor) -> Tensor:
+        """Return codes (B, N) int64 on the model's device for labels and sample numbers (B,) int64, any B.
+
+        Raises:
+            UserError: a label out of range, or logits that are not finite.
+        """
+        if labels.dim() != 1 or labels.shape != samples.shape:
+            raise ValueError(f"labels {tuple(labels.shape)} and samples {tuple(samples.shape)} must both be (B,)")
+        wrong = labels[(labels < 0) | (labels >= self.config.classes)]
+        if len(wrong):
+            raise UserError(f"label {int(wrong[0])} is out of range; the model has classes 0 to "
+                            f"{self.config.classes - 1}")
+        labels, samples = labels.to(self.device), samples.to(self.device)
+        codes = torch.zeros(len(labels), self.config.length, dtype=torch.int64, device=self.device)
+        for rows in self._cut(samples):
+            slots = samples[rows] % self.count if self.fixed else torch.arange(len(rows), device=self.device)
+            padded = torch.zeros(2, self.count, dtype=torch.int64, device=self.device)
+            padded[:, slots] = torch.stack([labels[rows], samples[rows]])
+            with _evaluating(self.model), torch.no_grad() if self.static else torch.inference_mode():
+                made = self._run(*padded)  # (count, N)
+            codes[rows] = made[slots]
+        if len(codes) and int(codes.min()) < 0:
+            raise UserError("the model's logits are not finite; its weights are damaged, or too large for their dtype")
+        return codes
+
+    def _cut(self, samples: Tensor) -> Iterable[Tensor]:
+        """Return the rows of the batch that run together, at most ``count`` at a time."""
+        if not self.fixed:
+            return torch.arange(len(samples), device=self.device).split(self.count)
+        groups = samples // self.count
+        return [(groups == group).nonzero()[:, 0] for group in groups.unique()]
+
+    def _run(self, labels: Tensor, samples: Tensor) -> Tensor:
+        """Return codes (count, N) for labels and sample numbers (count,) int64; -1 where logits were not finite."""
+        places = torch.arange(self.config.length, device=self.device)
+        numbers = uniform(self.settings.seed, Stream.TOKEN, samples[:, None], places).T.contiguous()  # (N, count)
+        codes = torch.empty(len(places), self.count, dtype=torch.int64, device=self.device)
+        nulls = [torch.full_like(labels, self.config.classes)] if self.halves == 2 else []
+        logits = self.decoder.first(torch.cat([labels, *nulls]))  # (2 count or count, V)
+        for position, scale in enumerate(self.scales):
+            if position:
+                logits = self._decode(codes[position - 1], position)
+            logits = guide(logits.float(), scale) if scale > 1 else logits[: self.count].float()
+            codes[position] = draw(logits, numbers[position], self.settings)
+        return torch.where((codes < 0).any(0), -1, codes).T
+
+    def _decode(self, codes: Tensor, position: int) -> Tensor:
+        """Return logits (2 count or count, V) at ``position``; both halves of a batch go on with the same codes."""
+        codes = codes.clamp(min=0)  # not finite: go on with anything, and say so at the end
+        halves = self.halves if self.static or position < self.guided_until else 1
+        return self.decoder.next(codes.repeat(halves), position)
+
+
+@contextmanager
+def _evaluating(model: Transformer) -> Iterator[None]:
+    """Switch dropout off for a while, and leave every module in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def draw(logits: Tensor, numbers: Tensor, settings: SamplingSettings) -> Tensor:
+    """Draw one code a row by the inverse of the cumulative distribution.
+
+    The sums are float64, and the drawn code is the first whose cumulative mass exceeds the number's share of the
+    total. So a code of probability zero is never drawn, not even at the ends.
+
+    Args:
+        logits: (B, V) fp32.
+        numbers: (B,) float64 in [0, 1).
+
+    Returns:
+        (B,) int64; -1 where the logits are not finite.
+    """
+    if settings.temperature != 1:
+        logits = logits / settings.temperature
+    if settings.top_k:
+        logits = keep_top_k(logits, settings.top_k)
+    if settings.top_p < 1:
+        logits = keep_top_p(logits, settings.top_p)
+    mass = logits.softmax(-1).cumsum(-1, dtype=torch.float64)  # (B, V)
+    total = mass[:, -1:]  # (B, 1)
+    codes = torch.searchsorted(mass, numbers[:, None] * total, right=True)[:, 0]
+    return torch.where(total[:, 0] > 0, codes, -1)
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Return logits (B, V) with all but the k largest of a row at -inf; of equal ones the first stay."""
+    least = logits.topk(k).values[:, -1:]  # (B, 1), the k-th largest
+    above, equal = logits > least, logits == least
+    room = k - above.sum(-1, keepdim=True)  # (B, 1) how many of the equal ones stay
+    return logits.masked_fill(~(above | (equal & (equal.cumsum(-1) <= room))), -math.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Return logits (B, V) with all but the nucleus at -inf: the fewest largest whose mass is at least p.
+
+    At least one stays; of equal ones the first (Holtzman et al., arXiv 1904.09751).
+    """
+    ordered, places = logits.sort(dim=-1, descending=True, stable=True)  # (B, V) each
+    mass = ordered.softmax(-1).to(torch.float64)
+    before = mass.cumsum(-1) - mass  # the mass of all that are more likely
+    ordered = ordered.masked_fill(before >= p * mass.sum(-1, keepdim=True), -math.inf)
+    return torch.empty_like(logits).scatter_(-1, places, ordered)

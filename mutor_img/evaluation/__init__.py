@@ -1,0 +1,1 @@
+"""The command that scores samples or a checkpoint, and its flags."""

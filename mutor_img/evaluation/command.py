@@ -1,0 +1,140 @@
+"""The scoring command: flags in, a table on the terminal and a JSON file out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mutor_img.common import cli
+from mutor_img.common.errors import UserError, check_range, suggest
+from mutor_img.common.files import write_json
+from mutor_img.evaluation.networks import add_network_flags, check_network_flags, load_network, start
+from mutor_img.metrics.evaluator import evaluate, make_reference
+from mutor_img.metrics.inception_score import ORDERS
+from mutor_img.metrics.references import ROLES, open_reference
+from mutor_img.metrics.report import table
+from mutor_img.metrics.requirements import METRICS, OPTIONAL, check_names
+from mutor_img.metrics.samples import open_samples
+from mutor_img.sampling.options import add_sampling_flags, check_sampling_flags, open_source
+from mutor_img.sampling.source import GeneratedImages
+
+SAMPLES = 50_000  # of --checkpoint, unless --num-samples is given
+
+
+def _parser() -> tuple[cli.Parser, list[str]]:
+    """Return the parser and the names of the sampling flags."""
+    parser = cli.Parser(
+        description="Score generated images: FID, sFID, Inception Score, precision and recall under ADM's protocol.",
+        example="python evaluate_fid.py --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz "
+                "--num-samples 50000 --json scores.json\n"
+                "python evaluate_fid.py --checkpoint runs/imagenet256/mutor2d_b_80 --cfg-scale 2.0 "
+                "--reference VIRTUAL_imagenet256_labeled.npz\n"
+                "python evaluate_fid.py --make-reference imagenet/train_256_png --role generation --out train.npz")
+    add = parser.add_argument
+    add("--samples", metavar="PATH", help="npz (arr_0 uint8 NHWC, arr_1 labels) or folder of PNGs")
+    add("--checkpoint", metavar="PATH", help="run folder, checkpoint folder or LlamaGen .pt: generate the images of "
+                                             "sample.py and score them as they come, nothing is stored")
+    add("--reference", metavar="PATH", help="ADM npz, statistics npz (ours, or mu and sigma), images npz or PNG folder")
+    add("--metrics", metavar="LIST", help=f"some of {','.join((*METRICS, *OPTIONAL))}; all that the reference allows "
+                                          f"of {','.join(METRICS)} if not given")
+    add("--num-samples", type=int, metavar="N", help="score the first N; fewer is an error; all if not given, or 50000 "
+                                                     "with --checkpoint")
+    add("--held-out", metavar="PATH", help="real images outside the reference, scored at the same number beside it")
+    add("--is-order", default="shuffle", metavar="ORDER", help=f"Inception Score chunks by {' or '.join(ORDERS)}")
+    add("--role", metavar="ROLE", help=f"what is scored, or made a reference for: {' or '.join(ROLES)}; generation "
+                                       "when scoring, unless given")
+    add("--force-role", action="store_true", help="score against a reference of the other role all the same")
+    add("--json", metavar="FILE", help="write the scores and where they come from")
+    add("--make-reference", metavar="PATH", help="write a statistics file of these images instead of scoring")
+    add("--out", metavar="FILE", help="the statistics file of --make-reference")
+    add_network_flags(parser)
+    return parser, add_sampling_flags(parser.add_argument_group("samples of --checkpoint, as in sample.py"))
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    """The command; see ``--help``. Returns what the JSON file holds (empty on ranks other than 0).
+
+    Raises:
+        UserError: a mistake in the flags or in the files they name.
+    """
+    parser, sampling = _parser()
+    args = parser.parse_args(argv)
+    _check(args)
+    if not args.checkpoint:
+        _check_unused(args, {name: parser.get_default(name) for name in sampling}, "has no use without --checkpoint")
+    runtime = start(args.device)
+    options = {"batch_size": args.batch_size, "progress": True}
+    network = load_network(args, runtime)
+    if args.make_reference:
+        source = open_reference(args.make_reference)
+        if make_reference(source, network, args.role, args.out, **options) is not None:
+            print(f"reference of {args.make_reference} for {args.role} -> {args.out}")
+        return {}
+    if args.checkpoint:
+        samples = GeneratedImages(open_source(args, runtime), args.num_samples or SAMPLES, args.batch_size)
+    else:
+        samples = open_samples(args.samples)
+    result = evaluate(
+        samples, open_reference(args.reference), network, metrics=_metrics(args.metrics), num_samples=args.num_samples,
+        held_out=None if args.held_out is None else open_samples(args.held_out), role=args.role or "generation",
+        force_role=args.force_role, is_order=args.is_order, **options)
+    if result:
+        for warning in result["warnings"]:
+            print(f"warning: {warning}", file=sys.stderr)
+        print(table(result), flush=True)  # before the file: what took an hour is not lost to a folder that is gone
+        if args.json:
+            write_json(args.json, result)
+    return result
+
+
+def entry() -> None:
+    """Console entry."""
+    cli.run(main)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what cannot be meant before anything is read."""
+    for name, value, known in (("--is-order", args.is_order, ORDERS), ("--role", args.role, ROLES)):
+        if value is not None and value not in known:
+            raise UserError(f"{name} {value!r} is unknown{suggest(value, known)}")
+    check_network_flags(args)
+    check_sampling_flags(args)
+    _metrics(args.metrics)
+    if args.num_samples is not None:
+        check_range("--num-samples", args.num_samples, 2, 10**9)
+    if args.make_reference:
+        scoring = ("samples", "checkpoint", "reference", "num_samples", "metrics", "held_out", "json")
+        _check_unused(args, {**dict.fromkeys(scoring), "force_role": False}, "has no use with --make-reference")
+        if not args.out or not args.role:
+            raise UserError(f"--make-reference needs --role ({' or '.join(ROLES)}) and --out FILE")
+        return
+    if args.out:
+        raise UserError("--out is for --make-reference; the scores are written by --json FILE")
+    if args.samples and args.checkpoint:
+        raise UserError("--samples and --checkpoint exclude each other; give the one to score")
+    if not args.samples and not args.checkpoint:
+        raise UserError("--samples is missing, or --checkpoint to generate them (see --help)")
+    if not args.reference:
+        raise UserError("--reference is missing (see --help)")
+    if args.json and Path(args.json).is_dir():
+        raise UserError(f"--json {args.json} is a folder; give a file name")
+
+
+def _check_unused(args: argparse.Namespace, defaults: dict[str, Any], reason: str) -> None:
+    """Refuse flags that would change nothing."""
+    for name, default in defaults.items():
+        if getattr(args, name) != default:
+            raise UserError(f"--{name.replace('_', '-')} {reason}")
+
+
+def _metrics(text: str | None) -> list[str] | None:
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise UserError(f"--metrics is empty; choose from {','.join((*METRICS, *OPTIONAL))}")
+    check_names(names)
+    return names

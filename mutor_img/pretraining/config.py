@@ -1,0 +1,160 @@
+"""The config of a generator's training run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from mutor_img.common.config import OptimConfig, TrainConfig, check_choice
+from mutor_img.common.errors import UserError, check_range
+from mutor_img.metrics.networks import check_features
+from mutor_img.metrics.requirements import check_names
+from mutor_img.registers import RegisterLaw
+from mutor_img.transformer import PRESETS, ModelConfig
+
+
+@dataclass
+class CodesConfig:
+    """Where the codes are."""
+
+    codes: Any = "codes/imagenet256"  # a code store made by tokenizer.encode, or several: a list, or a,b
+    val_codes: str | None = None  # held-out codes for the validation loss; null: no validation
+
+    def folders(self) -> list[str]:
+        """Return the code stores' folders; raises :class:`UserError` where ``codes`` names none."""
+        found = self.codes.split(",") if isinstance(self.codes, str) else self.codes
+        if not isinstance(found, list) or not found or not all(isinstance(f, str) and f.strip() for f in found):
+            raise UserError(f"data.codes is {self.codes!r}; give the folder of a code store, or several as a,b")
+        return [folder.strip() for folder in found]
+
+
+@dataclass
+class ModelSection:
+    """The transformer."""
+
+    preset: str = "B"  # mnist, B, L, XL, XXL, 3B
+    grid: tuple[int, int] = (16, 16)  # rows, columns of codes; must be the code store's
+    vocabulary: int = 16384  # number of codes; must be the code store's
+    classes: int = 1000  # number of classes; must be the code store's
+    dropout: float = 0.1  # embedded sequence, attention output, feed-forward
+    drop_path: float = 0.0  # > 0 switches the latter two dropouts off
+    class_dropout: float = 0.1  # share of samples trained with the null class
+    attention: str = "auto"  # of registers in training; auto: FlexAttention on CUDA where compiled, else SDPA; sdpa
+    loss_chunk: int = 0  # rows of logits held at a time by the training loss: saves memory; 0: all of them
+
+    def validate(self) -> None:
+        check_choice("model.attention", self.attention, ("auto", "sdpa"))
+        check_range("model.loss_chunk", self.loss_chunk, 0, 10**9)
+        check_range("model.dropout", self.dropout, 0.0, 0.99)
+        check_range("model.drop_path", self.drop_path, 0.0, 0.99)
+        check_range("model.class_dropout", self.class_dropout, 0.0, 1.0)
+        check_range("model.vocabulary", self.vocabulary, 1, 65536)
+        check_range("model.classes", self.classes, 1, 10**6)
+
+
+@dataclass
+class RegistersConfig:
+    """MuToR (method sections 2 to 5)."""
+
+    kind: str = "2d"  # none, 1d, 2d
+    count: int | None = None  # registers a sequence at random anchors; null: one after each input (dense)
+    d_max: int = 4  # largest offset, per axis in 2D
+    loss_weight: float = 0.5  # the registers' share a of the loss
+    every: int | None = None  # one register after each so many inputs; null: off
+    mixed_offsets: bool = False  # one offset a register in place of one a sequence
+    embedding: str = "shared"  # shared: one vector for all; per_offset: one for each offset
+    wrap: bool = True  # a 2D offset past the right edge goes on in the next row; false: no target
+
+    def validate(self) -> None:
+        check_range("registers.loss_weight", self.loss_weight, 0.0, 1.0)
+        if self.embedding not in ("shared", "per_offset"):
+            raise UserError(f"registers.embedding is {self.embedding!r}; give shared or per_offset")
+
+
+@dataclass
+class PicturesConfig:
+    """The sample grids drawn while training."""
+
+    cfg_scale: float = 2.0  # guidance scale
+    per_class: int = 8  # images of each of the first ten classes
+
+    def validate(self) -> None:
+        check_range("pictures.cfg_scale", self.cfg_scale, 1.0, 100.0)
+        check_range("pictures.per_class", self.per_class, 1, 64)
+
+
+@dataclass
+class PlanConfig:
+    """The devices that ``--dry-run`` plans for. Training itself takes those it finds."""
+
+    devices: int = 1  # how many
+    device_gib: float = 80.0  # memory of one, GiB
+    usable: float = 0.9  # share of it for tensors; the rest: CUDA's and NCCL's own, and fragmentation
+    peak_tflops: float = 989.0  # of one, dense, in train.precision (989: H100 SXM in bf16)
+    mfu: float = 0.4  # share of the peak that the model's FLOPs are expected to reach
+
+    def validate(self) -> None:
+        check_range("plan.devices", self.devices, 1, 10**6)
+        check_range("plan.device_gib", self.device_gib, 0.0, 1e5, low_open=True)
+        check_range("plan.usable", self.usable, 0.0, 1.0, low_open=True)
+        check_range("plan.peak_tflops", self.peak_tflops, 0.0, 1e6, low_open=True)
+        check_range("plan.mfu", self.mfu, 0.0, 1.0, low_open=True)
+
+
+@dataclass
+class EvalConfig:
+    """The scores computed while training; few samples stand for a trend, not for a figure to report."""
+
+    every: int = 0  # steps between scores, and at the end; 0: never
+    samples: int = 2000  # samples a score; their Frechet distance stands above that of 50000
+    reference: str = ""  # what evaluate_fid.py --reference takes
+    metrics: list[str] = field(default_factory=list)  # of fid, sfid, is, pr, kid; empty: all that the reference allows
+    features: str = "inception"  # or mnist, or timm:NAME
+    features_weights: str | None = None  # classifier folder, timm weights, or Inception's file where it is elsewhere
+    cfg_scale: float = 2.0  # guidance scale
+
+    def validate(self) -> None:
+        check_range("eval.every", self.every, 0, 10**9)
+        check_range("eval.samples", self.samples, 2, 10**7)
+        check_range("eval.cfg_scale", self.cfg_scale, 1.0, 100.0)
+        if self.metrics:
+            check_names(self.metrics)
+        check_features(self.features, None if self.features == "inception" else self.features_weights)
+        if self.every and not self.reference:
+            raise UserError("eval.reference is empty; eval.every needs a reference to score against")
+
+
+@dataclass
+class GeneratorConfig:
+    """A generator's training run."""
+
+    run_dir: str = ""  # empty: the config's path with configs/ read as runs/
+    seed: int = 0  # of weights, data order, views, registers, class drops and dropout
+    init_from: str | None = None  # weights to start from: a run, a checkpoint, or a released LlamaGen .pt
+    data: CodesConfig = field(default_factory=CodesConfig)
+    model: ModelSection = field(default_factory=ModelSection)
+    registers: RegistersConfig = field(default_factory=RegistersConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    pictures: PicturesConfig = field(default_factory=PicturesConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def validate(self) -> None:
+        self.data.folders()
+        self.law()
+        if self.model.preset not in PRESETS:
+            self.model_config()  # raises, naming the nearest
+
+    def law(self) -> RegisterLaw:
+        """Return the registers' law; raises :class:`UserError` where it cannot be drawn."""
+        r = self.registers
+        return RegisterLaw(r.kind, tuple(self.model.grid), r.d_max, r.count, r.every, r.mixed_offsets, r.wrap)
+
+    def model_config(self) -> ModelConfig:
+        """Return the model's shapes."""
+        m, offsets = self.model, None
+        if self.registers.kind != "none":
+            offsets = self.law().offsets if self.registers.embedding == "per_offset" else ()
+        return ModelConfig.preset(m.preset, grid=tuple(m.grid), vocabulary=m.vocabulary, classes=m.classes,
+                                  dropout=m.dropout, drop_path=m.drop_path, register_offsets=offsets)

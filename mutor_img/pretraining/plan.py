@@ -1,0 +1,163 @@
+"""What a generator's training will cost, from shapes alone: no data, no weights, no GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from mutor_img.common.errors import UserError
+from mutor_img.pretraining.config import GeneratorConfig
+from mutor_img.pretraining.memory import FP32, Memory, Step, step_memory
+from mutor_img.registers import RegisterLaw
+from mutor_img.transformer import ModelConfig, Transformer
+
+GIB = 2.0**30
+
+
+def plan_generator(config: GeneratorConfig) -> dict[str, dict[str, Any]]:
+    """Return what ``--dry-run`` prints, by section.
+
+    Raises:
+        UserError: the batch does not divide over ``plan.devices``, or a device's share over ``train.micro_batch``.
+    """
+    with torch.device("meta"):
+        model = Transformer(config.model_config())
+    share = device_share(config)
+    micro_batch = min(config.train.micro_batch or share, share)
+    if share % micro_batch:
+        raise UserError(f"train.micro_batch is {micro_batch}, but each of plan.devices={config.plan.devices} has "
+                        f"{share} of the global batch, which is not a multiple of it")
+    parameters, passes = model.parameter_count(), share // micro_batch
+    return {
+        "model": {"preset": config.model.preset, "parameters": parameters},
+        **update_sections(config, model, share, micro_batch),
+        **memory_sections(config, model.config, parameters, share, micro_batch),
+        "a checkpoint, GiB": checkpoint_section(config, parameters),
+        "communication an update": communication_section(config, model.config, parameters, passes),
+    }
+
+
+def device_share(config: GeneratorConfig) -> int:
+    """Return the sequences of an update on one of ``plan.devices``."""
+    batch, devices = config.train.global_batch, config.plan.devices
+    if batch % devices:
+        raise UserError(f"train.global_batch is {batch}, not divisible by plan.devices={devices}")
+    return batch // devices
+
+
+def update_sections(config: GeneratorConfig, model: Transformer, share: int, micro_batch: int) -> dict[str, Any]:
+    """Return the sections of tokens and FLOPs, and of time. MFU counts the model's FLOPs, not recomputed ones."""
+    law, plan, batch = config.law(), config.plan, config.train.global_batch
+    pairs = attended_pairs(law, config.seed)
+    flops = 3 * batch * model.forward_flops(law.length, law.registers, pairs)
+    attention = flops - 3 * batch * model.forward_flops(law.length, law.registers, 0.0)
+    seconds = flops / (plan.devices * plan.peak_tflops * 1e12 * plan.mfu)
+    hours = seconds * config.train.steps / 3600
+    return {
+        "an update": {
+            "sequences": batch,
+            "sequences a device": share,
+            "sequences a forward pass": micro_batch,
+            "code tokens": batch * law.length,
+            "registers": batch * law.registers,
+            "tokens through the network": batch * (law.length + law.registers),
+            "FLOPs an update, forward and backward": flops,
+            "FLOPs in attention, %": 100 * attention / flops,
+            # The rest grows with the length, attention with its square.
+            "codes an image at which attention takes half": round(law.length * (flops - attention) / attention),
+        },
+        f"time at {plan.mfu:.0%} of {plan.devices} x {plan.peak_tflops:g} TFLOP/s (assumed)": {
+            "updates": config.train.steps,
+            "FLOPs in all": flops * config.train.steps,
+            "seconds an update": seconds,
+            "hours": hours,
+            "GPU-hours": hours * plan.devices,
+        },
+    }
+
+
+def memory_sections(config: GeneratorConfig, model: ModelConfig, parameters: int, share: int,
+                    micro_batch: int) -> dict[str, Any]:
+    """Return the sections of memory by category and of what fits the device."""
+    room = config.plan.device_gib * config.plan.usable * GIB
+    step = replace(gpu_step(config), sequences=micro_batch, accumulate=micro_batch < share)
+    memory = step_memory(model, parameters, step)
+    largest = largest_micro_batch(model, parameters, step, room, share)
+    fitting = max((n for n in range(1, largest + 1) if share % n == 0), default=0)
+    fits = memory.total <= room
+    advice = "yes" if fits else f"no: train.micro_batch={fitting}" if fitting else "no, not even one sequence at a time"
+    how = "compiled blocks" if step.compiled else "eager"
+    return {
+        f"memory a device, GiB (computed; {how}{', checkpointed' if step.checkpointing else ''})": memory_rows(memory),
+        f"what fits {config.plan.device_gib:g} GiB ({config.plan.usable:.0%} of it for tensors)": {
+            "this run": advice,
+            "to spare, GiB": (room - memory.total) / GIB,
+            "sequences a forward pass, at most": largest,
+        },
+    }
+
+
+def memory_rows(memory: Memory) -> dict[str, float]:
+    """Return a memory's categories and total by the names they are printed under, in GiB."""
+    rows = {"weights": memory.weights, "gradients": memory.gradients, "optimiser": memory.optimiser, "EMA": memory.ema,
+            "second copies of weights": memory.copies, "activations": memory.activations,
+            "logits and loss": memory.logits, "or, later: a block's gradients": memory.working, "in all": memory.total}
+    return {name: value / GIB for name, value in rows.items()}
+
+
+def gpu_step(config: GeneratorConfig) -> Step:
+    """Return how a step of one sequence runs on ``plan.devices`` GPUs."""
+    train, law = config.train, config.law()
+    return Step(
+        sequences=1, registers=law.registers, precision=train.precision, compiled=train.compile,
+        checkpointing=train.activation_checkpointing, flex=config.model.attention == "auto" and train.compile,
+        loss_chunk=config.model.loss_chunk, ema=train.ema > 0,
+        shards=config.plan.devices if train.parallel == "fsdp" else 1)
+
+
+def largest_micro_batch(model: ModelConfig, parameters: int, step: Step, room: float, share: int) -> int:
+    """Return the most sequences of a forward pass whose memory is within ``room`` bytes; 0: not even one."""
+    low, high = 0, 2**20
+    while low < high:
+        middle = (low + high + 1) // 2
+        trial = replace(step, sequences=middle, accumulate=middle < share)
+        if step_memory(model, parameters, trial).total <= room:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def checkpoint_section(config: GeneratorConfig, parameters: int) -> dict[str, float]:
+    """Return the sizes of what is written: all in fp32, AdamW's two moments beside the weights."""
+    copies = {"weights": 1, "optimiser": 2, "EMA": 1 if config.train.ema else 0}
+    rows = {name: count * FP32 * parameters / GIB for name, count in copies.items()}
+    whole = sum(rows.values())
+    return {**rows, "in all": whole, f"the {config.train.keep} newest": config.train.keep * whole}
+
+
+def communication_section(config: GeneratorConfig, model: ModelConfig, parameters: int,
+                          passes: int) -> dict[str, float]:
+    """Return the GiB that a device sends in an update, over rings: of n devices each sends (n - 1) / n of a tensor.
+
+    DDP reduces fp32 gradients once: a reduce-scatter and an all-gather. FSDP2 gathers blocks twice a forward pass (in
+    bf16 in a bf16 run), embeddings and head once in fp32, and scatters fp32 gradients once.
+    """
+    ring = (config.plan.devices - 1) / config.plan.devices / GIB
+    if config.train.parallel == "ddp":
+        return {"all-reduce of gradients, GiB sent": 2 * FP32 * parameters * ring}
+    blocks = model.layers * (4 * model.dim**2 + 3 * model.dim * model.hidden)
+    width = gpu_step(config).width
+    return {"all-gather of weights, GiB sent": passes * (2 * width * blocks + FP32 * (parameters - blocks)) * ring,
+            "reduce-scatter of gradients, GiB sent": FP32 * parameters * ring}
+
+
+def attended_pairs(law: RegisterLaw, seed: int) -> float:
+    """Return the query-key pairs of one sequence that the rule allows; over drawn anchors, a mean of 256 draws."""
+    regular = law.length * (law.length + 1) / 2
+    if law.kind == "none":
+        return regular
+    anchors, _ = law.draw(seed, 0, torch.arange(256 if law.count is not None else 1))
+    return regular + (anchors + 2).sum(dim=1).double().mean().item()  # t + 1 regular inputs, and itself

@@ -1,0 +1,195 @@
+"""The generator as a training task: codes in, MuToR's loss out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mutor_img.checkpoints.folder import load_strict
+from mutor_img.checkpoints.loading import load_run
+from mutor_img.common.errors import UserError
+from mutor_img.common.streams import Stream, generator_seed, uniform
+from mutor_img.data.order import TrainingCodes
+from mutor_img.data.store import Codes
+from mutor_img.pretraining.config import GeneratorConfig
+from mutor_img.pretraining.plan import attended_pairs
+from mutor_img.pretraining.preflight import Preflight, preflight
+from mutor_img.pretraining.scores import RunScores
+from mutor_img.registers import count_targets
+from mutor_img.training.runtime import Runtime
+from mutor_img.training.task import Task
+from mutor_img.transformer import Transformer
+
+
+class GeneratorTask(Task):
+    """Train a :class:`~mutor_img.transformer.Transformer` on a code store, with or without registers."""
+
+    unit = "tokens"
+    headline = ("loss", "next_token", "register", "val_next_token")
+    shardable = True
+
+    def __init__(self, config: GeneratorConfig, runtime: Runtime):
+        """Open the codes and build the model.
+
+        Raises:
+            UserError: missing or damaged codes, or codes that do not fit the config.
+        """
+        self.config, self.runtime = config, runtime
+        self.preflight: Preflight | None = None
+        self.law = config.law()
+        self._counted: tuple[int, Tensor | None] = -1, None  # a step, and its registers with a target
+        self.data = TrainingCodes([open_codes(f, config, runtime) for f in config.data.folders()], config.seed)
+        self.codes = self.data.stores[0]
+        self.val_codes = open_codes(config.data.val_codes, config, runtime) if config.data.val_codes else None
+        if self.val_codes and self.val_codes.info.tokenizer_hash != self.codes.info.tokenizer_hash:
+            hashes = [store.info.tokenizer_hash[:12] for store in (self.val_codes, self.codes)]
+            raise UserError(f"{config.data.val_codes}: made by tokenizer {hashes[0]}, but {self.codes.folder} by "
+                            f"{hashes[1]}; encode one of them again")
+        torch.manual_seed(generator_seed(config.seed, Stream.INIT))
+        self.model = Transformer(config.model_config())
+        if config.init_from:
+            start_from(self.model, config.init_from)
+        self.units_per_sample = self.law.length  # code tokens; registers are method, not data
+        self.flops_per_sample = 3 * self.model.forward_flops(
+            self.law.length, self.law.registers, attended_pairs(self.law, config.seed))
+        self.score_every, self.scores = config.eval.every, None
+        if self.score_every:
+            self.scores = RunScores(config.eval, self.metadata()["codes"], self.model, config.seed, runtime)
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        return list(model.layers)
+
+    def batch(self, step: int, samples: Tensor) -> tuple[Tensor, Tensor]:
+        """Return labels (b,), the null class where dropped, and codes (b, N) of global sample numbers (b,) on the CPU.
+
+        What it returns is on the run's device.
+        """
+        device = self.runtime.device
+        codes, labels = (x.to(device, non_blocking=True) for x in self.data.batch(samples.numpy()))
+        drawn = uniform(self.config.seed, Stream.CLASS_DROP, step, samples.to(device, non_blocking=True))
+        dropped = drawn < self.config.model.class_dropout
+        return torch.where(dropped, self.config.model.classes, labels), codes
+
+    def loss(self, model: nn.Module, step: int, samples: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return this micro-batch's share of MuToR's loss (method section 5), and of its two parts."""
+        labels, codes = self.batch(step, samples)  # (b,), (b, N)
+        total, chunk = self.config.train.global_batch * self.law.length, self.config.model.loss_chunk
+        if self.law.kind == "none":
+            next_token = model(labels, codes[:, :-1], targets=codes, loss_chunk=chunk) / total
+            return next_token, {"next_token": next_token}
+        device = self.runtime.device
+        anchors, offsets = self.law.draw(self.config.seed, step, samples.to(device, non_blocking=True))  # (b, R) each
+        if self.model.flex is None and self.flex_passes(device):
+            self.model.use_flex(anchors, fixed=self.law.count is None)
+        sums = model(labels, codes[:, :-1], anchors, offsets, targets=codes, loss_chunk=chunk)  # two scalars
+        next_token, register = sums[0] / total, sums[1] / self._register_count(step, device)
+        weight = self.config.registers.loss_weight
+        return (1 - weight) * next_token + weight * register, {"next_token": next_token, "register": register}
+
+    def wants_flex(self, device: torch.device) -> bool:
+        """Return whether registers attend by FlexAttention there; it has no backward on CPUs."""
+        compiled = self.config.train.compile  # uncompiled FlexAttention would build the whole matrix of scores
+        return self.config.model.attention == "auto" and compiled and device.type == "cuda"
+
+    def flex_passes(self, device: torch.device) -> bool:
+        """Return whether to use FlexAttention; the first call, before any update, compares it on every process."""
+        if self.preflight is None and self.wants_flex(device):
+            self.preflight = preflight(self.law, self.model.config, self.config.train.precision, self.config.seed,
+                                       self.runtime)
+            self.preflight.record(self.config.run_dir, self.runtime)
+        return self.preflight is not None and self.preflight.passed
+
+    def _register_count(self, step: int, device: torch.device) -> Tensor | int:
+        """Return how many registers of the whole global batch have a target: a mean over ranks would depend on them."""
+        batch = self.config.train.global_batch
+        if self.law.count is not None:
+            return batch * self.law.count  # anchors are drawn among those with a target
+        if self._counted[0] != step:  # once an update, not once a micro-batch
+            everyone = torch.arange(step * batch, (step + 1) * batch, device=device)
+            drawn = self.law.draw(self.config.seed, step, everyone)
+            self._counted = step, count_targets(*drawn, self.law.length).clamp(min=1)
+        return self._counted[1]
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """Return the next-token loss on the held-out codes, first view, in nats a token."""
+        if self.val_codes is None:
+            return {}
+        count, size = len(self.val_codes), min(250, self.config.train.global_batch)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
+        for first in range(0, count, self.runtime.world * size):
+            mine = np.arange(count)[first:first + self.runtime.world * size][self.runtime.rank * size:][:size]
+            images = mine if len(mine) else np.zeros(1, dtype=np.int64)  # a sharded model runs everywhere or nowhere
+            codes, labels = self.val_codes.batch(images, images * 0)
+            codes, labels = codes.to(self.runtime.device), labels.to(self.runtime.device)
+            loss = model(labels, codes[:, :-1], targets=codes, loss_chunk=self.config.model.loss_chunk)
+            if len(mine):
+                sums += torch.stack([loss, loss.new_tensor(codes.numel())])
+        total, tokens = self.runtime.sum(sums).tolist()
+        return {"val_next_token": total / tokens}
+
+    def score(self, model: nn.Module, step: int) -> dict[str, float]:
+        try:
+            return self.scores(model)
+        except UserError as error:  # weights of this moment that cannot be sampled from: training goes on
+            tqdm.write(f"no scores at step {step}: {error}")
+            return {}
+
+    def draw_pictures(self, model: nn.Module, folder: Path, step: int) -> None:
+        from mutor_img.sampling import draw_training_grid  # the picture needs the tokenizer, training does not
+
+        try:
+            draw_training_grid(model, self.metadata()["codes"], self.config.pictures, self.config.seed,
+                               folder / f"samples_{step:08d}.png")
+        except UserError as error:  # a missing tokenizer is no reason to end a training run
+            tqdm.write(f"no sample grid at step {step}: {error}")
+
+    def metadata(self) -> dict[str, Any]:
+        info, stores = self.codes.info, self.data.stores
+        checked = {"preflight": self.preflight.to_json()} if self.preflight else {}
+        return {"kind": "generator", "model": self.model.config.to_json(), **checked, "codes": {
+            "class_names": info.class_names, "image_size": info.image_size, "tokenizer": info.tokenizer,
+            "tokenizer_hash": info.tokenizer_hash, "stores": [
+                {"path": str(store.folder), "hash": store.content_hash(), "crop": store.info.crop,
+                 "views": store.info.views} for store in stores]}}
+
+
+def start_from(model: Transformer, path: str) -> None:
+    """Take a checkpoint's weights; a register embedding that it lacks stays as drawn.
+
+    Args:
+        model: takes the weights; every other name and shape must fit.
+        path: run folder, checkpoint folder (averaged weights where it has any), or LlamaGen ``.pt``.
+
+    Raises:
+        UserError: nothing readable is there, or a weight does not fit.
+    """
+    weights = load_run(path, grid=model.config.grid).model.state_dict()
+    if model.config.register_offsets is not None:
+        weights.setdefault("register_embedding.weight", model.register_embedding.weight.detach())
+    load_strict(model, weights, path)
+
+
+def open_codes(folder: str, config: GeneratorConfig, runtime: Runtime) -> Codes:
+    """Open a code store, check that it fits the model of ``config``, and verify it, each process its share of blocks.
+
+    Raises:
+        UserError: naming the key of the config that differs from the store, or the block that is damaged.
+    """
+    codes = Codes(folder)
+    found = {"grid": tuple(codes.info.grid), "vocabulary": codes.info.vocabulary,
+             "classes": len(codes.info.class_names)}
+    for name, value in found.items():
+        wanted = getattr(config.model, name)
+        wanted = tuple(wanted) if name == "grid" else wanted
+        if wanted != value:
+            raise UserError(f"{folder}: the codes have {name} {value}, the config says model.{name}={wanted}")
+    if len(codes) == 0:
+        raise UserError(f"{folder}: holds no images")
+    faults = codes.faults(range(runtime.rank, codes.blocks, runtime.world))
+    codes.refuse(runtime.sum(torch.from_numpy(faults).to(runtime.device)).cpu().numpy())
+    return codes

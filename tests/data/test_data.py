@@ -1,0 +1,122 @@
+"""The data order has no state and visits every image once an epoch; code stores are checked, and mixed evenly."""
+
+import numpy as np
+import pytest
+
+from mutor_img.common.config import load_config
+from mutor_img.common.errors import UserError
+from mutor_img.data import store as codes_module
+from mutor_img.data.order import StatelessOrder, TrainingCodes
+from mutor_img.data.store import Codes, block_checksum
+from mutor_img.pretraining.config import GeneratorConfig
+
+
+def test_an_epoch_visits_every_item_once():
+    items, epochs = StatelessOrder(37, seed=3).items(np.arange(74))
+    assert sorted(items[:37]) == sorted(items[37:]) == list(range(37))
+    assert (epochs == np.repeat([0, 1], 37)).all()
+
+
+def test_epochs_and_seeds_have_different_orders():
+    order = StatelessOrder(100, seed=0)
+    first, second = order.items(np.arange(100))[0], order.items(np.arange(100, 200))[0]
+    assert (first != second).any() and (first != StatelessOrder(100, seed=1).items(np.arange(100))[0]).any()
+
+
+def test_items_depend_on_the_sample_number_alone():
+    whole = StatelessOrder(11, seed=5).items(np.arange(60))[0]
+    order = StatelessOrder(11, seed=5)
+    numbers = np.random.default_rng(0).permutation(60)
+    assert all(order.items(np.array([n]))[0][0] == whole[n] for n in numbers)
+
+
+def stores(make_codes, tmp_path, *seeds, **options):
+    return [Codes(make_codes(tmp_path / f"store{seed}", seed=seed, images=12, **options)) for seed in seeds]
+
+
+def test_a_sample_is_one_view_of_its_image_in_one_of_the_stores(make_codes, tmp_path):
+    both = stores(make_codes, tmp_path, 0, 1)
+    data = TrainingCodes(both, seed=2)
+    images, _ = data.order.items(np.arange(1200))
+    codes, labels = data.batch(np.arange(1200))
+    assert all(sorted(images[e * 12: (e + 1) * 12]) == list(range(12)) for e in range(100))  # once an epoch
+    assert labels.tolist() == [i % 3 for i in images]
+    taken = np.zeros((2, 2), int)  # by store and view
+    for row, image in zip(codes.numpy(), images):
+        found = [(s, v) for s in range(2) for v in range(2) if np.array_equal(both[s].codes[image, v], row)]
+        assert len(found) == 1
+        taken[found[0]] += 1
+    assert (abs(taken - 300) < 75).all()  # 300 each, with a deviation of 15
+
+
+def test_mixed_samples_do_not_depend_on_their_batch(make_codes, tmp_path):
+    data = TrainingCodes(stores(make_codes, tmp_path, 0, 1, 2), seed=0)
+    whole, _ = data.batch(np.arange(50))
+    for part in (np.array([7]), np.array([49, 3, 12])):
+        assert np.array_equal(data.batch(part)[0], whole[part])
+
+
+def test_stores_with_other_numbers_of_views_mix(make_codes, tmp_path):
+    two, one = Codes(make_codes(tmp_path / "two")), Codes(make_codes(tmp_path / "one", seed=1, views=1))
+    images, _ = (data := TrainingCodes([two, one], seed=0)).order.items(np.arange(400))
+    from_one = (data.batch(np.arange(400))[0].numpy() == one.codes[images, 0]).all(1)
+    assert 150 < from_one.sum() < 250  # half: stores are drawn evenly, not views
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"tokenizer_hash": "b" * 64}, "tokenizers bbbbbbbbbbbb and aaaaaaaaaaaa"),
+    ({"images": 11}, "images 11 and 10"),
+    ({"vocabulary": 17}, "vocabulary 17 and 16"),
+    ({"grid": (5, 4)}, r"grid \(5, 4\) and \(4, 5\)"),
+    ({"class_names": ["a", "b"]}, "number of classes 2 and 3"),
+    ({"class_names": ["a", "c", "b"]}, "other images"),
+    ({"images_hash": "x"}, "other images"),
+])
+def test_stores_that_do_not_fit_each_other_are_refused(change, message, make_codes, tmp_path):
+    made = {key: change.pop(key) for key in list(change) if key in ("tokenizer_hash", "images")}
+    first, other = Codes(make_codes(tmp_path / "a")), Codes(make_codes(tmp_path / "b", **made))
+    first.info.images_hash = "y"
+    for name, value in change.items():
+        setattr(other.info, name, value)
+    with pytest.raises(UserError, match=message):
+        TrainingCodes([first, other], seed=0)
+
+
+def test_a_run_over_several_stores_names_them_all(run_training, make_codes, codes_folder, tmp_path):
+    other = make_codes(tmp_path / "other", seed=1)
+    trainer = run_training(f"data.codes={codes_folder},{other}", "train.steps=1")
+    assert [store["path"] for store in trainer.task.metadata()["codes"]["stores"]] == [str(codes_folder), str(other)]
+    listed = run_training(f"data.codes=[{codes_folder},{other}]", f"run_dir={tmp_path / 'listed'}", "train.steps=1")
+    assert [store.folder for store in listed.task.data.stores] == [codes_folder, other]
+
+
+@pytest.mark.parametrize("value", ["3", "[]", "a,,b", "[a,3]", "null"])
+def test_codes_that_are_no_folders_are_refused(value, run_file):
+    with pytest.raises(UserError, match=r"data\.codes is .*; give the folder"):
+        load_config(GeneratorConfig, run_file, [f"data.codes={value}"])
+
+
+def test_a_damaged_block_stops_a_run_before_it_begins(run_training, make_codes, tmp_path, monkeypatch):
+    monkeypatch.setattr(codes_module, "BLOCK", 4)
+    folder = make_codes(tmp_path / "blocks", block=4)  # 10 images: 3 blocks
+    array = np.load(folder / "codes.npy", mmap_mode="r+")
+    array[9, 1, 3] ^= 1
+    array.flush()
+    with pytest.raises(UserError, match=r"block 2 \(images 8 to 9\) does not match its checksum"):
+        run_training(f"data.codes={folder}")
+    assert not (tmp_path / "runs").exists()
+    codes = Codes(folder)  # processes share the blocks, and a sum is what one would have found
+    shares = [codes.faults(range(rank, codes.blocks, 2)) for rank in range(2)]
+    assert sum(shares).tolist() == [0, 0, codes_module.Fault.CHECKSUM]
+
+
+@pytest.mark.parametrize("where, value, message", [("codes", 16, "code outside of the vocabulary of 16"),
+                                                   ("labels", 3, "label outside of 0 to 2")])
+def test_values_out_of_range_are_found_under_a_right_checksum(where, value, message, make_codes, tmp_path):
+    codes = Codes(make_codes(tmp_path / "codes"))
+    changed = getattr(codes, where).copy()
+    changed[7] = value
+    setattr(codes, where, changed)
+    codes.info.checksums = [block_checksum(codes.codes, codes.labels)]
+    with pytest.raises(UserError, match=message):
+        codes.verify()

@@ -1,0 +1,200 @@
+"""Every field of a generator's config changes something that can be seen; a field without a row fails."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mutor_img import sampling
+from mutor_img.checkpoints.folder import find_checkpoint, read_meta
+from mutor_img.common.config import field_names
+from mutor_img.pretraining import task as generator
+from mutor_img.pretraining.config import GeneratorConfig
+from mutor_img.pretraining.plan import plan_generator
+from mutor_img.pretraining.task import GeneratorTask
+from mutor_img.training.log import read_metrics
+from mutor_img.training.parallel import is_sharded
+from mutor_img.training.runtime import Runtime
+
+
+def rows_with(trainer, name):
+    return [row[name] for row in read_metrics(trainer.run_dir) if name in row]
+
+
+def steps_kept(trainer):
+    return sorted(p.name for p in (trainer.run_dir / "checkpoints").glob("step_*"))
+
+
+def weights(trainer):
+    return [p.detach().sum().item() for p in trainer.model.parameters()]
+
+
+def shapes(trainer):
+    return {k: tuple(v.shape) for k, v in trainer.model.state_dict().items()}
+
+
+def drawn(trainer):
+    """The registers of the run's law: what every switch of the method acts on."""
+    anchors, offsets = trainer.task.law.draw(0, 0, torch.arange(50))
+    return anchors.tolist(), offsets.tolist()
+
+
+def flex_on_gpus(trainer):
+    return trainer.task.wants_flex(torch.device("cuda"))
+
+
+def loss_graph(trainer):
+    """The names of the loss's backward functions."""
+    nodes = [trainer.task.loss(trainer.model, 0, torch.arange(4))[0].grad_fn]
+    for node in nodes:
+        nodes += [below for below, _ in node.next_functions if below is not None and below not in nodes]
+    return {node.name() for node in nodes}
+
+
+def plan(trainer):
+    return plan_generator(trainer.config)
+
+
+def losses(trainer):
+    return rows_with(trainer, "loss")
+
+
+def pictures(trainer):
+    return PICTURES.copy()
+
+
+def scored(trainer):
+    """What :class:`FakeScores` was asked to score with."""
+    config = trainer.task.scores.config
+    return config.samples, config.reference, config.metrics, config.features, config.features_weights, config.cfg_scale
+
+
+class FakeScores:
+    """Stands for the scores of a run, whose own test is test_run_scores.py."""
+
+    def __init__(self, config, *others):
+        self.config = config
+
+    def __call__(self, model):
+        return {"eval_fid": 1.0}
+
+
+PICTURES: list = []
+SCORED = "eval.reference=some.npz"
+
+# field -> (overrides both runs share, changed value, what must differ)
+FIELDS = {
+    "run_dir": ((), "{tmp}/elsewhere", lambda t: t.run_dir),
+    "seed": ((), "1", losses),
+    "data.codes": ((), "{tmp}/other", losses),
+    "data.val_codes": (("train.validate_every=1",), "{tmp}/other", lambda t: rows_with(t, "val_next_token")),
+    "init_from": ((), "{tmp}/runs/first", losses),
+    "model.preset": ((), "B", shapes),
+    "model.grid": ((), "[2,10]", None),
+    "model.vocabulary": ((), "17", None),
+    "model.classes": ((), "4", None),
+    "model.dropout": ((), "0.5", losses),
+    "model.loss_chunk": ((), "7", loss_graph),
+    "model.drop_path": ((), "0.5", losses),
+    "model.class_dropout": ((), "0.9", losses),
+    "registers.kind": ((), "1d", drawn),
+    "registers.count": ((), "5", drawn),
+    "registers.d_max": ((), "2", drawn),
+    "registers.loss_weight": ((), "0.1", losses),
+    "registers.every": (("registers.count=null",), "2", drawn),
+    "registers.mixed_offsets": ((), "true", drawn),
+    "registers.embedding": ((), "per_offset", shapes),
+    "registers.wrap": (("registers.count=null",), "false", drawn),
+    "optim.lr": ((), "5e-3", weights),
+    "optim.betas": ((), "[0.5,0.6]", weights),
+    "optim.weight_decay": ((), "5", weights),
+    "optim.clip": ((), "1e-9", weights),
+    "optim.schedule": ((), "cosine", lambda t: rows_with(t, "lr")),
+    "optim.warmup_steps": ((), "2", lambda t: rows_with(t, "lr")),
+    "optim.decay_steps": (("optim.schedule=wsd",), "2", lambda t: rows_with(t, "lr")),
+    "optim.final_lr": (("optim.schedule=cosine",), "5e-3", lambda t: rows_with(t, "lr")),
+    "train.steps": ((), "2", lambda t: t.step),
+    "train.global_batch": ((), "2", lambda t: rows_with(t, "samples")),
+    "train.micro_batch": ((), "2", lambda t: t.micro_batch),
+    "train.precision": ((), "bf16", losses),
+    "train.compile": ((), "true", lambda t: hasattr(t.model.layers[0].forward, "get_compiler_config")),
+    "train.activation_checkpointing": ((), "true", lambda t: getattr(t.model.layers[0].forward, "func", None)),
+    "train.parallel": ((), "fsdp", lambda t: is_sharded(t.config.train, Runtime(torch.device("cpu"), 0, 2))),
+    "train.timeout_minutes": ((), "2", lambda t: t.runtime.timeout),
+    "model.attention": (("train.steps=1", "train.compile=true"), "sdpa", flex_on_gpus),
+    "train.ema": ((), "0.9", lambda t: t.ema is not None),
+    "train.log_every": ((), "3", lambda t: len(losses(t))),
+    "train.checkpoint_every": ((), "0", steps_kept),
+    "train.keep": ((), "1", steps_kept),
+    "train.validate_every": ((), "1", lambda t: len(rows_with(t, "val_next_token"))),
+    "train.picture_every": ((), "1", pictures),
+    "pictures.cfg_scale": (("train.picture_every=1",), "3", pictures),
+    "pictures.per_class": (("train.picture_every=1",), "2", pictures),
+    "plan.devices": ((), "4", plan),
+    "plan.device_gib": ((), "1", plan),
+    "plan.usable": ((), "0.5", plan),
+    "plan.peak_tflops": ((), "312", plan),
+    "plan.mfu": ((), "0.2", plan),
+    "eval.every": ((SCORED,), "1", lambda t: rows_with(t, "eval_fid")),
+    "eval.samples": ((SCORED, "eval.every=1"), "30", scored),
+    "eval.reference": ((SCORED, "eval.every=1"), "other.npz", scored),
+    "eval.metrics": ((SCORED, "eval.every=1"), "[fid]", scored),
+    "eval.features": ((SCORED, "eval.every=1"), "mnist", scored),
+    "eval.features_weights": ((SCORED, "eval.every=1"), "weights.pth", scored),
+    "eval.cfg_scale": ((SCORED, "eval.every=1"), "3", scored),
+}
+
+
+def test_every_field_has_a_row():
+    assert set(FIELDS) == set(field_names(GeneratorConfig))
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_field_changes_what_it_names(field, run_training, make_codes, tmp_path, monkeypatch):
+    shared, value, observe = FIELDS[field]
+    make_codes(tmp_path / "other", seed=1)
+    monkeypatch.setattr(sampling, "draw_training_grid", lambda model, codes, pictures, seed, path: PICTURES.append(
+        (pictures.cfg_scale, pictures.per_class)))
+    monkeypatch.setattr(generator, "RunScores", FakeScores)
+    change = f"{field}={value.format(tmp=tmp_path)}"
+    if observe is None:  # the shape of the data, checked against the code store
+        with pytest.raises(ValueError, match=field.split(".")[1]):
+            run_training(change, "registers.kind=none")
+        return
+    if field == "init_from":
+        run_training(f"run_dir={tmp_path}/runs/first", "seed=7")
+    seen = []
+    for name, extra in (("base", ()), ("changed", (change,))):
+        PICTURES.clear()
+        seen.append(observe(run_training(f"run_dir={tmp_path / name}", *shared, *extra)))
+    assert seen[0] != seen[1]
+
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if p.stem not in ("tokenizer", "study")],
+                         ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_shipped_config_takes_two_steps_on_a_shrunken_model(path, tiny, tmp_path, make_codes, monkeypatch):
+    from mutor_img.common.config import load_config
+    from mutor_img.data.store import Codes, block_checksum
+    from mutor_img.training.loop import train
+
+    class Fake(Codes):  # random codes of the config's own grid, vocabulary and classes
+        def __init__(self, folder):
+            super().__init__(make_codes(tmp_path / "codes"))
+            length = wanted.model.grid[0] * wanted.model.grid[1]
+            self.info.grid, self.info.vocabulary = tuple(wanted.model.grid), wanted.model.vocabulary
+            self.info.class_names = [str(i) for i in range(wanted.model.classes)]
+            self.codes = torch.randint(wanted.model.vocabulary, (10, 2, length)).numpy().astype("uint16")
+            self.info.checksums = [block_checksum(self.codes, self.labels)]
+
+    wanted = load_config(GeneratorConfig, path, [
+        f"run_dir={tmp_path}/run", "train.steps=2", "train.global_batch=2", "train.compile=false", "train.log_every=1",
+        "train.picture_every=0", "train.micro_batch=0"])
+    monkeypatch.setattr(generator, "Codes", Fake)
+    runtime = Runtime.start()
+    trainer = train(GeneratorTask(wanted, runtime), wanted, runtime)
+    assert trainer.step == 2 and read_meta(find_checkpoint(trainer.run_dir))["kind"] == "generator"
+    first = rows_with(trainer, "next_token")[0]
+    assert first == pytest.approx(torch.tensor(float(wanted.model.vocabulary)).log().item(), abs=1e-3)

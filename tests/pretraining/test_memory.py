@@ -1,0 +1,170 @@
+"""Memory by formula is what torch keeps: bytes saved for the backward pass, and a whole step's peak (fake tensors)."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from mutor_img.pretraining.memory import Step, block_bytes, step_memory
+from mutor_img.registers import register_ids
+from mutor_img.training.saved_bytes import SavedBytes, autocast_as_trained, fake_gpu
+from mutor_img.transformer import Block, ModelConfig, Transformer
+
+
+def saved_bytes(saved, model):
+    """What was saved but for bf16 copies of weights, which are known by their shapes."""
+    shapes = {shape for p in model.parameters() for shape in (tuple(p.shape), tuple(p.shape[::-1]))}
+    return sum(x.untyped_storage().nbytes() for x in saved.tensors if tuple(x.shape) not in shapes)
+
+
+@torch.library.custom_op("memory_test::flex", mutates_args=())
+def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
+    """A kernel that nothing looks into, with the shapes of FlexAttention's results: attention, log-sum-exp."""
+    return [torch.zeros_like(q), torch.zeros(q.shape[:3], device=q.device)]
+
+
+@torch.library.custom_op("memory_test::flex_backward", mutates_args=())
+def flex_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, logsumexp: torch.Tensor,
+                  grad: torch.Tensor) -> list[torch.Tensor]:
+    return [torch.zeros_like(q) for _ in range(3)]
+
+
+flex.register_fake(lambda q, k, v: [torch.empty_like(q), torch.empty(q.shape[:3], device=q.device)])
+flex_backward.register_fake(lambda q, *others: [torch.empty_like(q) for _ in range(3)])
+flex.register_autograd(lambda ctx, grads: tuple(flex_backward(*ctx.saved_tensors, grads[0].contiguous())),
+                       setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output))
+
+
+class FlexStandIn:
+    """For the model's own: pads and copies as it does."""
+
+    def update(self, anchors):
+        pass
+
+    def __call__(self, q, k, v):
+        width = q.shape[-1]
+        padded = (torch.nn.functional.pad(x, (0, (1 << (width - 1).bit_length()) - width)) for x in (q, k, v))
+        return flex(*(x.contiguous() for x in padded))[0][..., :width]
+
+
+def flash(q, k, v):
+    """What scaled_dot_product_attention runs for plain causal rows on a GPU."""
+    width = q.shape[-1]
+    q, k, v = (torch.nn.functional.pad(x, (0, -width % 8)) if width % 8 else x for x in (q, k, v))
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0][..., :width]
+
+
+def masked(length, registers):
+    """The two calls that SDPA makes with registers, on the GPU's kernels."""
+
+    def attend(q, k, v):
+        regular = flash(q[:, :, :length], k[:, :, :length], v[:, :, :length])
+        bias = torch.zeros(len(q), 1, registers, length + registers, dtype=q.dtype, device=q.device)
+        bias = bias.expand(-1, q.shape[1], -1, -1)
+        register = torch.ops.aten._scaled_dot_product_efficient_attention(q[:, :, length:], k, v, bias, True)[0]
+        return torch.cat([regular, register], dim=2)
+
+    return attend
+
+
+CASES = [  # precision, dropout, registers, attention, preset
+    ("bf16", 0.1, 0, "flash", "B"), ("bf16", 0.0, 256, "flex", "B"), ("bf16", 0.1, 80, "flex", "3B"),
+    ("bf16", 0.1, 0, "flash", "3B"), ("bf16", 0.1, 80, "masked", "L"), ("fp32", 0.1, 256, "flex", "B")]
+
+
+@pytest.mark.parametrize("precision, dropout, registers, attention, preset", CASES)
+def test_an_eager_block_keeps_the_bytes_of_the_formula(precision, dropout, registers, attention, preset):
+    config = ModelConfig.preset(preset, dropout=dropout, register_offsets=())
+    with fake_gpu(precision):
+        block = Block(config, 0.0)
+        tokens = 256 + registers
+        x = torch.empty(2, tokens, config.dim, requires_grad=True)
+        rope = torch.empty(2, tokens, 2, config.dim // config.heads // 2)
+        attend = {"flash": flash, "flex": FlexStandIn(), "masked": masked(256, registers)}[attention]
+        with SavedBytes([*block.parameters(), rope]) as saved:
+            block(x, rope, attend)
+    step = Step(2, registers, precision, compiled=False, flex=attention == "flex")
+    assert saved_bytes(saved, block) == pytest.approx(2 * tokens * block_bytes(config, step), rel=0.02)
+
+
+def partitioned(graph, inputs):
+    """What torch.compile's default backend does up to the cut into forward and backward, without making kernels."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(graph, inputs, inner_compile=lambda part, example_inputs, **options: part)
+
+
+@pytest.mark.parametrize("precision, dropout, attention", [("bf16", 0.1, "flex"), ("fp32", 0.0, "flash")])
+def test_a_compiled_block_keeps_the_bytes_of_the_formula(precision, dropout, attention):
+    torch.manual_seed(0)
+    config = ModelConfig(1, 2, 64, grid=(4, 8), vocabulary=96, classes=5, dropout=dropout, register_offsets=())
+    model, registers = Transformer(config), 24 if attention == "flex" else 0
+    block = model.layers[0]
+    block.compile(backend=partitioned, dynamic=False)
+    x = torch.randn(5, 32 + registers, 64, requires_grad=True)
+    anchors = torch.arange(registers).expand(5, registers)
+    ids = torch.cat([torch.arange(32).expand(5, -1), register_ids(anchors, torch.ones_like(anchors), 32)], dim=1)
+    rope = model.rope(ids)
+    attend = FlexStandIn() if registers else plain_causal
+    with autocast_as_trained("cpu", precision), SavedBytes([*model.parameters(), rope]) as saved:
+        block(x, rope, attend).sum().backward()
+    step = Step(5, registers, precision, compiled=True)
+    assert saved_bytes(saved, model) == pytest.approx(5 * (32 + registers) * block_bytes(config, step), rel=0.05)
+
+
+def plain_causal(q, k, v):
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def peak_of_an_update(config, step):
+    """The most bytes that an update of two forward and backward passes holds, by category, by torch's own tracker."""
+    with FakeTensorMode():
+        model = Transformer(config)
+        model.flex = FlexStandIn()
+        if step.checkpointing:
+            for block in model.layers:
+                block.forward = checkpointed(block.forward)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        tracker = MemTracker()
+        tracker.track_external(model, optimizer)
+        labels = torch.zeros(step.sequences, dtype=torch.int64)
+        codes = torch.zeros(step.sequences, config.length, dtype=torch.int64)
+        anchors = torch.zeros(step.sequences, step.registers, dtype=torch.int64)
+        for _ in range(2):  # the moments are there from the second update on
+            with tracker:
+                for _ in range(2):  # gradients of the first pass are there in the second
+                    tracker.reset_mod_stats()
+                    with autocast_as_trained("cpu", step.precision):
+                        sums = model(labels, codes[:, :-1], anchors, anchors + 1, codes, step.loss_chunk)
+                    (sums[0] + sums[1]).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    snapshot = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+    return {str(name).rsplit(".", 1)[-1]: size for name, size in snapshot.items()}
+
+
+def checkpointed(forward):
+    return lambda *inputs: torch.utils.checkpoint.checkpoint(forward, *inputs, use_reentrant=False)
+
+
+@pytest.mark.parametrize("step", [
+    Step(16, 256, compiled=False),
+    Step(16, 256, compiled=False, loss_chunk=1024),
+    Step(16, 80, compiled=False, checkpointing=True, loss_chunk=1024)], ids=["whole", "chunked", "checkpointed"])
+def test_the_peak_of_an_update_is_the_plans_total(step):
+    config = ModelConfig(2, 12, 768, dropout=0.0, register_offsets=())  # B, of two blocks: all twelve take a minute
+    with torch.device("meta"):
+        parameters = Transformer(config).parameter_count()
+    peak = peak_of_an_update(config, step)
+    assert step_memory(config, parameters, step).total == pytest.approx(peak["Total"], rel=0.06)
+
+
+def test_dropout_and_registers_and_precision_each_change_the_plan():
+    config = ModelConfig.preset("B", register_offsets=())
+    base = step_memory(config, 10**8, Step(4, 80))
+    assert step_memory(config, 10**8, Step(4, 256)).activations > 1.5 * base.activations
+    assert step_memory(config, 10**8, Step(4, 80, "fp32")).activations > 1.5 * base.activations
+    assert step_memory(config, 10**8, Step(4, 80, shards=8)).optimiser == base.optimiser / 8
+    assert step_memory(config, 10**8, Step(4, 80, ema=True)).ema == base.weights
+    undropped = step_memory(ModelConfig.preset("B", dropout=0.0, register_offsets=()), 10**8, Step(4, 80))
+    assert base.activations - undropped.activations == 4 * 336 * 768 * (2 * 12 + 1)  # a byte a dropped number

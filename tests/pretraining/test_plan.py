@@ -1,0 +1,115 @@
+"""The plan of a run: counted once more by hand, for every shipped config, without data or a GPU."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mutor_img.common.config import load_config
+from mutor_img.common.errors import UserError
+from mutor_img.pretraining.command import main
+from mutor_img.pretraining.config import GeneratorConfig, PlanConfig
+from mutor_img.pretraining.memory import Step, step_memory
+from mutor_img.pretraining.plan import GIB, largest_micro_batch, plan_generator
+from mutor_img.transformer import ModelConfig, Transformer
+
+FOLDER = Path(__file__).parents[2] / "configs" / "imagenet256"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "tokenizer")
+
+
+def plan(name="mutor2d_b_80", *overrides):
+    return plan_generator(load_config(GeneratorConfig, FOLDER / f"{name}.yaml", overrides))
+
+
+def section(sections, start):
+    return next(rows for title, rows in sections.items() if title.startswith(start))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_shipped_config_fits_the_devices_that_it_is_planned_for(name):
+    fits = section(plan(name), "what fits")
+    assert fits["this run"] == "yes" and fits["to spare, GiB"] > 15  # a wide margin on 80 GB
+
+
+def test_parameters_tokens_and_flops_are_those_counted_by_torch():
+    sections = plan("mutor2d_b", "model.grid=[8,8]", "train.global_batch=16")
+    config = ModelConfig.preset("B", grid=(8, 8), register_offsets=())
+    with torch.device("meta"):
+        model, places = Transformer(config), torch.zeros(1, 64, dtype=torch.int64)
+        with FlopCounterMode(display=False) as counter:
+            model(places[:, 0], places[:, 1:], places, places)
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(n for op, n in counts.items() if op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    update = section(sections, "an update")
+    pairs = 64 * 65 / 2 + sum(t + 2 for t in range(64))  # of regular inputs; of registers, themselves included
+    assert section(sections, "model")["parameters"] == sum(p.numel() for p in model.parameters())
+    assert update["FLOPs an update, forward and backward"] == pytest.approx(3 * 16 * (products + 4 * 12 * 768 * pairs))
+    assert update["registers"] == update["code tokens"] == 16 * 64
+    assert update["FLOPs in attention, %"] == pytest.approx(
+        100 * 4 * 12 * 768 * pairs / (products + 4 * 12 * 768 * pairs))
+
+
+def test_attention_takes_half_at_the_length_that_the_plan_names():
+    length = section(plan("ntp_b"), "an update")["codes an image at which attention takes half"]
+    side = round(length**0.5)
+    share = section(plan("ntp_b", f"model.grid=[{side},{side}]"), "an update")["FLOPs in attention, %"]
+    assert share == pytest.approx(50, abs=0.5)
+
+
+def test_time_follows_from_flops_and_the_stated_mfu():
+    sections = plan("ntp_b", "plan.devices=4", "plan.peak_tflops=100", "plan.mfu=0.5")
+    time, flops = section(sections, "time"), section(sections, "an update")["FLOPs an update, forward and backward"]
+    assert time["seconds an update"] == pytest.approx(flops / (4 * 100e12 * 0.5))
+    assert time["GPU-hours"] == pytest.approx(4 * 360_000 * time["seconds an update"] / 3600)
+
+
+def test_the_largest_micro_batch_fits_and_one_more_does_not():
+    config, step = ModelConfig.preset("L", register_offsets=()), Step(1, 80)
+    most = largest_micro_batch(config, 342_910_976, step, 40 * GIB, share=10**6)
+    fits = [step_memory(config, 342_910_976, Step(n, 80)).total <= 40 * GIB for n in (most, most + 1)]
+    assert fits == [True, False]
+
+
+def test_a_run_that_does_not_fit_is_told_the_micro_batch_that_does():
+    fits = section(plan("mutor2d_xl_80", "train.micro_batch=0"), "what fits")
+    assert fits["this run"] == "no: train.micro_batch=64"
+    advised = section(plan("mutor2d_xl_80", "train.micro_batch=64"), "what fits")
+    assert advised["this run"] == "yes" and 64 <= advised["sequences a forward pass, at most"] < 128
+    tiny = section(plan("mutor2d_xl_80", "plan.device_gib=5"), "what fits")
+    assert tiny["this run"].startswith("no, not even one sequence")
+
+
+def test_on_more_devices_a_micro_batch_is_no_larger_than_a_devices_share():
+    assert section(plan("ntp_xl", "plan.devices=32"), "an update")["sequences a forward pass"] == 32
+
+
+def test_sharding_divides_what_is_kept_and_sends_more_with_every_forward_pass():
+    whole, parts = plan("ntp_3b", "train.parallel=ddp"), plan("ntp_3b")
+    for row in ("weights", "gradients", "optimiser"):
+        assert section(whole, "memory")[row] == pytest.approx(32 * section(parts, "memory")[row])
+    sent = [sum(section(sections, "communication").values()) for sections in (whole, parts)]
+    assert sent[0] == pytest.approx(31 / 32 * 8 * 3_096_659_200 / GIB) == pytest.approx(sent[1])  # bf16, but twice
+    halves = plan("ntp_3b", "train.micro_batch=16")
+    assert sum(section(halves, "communication").values()) == pytest.approx(1.5 * sent[1])
+    split = section(halves, "memory")  # whole gradients until the last of two passes
+    assert split["gradients"] == pytest.approx(section(whole, "memory")["weights"] * (1 + 1 / 32))
+
+
+@pytest.mark.parametrize("override, message", [
+    ("plan.devices=3", "not divisible by plan.devices=3"), ("train.micro_batch=60", "not a multiple"),
+    ("plan.mfu=1.5", "plan.mfu is 1.5"), ("plan.devices=0", "plan.devices is 0"),
+    ("plan.device_gib=0", "plan.device_gib is 0"), ("plan.usable=2", "plan.usable is 2"),
+    ("plan.peak_tflops=-1", "plan.peak_tflops is -1")])
+def test_a_plan_that_cannot_be_is_one_clear_line(override, message):
+    with pytest.raises(UserError, match=message) as error:
+        plan("ntp_b", override)
+    assert "\n" not in str(error.value)
+
+
+def test_a_dry_run_prints_sections_with_units(capsys):
+    main(["--config", str(FOLDER / "mutor2d_b.yaml"), "--dry-run", "data.codes=nowhere"])
+    printed = capsys.readouterr().out
+    for words in ("110,889,216", "memory a device, GiB", "logits and loss", "GPU-hours", "a checkpoint, GiB"):
+        assert words in printed
+    assert PlanConfig().devices == 1

@@ -1,0 +1,255 @@
+"""The comparison before training: it passes honest rounding, and notices each way in which a backend can be wrong."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mutor_img import transformer
+from mutor_img.attention import FlexAttention
+from mutor_img.checkpoints.folder import find_checkpoint, read_meta
+from mutor_img.pretraining import task as generator
+from mutor_img.pretraining.parity import compare_attention, dense_mask, exact_attention
+from mutor_img.pretraining.preflight import preflight
+from mutor_img.pretraining.task import GeneratorTask
+from mutor_img.registers import RegisterLaw
+from mutor_img.training.log import read_metrics
+from mutor_img.training.runtime import Runtime
+from mutor_img.transformer import ModelConfig
+
+SPARSE, DENSE = RegisterLaw("2d", (8, 8), 4, 20), RegisterLaw("2d", (8, 8), 4)
+CPU = Runtime(torch.device("cpu"))
+
+
+class Dense:
+    """A stand-in for FlexAttention that has a backward on CPUs: SDPA with the whole mask."""
+
+    def __init__(self, length, anchors, fixed_anchors):
+        self.length, self.anchors = length, anchors
+
+    def update(self, anchors):
+        self.anchors = anchors
+
+    def __call__(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=dense_mask(self.anchors, self.length))
+
+
+class OneAnchorTooFar(Dense):
+    def update(self, anchors):
+        self.anchors = anchors.clone()
+        self.anchors[1, 3] += 1
+
+
+class FirstDrawForever(Dense):
+    def update(self, anchors):
+        pass
+
+
+class NotANumber(Dense):
+    def __call__(self, q, k, v):
+        return super().__call__(q, k, v).index_fill(2, torch.tensor([70]), math.nan)
+
+
+class Raises(Dense):
+    def __call__(self, q, k, v):
+        raise RuntimeError("out of resource: shared memory\nRequired: 1")
+
+
+class RaisesWhenBuilt(Dense):
+    def __init__(self, length, anchors, fixed_anchors):
+        raise NotImplementedError("no mask on this device")
+
+
+class WrongGradient(Dense):
+    def __call__(self, q, k, v):
+        k = k.clone()
+        k.register_hook(lambda gradient: gradient * 1.1)
+        return super().__call__(q, k, v)
+
+
+class GradientMissesABlock(Dense):
+    def __call__(self, q, k, v):
+        v = v.clone()
+        v.register_hook(lambda gradient: gradient.index_fill(2, torch.tensor([64]), 0.0))
+        return super().__call__(q, k, v)
+
+
+class MisreadsStrides(Dense):
+    """As compiled FlexAttention did on CPUs: right alone, wrong where q, k and v are views of one product."""
+
+    def __call__(self, q, k, v):
+        if v.is_contiguous():
+            return super().__call__(q, k, v)
+        return super().__call__(q, k, v.flatten().roll(64).view_as(v))
+
+
+def run(backend, law=SPARSE, precision="fp32", head_dim=16):
+    return preflight(law, ModelConfig(1, 4, 4 * head_dim, law.grid), precision, 0, CPU, backend=backend,
+                     compiled=lambda function: function)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("law", [SPARSE, DENSE], ids=["sparse", "dense"])
+def test_a_right_backend_passes_with_outputs_and_gradients_compared(law, precision):
+    result = run(Dense, law, precision)
+    assert result.passed and not result.failures
+    assert "is right for" in result.describe() and precision in result.describe()
+    draws = 4 if law is SPARSE else 2
+    assert len(result.found) == draws * (4 + 4)
+    assert {d.tensor for _, d in result.found} >= {"output", "gradient of q", "gradient of k", "gradient of v"}
+    assert json.loads(json.dumps(result.to_json()))["attention"] == "flex"
+
+
+BROKEN = {
+    OneAnchorTooFar: "output differs by", FirstDrawForever: "update 1: output", NotANumber: "output differs by nan",
+    Raises: "RuntimeError: out of resource: shared memory", RaisesWhenBuilt: "no mask on this device",
+    WrongGradient: "gradient of k", GradientMissesABlock: "gradient of v", MisreadsStrides: "in a compiled block"}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("backend", BROKEN, ids=lambda backend: backend.__name__)
+def test_a_broken_backend_fails_and_what_differs_is_named(backend, precision):
+    result = run(backend, precision=precision)
+    assert not result.passed and any(BROKEN[backend] in line for line in result.failures)
+    text = result.describe()
+    assert "FAILED" in text and "scaled_dot_product_attention" in text and len(text.splitlines()) <= 8
+    assert json.loads(json.dumps(result.to_json()))["attention"] == "sdpa"
+
+
+def test_a_wrong_gradient_leaves_the_outputs_right():
+    failed = {d.tensor for draw, d in run(WrongGradient).found if not d.passed and "block" not in draw}
+    assert failed == {"gradient of k"}
+
+
+def test_a_failure_on_another_process_counts_here_too():
+    class Two(Runtime):
+        def sum(self, values):
+            return values + 1.0  # the other process saw a failure
+
+    result = preflight(SPARSE, ModelConfig(1, 4, 64, SPARSE.grid), "fp32", 0, Two(torch.device("cpu")), backend=Dense,
+                       compiled=lambda function: function)
+    assert not result.failures and not result.passed
+    assert "failed on 1 other process" in result.describe() and result.to_json()["failed_ranks"] == 1
+
+
+def test_the_preflight_leaves_the_random_stream_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    run(Dense)
+    assert torch.equal(torch.rand(4), expected)
+
+
+# ---- the exact side and its bound
+
+
+def test_exact_attention_has_the_outputs_and_gradients_of_autograd():
+    anchors = SPARSE.draw(0, 0, torch.arange(2))[0]
+    mask = dense_mask(anchors, 64)
+    q, k, v, upstream = torch.randn(4, 2, 2, 84, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = F.scaled_dot_product_attention(*leaves, attn_mask=mask)
+    exact = exact_attention(q, k, v, upstream, mask, 2.0**-8)
+    for found, (value, bound) in zip((out, *torch.autograd.grad(out, leaves, upstream)), exact.values(), strict=True):
+        torch.testing.assert_close(found, value, atol=1e-12, rtol=0)
+        assert (bound > 0).all() and bound.median() < 0.1 * value.abs().max()
+
+
+@pytest.mark.parametrize("dtype, margin", [(torch.bfloat16, 1.0), (torch.float32, 0.3)])
+def test_the_bound_covers_rounded_attention_and_is_no_more_than_twenty_times_as_wide(dtype, margin):
+    """Rounding as a fused kernel rounds: probabilities, their gradient and every output in the dtype, sums in fp32."""
+    anchors = SPARSE.draw(0, 0, torch.arange(2))[0]
+    mask = dense_mask(anchors, 64)
+
+    class Rounded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v):
+            scores = (q.float() @ k.float().mT * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
+            p = scores.softmax(-1)
+            out = (p.to(dtype).float() @ v.float()).to(dtype)
+            ctx.save_for_backward(q, k, v, p, out)
+            return out
+
+        @staticmethod
+        def backward(ctx, upstream):
+            q, k, v, p, out = (x.float() for x in ctx.saved_tensors)
+            row = (upstream.float() * out).sum(-1, keepdim=True).to(dtype).float()
+            d_scores = (p * (upstream.float() @ v.mT - row)).to(dtype).float() * q.shape[-1] ** -0.5
+            return ((d_scores @ k).to(dtype), (d_scores.mT @ q).to(dtype),
+                    (p.to(dtype).float().mT @ upstream.float()).to(dtype))
+
+    found = compare_attention(Rounded.apply, anchors, 64, heads=2, head_dim=16, dtype=dtype, seed=1)
+    assert all(d.passed and d.error < margin * d.allowed for d in found)
+    if dtype == torch.bfloat16:
+        assert all(d.error > d.allowed / 20 for d in found)
+
+
+# ---- the real backend, compiled, as far as a CPU goes
+
+
+def test_compiled_flex_attention_passes_at_the_head_dimension_of_3b_in_outputs():
+    """One mask and one compilation for four draws, alone and in a compiled block; CPUs have no backward."""
+    law = RegisterLaw("2d", (10, 10), 4, 60)  # 160 positions: no multiple of the kernel's block
+    result = preflight(law, ModelConfig(1, 32, 3200, law.grid), "fp32", 0, CPU, gradients=False)
+    assert result.passed, result.describe()
+    assert len(result.found) == 8 and "head dimension 100" in result.subject
+
+
+def test_flex_attention_refuses_to_run_uncompiled():
+    flex = FlexAttention(64, torch.zeros(1, 20, dtype=torch.int64), fixed_anchors=False)
+    with pytest.raises(RuntimeError, match="must run compiled"):
+        flex(*torch.zeros(3, 1, 1, 84, 16))
+
+
+# ---- in a run
+
+
+def uncompiled(backend):
+    return lambda *given: preflight(*given, backend=backend, compiled=lambda function: function)
+
+
+@pytest.fixture
+def run_with_flex(run_training, monkeypatch):
+    """Train the small run as on a GPU, where it would use the given stand-in for FlexAttention."""
+
+    def run(backend):
+        monkeypatch.setattr(GeneratorTask, "wants_flex", lambda self, device: True)
+        monkeypatch.setattr(generator, "preflight", uncompiled(backend))
+        monkeypatch.setattr(transformer, "FlexAttention", backend)
+        return run_training("train.steps=2")
+
+    return run
+
+
+def test_a_run_uses_a_backend_that_passes_and_its_metadata_say_so(run_with_flex, capsys):
+    trainer = run_with_flex(Dense)
+    assert isinstance(trainer.model.flex, Dense)
+    recorded = read_meta(find_checkpoint(trainer.run_dir))["preflight"]
+    assert recorded["attention"] == "flex" and recorded["failures"] == []
+    assert recorded == json.loads((trainer.run_dir / "preflight.json").read_text())
+    assert capsys.readouterr().out.count("preflight: FlexAttention is right for 6 registers (2d) on 4 x 5 codes") == 1
+
+
+@pytest.mark.parametrize("backend", [OneAnchorTooFar, Raises, WrongGradient])
+def test_a_run_whose_backend_fails_trains_with_sdpa_to_the_same_losses(backend, run_with_flex, run_training, tmp_path,
+                                                                              capsys):
+    plain = run_training("train.steps=2", f"run_dir={tmp_path}/plain")
+    trainer = run_with_flex(backend)
+    assert trainer.model.flex is None
+    recorded = read_meta(find_checkpoint(trainer.run_dir))["preflight"]
+    assert recorded["attention"] == "sdpa" and recorded["failures"]
+    assert recorded["failures"][0] in capsys.readouterr().out
+    losses = [row["loss"] for row in read_metrics(trainer.run_dir)]
+    assert losses == [row["loss"] for row in read_metrics(plain.run_dir)]
+    assert "preflight" not in read_meta(find_checkpoint(plain.run_dir))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_run_on_a_gpu_passes_the_preflight_and_trains_with_flex_attention(run_training, precision):
+    trainer = run_training("train.compile=true", f"train.precision={precision}")
+    recorded = read_meta(find_checkpoint(trainer.run_dir))["preflight"]
+    assert recorded["failures"] == [] and isinstance(trainer.model.flex, FlexAttention)
+    assert trainer.step == 3

