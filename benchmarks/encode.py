@@ -12,6 +12,11 @@ network: what the batched way must not be slower than.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from mutor_img.common.threads import spin_briefly
+
+    spin_briefly()  # before torch is loaded
+
 import multiprocessing
 import os
 import socket

@@ -10,6 +10,11 @@ is computed, from the loading time of 128 sequences.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from mutor_img.common.threads import spin_briefly
+
+    spin_briefly()  # before torch is loaded
+
 import statistics
 import tempfile
 import time

@@ -11,6 +11,11 @@ fp32 step by step, guidance, softmax and multinomial at each step, whose probabi
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from mutor_img.common.threads import spin_briefly
+
+    spin_briefly()  # before torch is loaded
+
 import platform
 import statistics
 import time

@@ -12,6 +12,11 @@ those of everything but the network.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from mutor_img.common.threads import spin_briefly
+
+    spin_briefly()  # before torch is loaded
+
 import resource
 import statistics
 import time

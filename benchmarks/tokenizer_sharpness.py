@@ -9,6 +9,11 @@ learning rate. A few minutes of one core.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from mutor_img.common.threads import spin_briefly
+
+    spin_briefly()  # before torch is loaded
+
 import shutil
 import tempfile
 from collections.abc import Sequence

@@ -10,6 +10,11 @@ the optimiser on random codes, as the training loop does it.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from mutor_img.common.threads import spin_briefly
+
+    spin_briefly()  # before torch is loaded
+
 import platform
 import statistics
 import time
@@ -44,16 +49,17 @@ def variants(grid: tuple[int, int]) -> dict[str, RegisterLaw]:
     return laws
 
 
-def make_step(preset: str, law: RegisterLaw, batch: int, bf16: bool, compiled: bool) -> Callable[[], None]:
+def make_step(preset: str, law: RegisterLaw, batch: int, bf16: bool, compiled: bool,
+              vocabulary: int = VOCABULARY) -> Callable[[], None]:
     """Return a function that does one training step of ``batch`` random sequences."""
     torch.manual_seed(0)
-    config = ModelConfig.preset(preset, grid=law.grid, vocabulary=VOCABULARY, classes=CLASSES,
+    config = ModelConfig.preset(preset, grid=law.grid, vocabulary=vocabulary, classes=CLASSES,
                                 register_offsets=None if law.kind == "none" else ())
     model = Transformer(config)
     if compiled:
         compile_blocks(list(model.layers))
     optimizer = build_optimizer(model, OptimConfig())
-    codes = torch.randint(VOCABULARY, (batch, law.length))
+    codes = torch.randint(vocabulary, (batch, law.length))
     labels = torch.randint(CLASSES, (batch,))
     samples, steps = torch.arange(batch), iter(range(10**9))
 

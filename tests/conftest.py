@@ -7,6 +7,10 @@ from pathlib import Path
 # `tests/` is on the path and holds a folder `mutor_img` of its own: the package's folder must come first.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from mutor_img.common.threads import spin_briefly
+
+spin_briefly()  # before torch is loaded: the tests' own threads, and their child processes'
+
 import numpy as np
 import pytest
 import torch

@@ -6,6 +6,11 @@ one number of rows: the files are the same bytes for any number of processes and
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from mutor_img.common.threads import spin_briefly
+
+    spin_briefly()  # before torch is loaded
+
 import os
 import sys
 from argparse import Namespace

@@ -90,11 +90,6 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     return result
 
 
-def entry() -> None:
-    """Console entry."""
-    cli.run(main)
-
-
 def _check(args: argparse.Namespace) -> None:
     """Refuse what cannot be meant before anything is read."""
     for name, value, known in (("--is-order", args.is_order, ORDERS), ("--role", args.role, ROLES)):

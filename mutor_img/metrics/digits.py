@@ -7,6 +7,11 @@ Such a distance compares runs scored by one classifier; it is no FID.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from mutor_img.common.threads import spin_briefly
+
+    spin_briefly()  # before torch is loaded
+
 import os
 import time
 from collections.abc import Sequence

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mutor_img.checkpoints.loading import Loaded
-from mutor_img.common.cli import Parser, run
+from mutor_img.common.cli import Parser
 from mutor_img.common.config import check_choice
 from mutor_img.common.errors import UserError, check_range
 from mutor_img.common.images import check_png, write_png
@@ -77,11 +77,6 @@ def main(argv: Sequence[str]) -> Path:
     write_samples(archive, loaded, source.tokenizer, source.labels(count), source.settings, about, runtime,
                   args.batch_size)
     return archive.out
-
-
-def entry() -> None:
-    """Console entry."""
-    run(main)
 
 
 def _given(parser: Parser, argv: Sequence[str]) -> set[str]:

@@ -28,7 +28,7 @@ from mutor_img.sampling.labels import make_labels
 from mutor_img.sampling.source import SampleSource
 from mutor_img.study.config import StudyConfig
 from mutor_img.study.mnist import prepare_mnist
-from mutor_img.sweep import SweepPoint, sweep
+from mutor_img.sweep.points import SweepPoint, sweep
 from tokenizer import load_tokenizer
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from mutor_img.common.threads import spin_briefly
+
+    spin_briefly()  # before torch is loaded
+
 import argparse
 import shlex
 from collections.abc import Sequence
