@@ -20,6 +20,7 @@ from mutor_img.checkpoints.loading import load_run
 from mutor_img.common.cli import Parser, run
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import write_atomic
+from mutor_img.common.locks import claim, file_lock
 from tokenizer import load_tokenizer
 
 
@@ -66,13 +67,14 @@ def main(argv: Sequence[str]) -> None:
     if args.weights not in choices:
         raise UserError(f"--weights is {args.weights!r}; give ema, raw or auto")
     out = Path(args.out)
-    if out.exists():
-        raise UserError(f"{out} exists already; give another --out or remove it")
-    weights, meta = read_any(Path(args.source), choices[args.weights], _grid(args.grid))
-    if out.suffix == ".pt":
-        write_atomic(out, lambda aside: torch.save({"model": weights}, aside))
-    else:
-        write_checkpoint(out, 0, {"model": weights}, {"seconds": 0.0, "samples": 0, **meta}, keep=1)
+    with claim(file_lock(out)):
+        if out.exists():
+            raise UserError(f"{out} exists already; give another --out or remove it")
+        weights, meta = read_any(Path(args.source), choices[args.weights], _grid(args.grid))
+        if out.suffix == ".pt":
+            write_atomic(out, lambda aside: torch.save({"model": weights}, aside))
+        else:
+            write_checkpoint(out, 0, {"model": weights}, {"seconds": 0.0, "samples": 0, **meta}, keep=1)
     for name, tensor in weights.items():
         print(f"{name:<60} {' x '.join(map(str, tensor.shape)):<24} {str(tensor.dtype).removeprefix('torch.')}")
     count = sum(t.numel() for t in weights.values())

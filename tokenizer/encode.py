@@ -25,6 +25,8 @@ from tqdm import tqdm
 
 from mutor_img.common.cli import Parser, run
 from mutor_img.common.errors import UserError, check_range, suggest
+from mutor_img.common.files import wait_until
+from mutor_img.common.locks import folder_lock
 from mutor_img.data.store import Codes
 from mutor_img.training.runtime import Runtime
 from tokenizer.images.crops import CROPS, CropRule, center_rule, crop_rule, to_float
@@ -83,7 +85,8 @@ def encode_images(vq: VQModel, source: ImageSource, out: str | Path, *, runtime:
         max_unreadable: images that may be left out because they cannot be read.
 
     Raises:
-        UserError: images, tokenizer and an existing ``out`` that do not fit, or too many unreadable images.
+        UserError: images, tokenizer and an existing ``out`` that do not fit, too many unreadable images, or processes
+            that see other images or another tokenizer.
     """
     if vq.vocabulary > USED_SLOTS:
         raise UserError(f"the tokenizer has {vq.vocabulary} codes; codes are stored as uint16, {USED_SLOTS} at most")
@@ -92,12 +95,12 @@ def encode_images(vq: VQModel, source: ImageSource, out: str | Path, *, runtime:
         raise UserError("the tokenizer does not say its image size; give --image-size")
     grid, rule = vq.grid_for(image_size), rule or center_rule()
     writer = StoreWriter(out, source, Recipe(vq.hash, view_names(views, rule), rule.name, image_size))
-    if writer.finished():
+    runtime.agree({**writer.manifest, "classes": source.classes})
+    todo = runtime.from_main(writer.missing)
+    if todo is None:
         if runtime.is_main:
             print(f"{out}: these {len(source)} images are encoded already; nothing to do")
         return Codes(out)
-    todo = [part for part in range(writer.count()) if not writer.is_done(part)]
-    runtime.barrier()  # every process has listed the same parts before the first one is written
     mine = todo[runtime.rank:: runtime.world]
     numbers = [i for part in mine for i in writer.range(part)]
     loader = DataLoader(Squares(source, numbers, vq.image_channels, image_size, rule), batch_size,
@@ -106,10 +109,11 @@ def encode_images(vq: VQModel, source: ImageSource, out: str | Path, *, runtime:
     for part in mine:
         _write_part(writer, part, rows)
     runtime.barrier()
-    _report_unreadable(writer, max_unreadable, runtime)
+    runtime.from_main(lambda: _report_unreadable(writer, max_unreadable))
     if runtime.is_main:
         writer.merge(vq.path, grid, vq.vocabulary)
     runtime.barrier()
+    wait_until((writer.out / "codes.json").is_file)
     return Codes(out)
 
 
@@ -136,8 +140,8 @@ def _write_part(writer: StoreWriter, part: int, rows: Iterator[tuple[np.ndarray,
     writer.write(part, np.stack(codes) if codes else row[None][:0], unreadable)
 
 
-def _report_unreadable(writer: StoreWriter, limit: int, runtime: Runtime) -> None:
-    """List every unreadable image on stderr and in ``unreadable.txt``.
+def _report_unreadable(writer: StoreWriter, limit: int) -> None:
+    """List every unreadable image on stderr and in ``unreadable.txt``; one process calls this, once all parts are done.
 
     Raises:
         UserError: there are more than ``limit``.
@@ -145,9 +149,8 @@ def _report_unreadable(writer: StoreWriter, limit: int, runtime: Runtime) -> Non
     found = writer.unreadable()
     if not found:
         return
-    if runtime.is_main:
-        (writer.out / "unreadable.txt").write_text("".join(f"{name}\n" for name in found))
-        print("\n".join(found.values()), file=sys.stderr)
+    (writer.out / "unreadable.txt").write_text("".join(f"{name}\n" for name in found))
+    print("\n".join(found.values()), file=sys.stderr)
     if len(found) > limit:
         raise UserError(f"{len(found)} of {len(writer.source)} images in {writer.source.root} cannot be read (listed "
                         f"above and in {writer.out / 'unreadable.txt'}; first: {next(iter(found))}); mend them and run "
@@ -214,6 +217,12 @@ def main(argv: Sequence[str]) -> None:
     rule = rule_of(options)
     views = parse_views(options.views, rule)
     runtime = Runtime.start(timeout_minutes=24 * 60)  # at the end all wait for the one with the slowest disk
+    with runtime.one_voice(), runtime.claim(folder_lock(options.out)):
+        _encode_folder(options, rule, views, runtime)
+
+
+def _encode_folder(options: Namespace, rule: CropRule, views: Sequence[str], runtime: Runtime) -> None:
+    """Load what the flags name, encode, and say what came out."""
     vq = load_tokenizer(options.tokenizer, runtime.device)
     source = open_images(options.images, labels=options.labels, classes=options.classes, progress=runtime.is_main)
     if runtime.is_main:

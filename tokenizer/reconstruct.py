@@ -20,6 +20,7 @@ from mutor_img.common.cli import Parser, run
 from mutor_img.common.errors import UserError, check_range
 from mutor_img.common.files import write_json
 from mutor_img.common.images import check_png, to_nhwc, write_png
+from mutor_img.common.locks import claim, file_lock
 from tokenizer.images.crops import crop_rule, to_float
 from tokenizer.images.layouts import open_unlabelled
 from tokenizer.images.source import spread
@@ -96,16 +97,17 @@ def main(argv: Sequence[str]) -> None:
     check_range("--workers", options.workers, 0, 256)
     check_png(options.out)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    scores = reconstruct_folder(
-        load_tokenizer(options.tokenizer, device), options.images, num_images=options.num_images,
-        image_size=options.image_size, batch_size=options.batch_size, workers=options.workers, picture=options.out,
-        metrics=options.metrics.split(",") if options.metrics else None,
-        inception_weights=options.inception_weights, lpips_weights=options.lpips_weights)
-    print(table(scores))
-    if options.out:
-        print(f"picture      {options.out}")
-    if options.json:
-        write_json(options.json, scores)
+    with claim(file_lock(options.out), file_lock(options.json)):
+        scores = reconstruct_folder(
+            load_tokenizer(options.tokenizer, device), options.images, num_images=options.num_images,
+            image_size=options.image_size, batch_size=options.batch_size, workers=options.workers, picture=options.out,
+            metrics=options.metrics.split(",") if options.metrics else None,
+            inception_weights=options.inception_weights, lpips_weights=options.lpips_weights)
+        print(table(scores))
+        if options.out:
+            print(f"picture      {options.out}")
+        if options.json:
+            write_json(options.json, scores)
 
 
 def _parser() -> Parser:

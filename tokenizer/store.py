@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import read_json, write_atomic, write_json
+from mutor_img.common.files import clear, read_json, remove, wait_until, write_atomic, write_json
 from mutor_img.data.store import BLOCK, Codes, CodesInfo, block_checksum
 from tokenizer.images.source import ImageSource
 
@@ -44,7 +43,7 @@ class StoreWriter:
         self.out, self.source, self.recipe = Path(out), source, recipe
         self.parts = self.out / "parts"
         self.manifest = {"format": "mutor_img encode 1", **asdict(recipe), "views": list(recipe.views),
-                         "images": len(source), "files_hash": _digest(_listing(source, slice(None)))}
+                         "images": len(source), "files_hash": files_hash(source)}
 
     def finished(self) -> bool:
         """Tell whether ``out`` already holds these very codes, complete.
@@ -63,13 +62,17 @@ class StoreWriter:
         if codes.info.class_names != self.source.class_names():
             raise UserError(f"{self.out}: holds codes of {len(codes.info.class_names)} other classes than these "
                             f"{len(self.source.classes)}; give another --out, or remove that folder")
-        shutil.rmtree(self.parts, ignore_errors=True)  # left by a kill between the last file and this
+        remove(self.parts)  # left by a kill between the last file and this
         return True
 
     @property
     def part_size(self) -> int:
         """Images a part: a function of their number alone, so that any number of processes makes the same parts."""
         return min(PART, max(SMALLEST, -(-len(self.source) // PARTS)))
+
+    def missing(self) -> list[int] | None:
+        """Return the numbers of the parts that are yet to be written; None where all codes are there."""
+        return None if self.finished() else [part for part in range(self.count()) if not self.is_done(part)]
 
     def count(self) -> int:
         """Return the number of parts."""
@@ -102,7 +105,16 @@ class StoreWriter:
         write_atomic(self._path(part), lambda aside: save_file({"codes": codes, "labels": labels}, aside, meta))
 
     def unreadable(self) -> dict[str, str]:
-        """Return the reason by file name of every image that could not be read, from all parts."""
+        """Return the reason by file name of every image that could not be read, from all parts, which must be written.
+
+        Raises:
+            UserError: a part that another process wrote is not seen from here.
+        """
+        paths = [self._path(part) for part in range(self.count())]
+        if not wait_until(lambda: all(path.is_file() for path in paths)):
+            unseen = next(path for path in paths if not path.is_file())
+            raise UserError(f"{unseen}: this process does not see what another one wrote; --out must be on a file "
+                            "system that all nodes share")
         found = {}
         for part in range(self.count()):
             with safe_open(self._path(part), framework="numpy") as file:
@@ -115,6 +127,7 @@ class StoreWriter:
         count = len(self.source) - len(unreadable)
         shape = (count, len(self.recipe.views), grid[0] * grid[1])
         aside = self.parts / "codes.npy"  # a merge cut short leaves nothing beside the parts
+        clear(aside)
         codes = np.lib.format.open_memmap(aside, mode="w+", dtype=np.uint16, shape=shape)
         labels = np.empty(count, np.int64)
         place = 0
@@ -135,7 +148,7 @@ class StoreWriter:
         made = {**self.manifest, "classes": self.source.classes, "unreadable": unreadable}
         write_json(self.out / "encode.json", made)
         write_json(self.out / "codes.json", info.to_json())
-        shutil.rmtree(self.parts)
+        remove(self.parts)
 
     def _path(self, part: int) -> Path:
         return self.parts / f"part_{part:06d}.safetensors"
@@ -143,6 +156,11 @@ class StoreWriter:
     def _fingerprint(self, part: int) -> str:
         images = self.range(part)
         return _digest([asdict(self.recipe), _listing(self.source, slice(images.start, images.stop))])
+
+
+def files_hash(source: ImageSource) -> str:
+    """Return one sha256 of the names, sizes and labels of all images: another list of images has another."""
+    return _digest(_listing(source, slice(None)))
 
 
 def _listing(source: ImageSource, images: slice) -> list:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mutor_img.common.cli import run
+from mutor_img.common.config import to_dict
 from mutor_img.common.images import to_nhwc, write_png
 from mutor_img.common.streams import Stream, generator_seed, integers
 from mutor_img.training.command import parse_training, run_task
@@ -23,10 +24,12 @@ from mutor_img.training.runtime import Runtime
 from mutor_img.training.task import Task
 from tokenizer.images.crops import to_float
 from tokenizer.images.folder import list_images
+from tokenizer.images.source import ImageSource
 from tokenizer.measures import psnr
 from tokenizer.network.quantizer import Quantised, perplexity
 from tokenizer.network.vq import VQModel
 from tokenizer.pictures import before_after
+from tokenizer.store import files_hash
 from tokenizer.training.adversary import Adversary
 from tokenizer.training.config import TokenizerConfig
 from tokenizer.training.images import TrainingImages, read_all
@@ -50,6 +53,7 @@ class TokenizerTask(Task):
             UserError: folders that are missing or hold no classes, unreadable images, or no weights for LPIPS.
         """
         self.config, self.runtime = config, runtime
+        runtime.agree(to_dict(config))
         data, loss = config.data, config.loss
         torch.manual_seed(generator_seed(config.seed, Stream.INIT))
         self.model = VQModel(**config.model.options())
@@ -58,17 +62,23 @@ class TokenizerTask(Task):
         if loss.adversarial_weight:
             self.adversary = Adversary(build_discriminator(config), config.optim, loss.adversarial_weight, runtime)
         self.images = TrainingImages(
-            list_images(data.images), self.model.image_channels, data.image_size, seed=config.seed,
+            self._listed(data.images), self.model.image_channels, data.image_size, seed=config.seed,
             mirror=data.mirror, crop_min=data.crop_min, workers=data.workers)
         self.val_images: Tensor | None = None
         if data.val_images:
-            held_out = list_images(data.val_images)
+            held_out = self._listed(data.val_images)
             self.val_images = read_all(held_out, held_out.spread(data.val_count), self.model.image_channels,
                                        data.image_size, self.images.pool)  # (n, C, H, W) uint8
         self.reconstruction = ReconstructionLoss(loss.terms, runtime.device, loss.lpips_weights)
         self.headline = ("loss", *self.reconstruction.terms, "commitment", "adversarial", "discriminator")
         self.flops_per_sample = 3 * forward_flops(config)
         self.seen: list[tuple[int, Quantised]] = []  # first sample number and codes of each micro-batch of an update
+
+    def _listed(self, folder: str) -> ImageSource:
+        """Return the images of a folder, once all processes see the same ones."""
+        images = list_images(folder)
+        self.runtime.agree({f"the list of images in {folder}": files_hash(images)})
+        return images
 
     def loss(self, model: nn.Module, step: int, samples: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return this micro-batch's share of the weighted sum of all terms, and of each term unweighted.

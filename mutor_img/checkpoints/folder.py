@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from mutor_img.checkpoints.tensor_files import Files, Slice, TensorGroup, flush, write_groups
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import read_json, write_atomic, write_json
+from mutor_img.common.files import clear, discard, read_json, remove, write_atomic, write_json
 
 FORMAT = "mutor_img checkpoint 1"
 
@@ -61,8 +60,9 @@ def write_checkpoint(run_dir: str | Path, step: int, tensors: dict[str, dict[str
     final = root / f"step_{step:08d}"
     aside = root / f".step_{step:08d}.part"
     if rank == 0:
-        for old in root.glob(".step_*.part"):  # of this attempt or of a killed one
-            shutil.rmtree(old)
+        for old in root.glob(".step_*.part"):  # of this attempt, of a killed one, or could not be removed before
+            remove(old)
+        clear(aside)
         aside.mkdir(parents=True)
     barrier()
     try:
@@ -74,20 +74,18 @@ def write_checkpoint(run_dir: str | Path, step: int, tensors: dict[str, dict[str
             for other in range(1, processes.world if processes else 1):
                 files.update(_files_of(aside / f"rank_{other:05d}.json"))
             write_json(aside / "checkpoint.json", {"format": FORMAT, "step": step, **meta, "files": files})
-            shutil.rmtree(final, ignore_errors=True)  # only ever an earlier, incomplete attempt at this step
+            clear(final)  # only ever an earlier, incomplete attempt at this step
             os.rename(aside, final)
     except SafetensorError as error:
         raise OSError(28, f"could not write ({error})", str(aside)) from None
     finally:
         if rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
+            remove(aside)
     if rank == 0:
         flush(root)
         write_atomic(root / "latest", lambda path: path.write_text(final.name + "\n"))
         for old in sorted(_complete(root))[:-keep]:
-            gone = root / f".{old.name}.part"  # what a kill leaves of it is no checkpoint, and removed next time
-            os.rename(old, gone)
-            shutil.rmtree(gone)
+            discard(old)  # what a kill leaves of it is no checkpoint, and removed next time
     barrier()
     return final
 
@@ -102,7 +100,7 @@ def _files_of(path: Path) -> Files:
         raise UserError(f"{path}: this process does not see what another one wrote; run_dir must be on a file system "
                         "that all nodes share")
     files = read_json(path)
-    path.unlink()
+    remove(path)
     return files
 
 
@@ -120,6 +118,11 @@ def find_checkpoint(path: str | Path) -> Path:
         reason = "no such file or folder" if not path.exists() else "no complete checkpoint in it"
         raise UserError(f"{path}: {reason}; give a run folder, or a checkpoint folder that holds checkpoint.json")
     return found
+
+
+def newest_of(path: str | Path) -> Path:
+    """Return the newest complete checkpoint of a run folder, and any other path as it is."""
+    return newest_checkpoint(path) or Path(path)
 
 
 def newest_checkpoint(run_dir: str | Path) -> Path | None:

@@ -6,8 +6,11 @@ import argparse
 import errno
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from mutor_img.common.errors import UserError, suggest
 
@@ -52,12 +55,15 @@ def run(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = No
 
     A full disk is a user's mistake too, and so is a path that may not be read or written. Under a launcher with several
     processes the mistake is the same in each, so that only rank 0 prints it, unless the error says of itself who
-    ``speaks``.
+    ``speaks``. SIGTERM unwinds as Ctrl-C does, so that locks and half-written files go; training saves first.
     """
     try:
-        main(sys.argv[1:] if argv is None else argv)
+        with _sigterm_unwinds():
+            main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         _fail(str(error), error)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except OSError as error:
         if error.errno in _CLOSED and error.filename:
             _fail(f"{error.filename}: {error.strerror}; give another path, or mend this one", error)
@@ -65,6 +71,19 @@ def run(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = No
             raise
         _fail(f"no space left on the device while writing {error.filename or 'a file'}; free some and run the "
               "same command again", error)
+
+
+@contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """Turn SIGTERM into :class:`SystemExit` with the status that a shell reports of it."""
+    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        yield
+        return
+    former = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 def _fail(message: str, error: Exception) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from mutor_img.common import cli
 from mutor_img.common.errors import UserError, check_range, suggest
 from mutor_img.common.files import write_json
+from mutor_img.common.locks import file_lock
 from mutor_img.evaluation.networks import add_network_flags, check_network_flags, load_network, start
 from mutor_img.metrics.evaluator import evaluate, make_reference
 from mutor_img.metrics.inception_score import ORDERS
@@ -20,6 +21,7 @@ from mutor_img.metrics.requirements import METRICS, OPTIONAL, check_names
 from mutor_img.metrics.samples import open_samples
 from mutor_img.sampling.options import add_sampling_flags, check_sampling_flags, open_source
 from mutor_img.sampling.source import GeneratedImages
+from mutor_img.training.runtime import Runtime
 
 SAMPLES = 50_000  # of --checkpoint, unless --num-samples is given
 
@@ -66,6 +68,12 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if not args.checkpoint:
         _check_unused(args, {name: parser.get_default(name) for name in sampling}, "has no use without --checkpoint")
     runtime = start(args.device)
+    with runtime.one_voice(), runtime.claim(file_lock(args.json), file_lock(args.out)):
+        return _score(args, runtime)
+
+
+def _score(args: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
+    """Make the reference or the scores that the flags ask for; returns what the JSON file holds."""
     options = {"batch_size": args.batch_size, "progress": True}
     network = load_network(args, runtime)
     if args.make_reference:

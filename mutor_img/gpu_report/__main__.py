@@ -15,6 +15,7 @@ import torch
 from mutor_img.common.cli import Parser, run
 from mutor_img.common.errors import UserError, check_range
 from mutor_img.common.files import write_atomic
+from mutor_img.common.locks import claim, file_lock
 from mutor_img.gpu_report.checks import Place, all_checks
 from mutor_img.gpu_report.report import environment, run_checks, timings, to_markdown
 
@@ -37,12 +38,13 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"torch {torch.__version__} sees no CUDA device, and these checks need one; on a machine with "
                         "a GPU look at what nvidia-smi says and whether torch was installed with CUDA")
     device = torch.device("cuda", torch.cuda.current_device())
-    facts = environment(device)
-    outcomes = run_checks({**all_checks(args.quick), **timings(args.batch)}, Place(device))
-    report = to_markdown(facts, outcomes)
-    print(report)
-    if args.out:
-        write_atomic(args.out, lambda path: path.write_text(report))
+    with claim(file_lock(args.out)):
+        facts = environment(device)
+        outcomes = run_checks({**all_checks(args.quick), **timings(args.batch)}, Place(device))
+        report = to_markdown(facts, outcomes)
+        print(report)
+        if args.out:
+            write_atomic(args.out, lambda path: path.write_text(report))
     if not all(outcome.passed for outcome in outcomes):
         sys.exit(1)
 

@@ -19,7 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import file_hash
+from mutor_img.common.files import file_hash, remove
 from mutor_img.common.full_precision import full_precision
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -202,5 +202,5 @@ def _download(path: Path) -> None:
                         f"({error}); put the file there, name it with --inception-weights FILE, or choose other "
                         "features (--features mnist, timm:NAME)") from None
     finally:
-        aside.unlink(missing_ok=True)
+        remove(aside)
 

@@ -9,6 +9,7 @@ which returns images start to stop - 1: of a set that has it, each of several pr
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import zipfile
 import zlib
@@ -16,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -108,6 +109,12 @@ class NpzImages:
                     yield np.frombuffer(raw, dtype=np.uint8).reshape(count, *self.shape[1:])
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
             raise UserError(f"{self.path}: damaged or cut off ({error}); write it again") from None
+
+
+    def content(self) -> str:
+        """Return a hash of names, sizes and checksums as the zip lists them: no image is read."""
+        with zipfile.ZipFile(self.path) as archive:
+            return _digest([[i.filename, i.file_size, i.CRC] for i in archive.infolist()])
 
 
 def npz_members(path: str | os.PathLike) -> set[str]:
@@ -215,6 +222,10 @@ class FolderImages(_Indexed):
                                 f"{self.size[1]} x {self.size[0]}; all must be of one size")
         return np.stack(images)
 
+    def content(self) -> str:
+        """Return a hash of the relative paths; no image is read."""
+        return _digest([file.as_posix() for file in self.files])
+
     def _image(self, index: int) -> np.ndarray:
         return np.asarray(read_image(self.path / self.files[index]))  # (H, W, 3)
 
@@ -224,6 +235,15 @@ class FolderImages(_Indexed):
         for file in self.files:
             digest.update(file.as_posix().encode() + b"\0" + hashlib.sha256((self.path / file).read_bytes()).digest())
         return digest.hexdigest()
+
+
+def content(images: ImageSet) -> Any:
+    """Return as a JSON value what tells an image set from another, as far as that is known without reading images."""
+    return images.content() if hasattr(images, "content") else getattr(images, "manifest", None)
+
+
+def _digest(value: list) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def rebatch(images: Iterable[np.ndarray], size: int, limit: int) -> Iterator[np.ndarray]:

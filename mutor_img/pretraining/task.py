@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from mutor_img.checkpoints.folder import load_strict
 from mutor_img.checkpoints.loading import load_run
+from mutor_img.common.config import to_dict
 from mutor_img.common.errors import UserError
 from mutor_img.common.streams import Stream, generator_seed, uniform
 from mutor_img.data.order import TrainingCodes
@@ -40,6 +41,7 @@ class GeneratorTask(Task):
             UserError: missing or damaged codes, or codes that do not fit the config.
         """
         self.config, self.runtime = config, runtime
+        runtime.agree(to_dict(config))
         self.preflight: Preflight | None = None
         self.law = config.law()
         self._counted: tuple[int, Tensor | None] = -1, None  # a step, and its registers with a target
@@ -53,7 +55,7 @@ class GeneratorTask(Task):
         torch.manual_seed(generator_seed(config.seed, Stream.INIT))
         self.model = Transformer(config.model_config())
         if config.init_from:
-            start_from(self.model, config.init_from)
+            runtime.agree({f"the content of init_from={config.init_from}": start_from(self.model, config.init_from)})
         self.units_per_sample = self.law.length  # code tokens; registers are method, not data
         self.flops_per_sample = 3 * self.model.forward_flops(
             self.law.length, self.law.registers, attended_pairs(self.law, config.seed))
@@ -158,8 +160,8 @@ class GeneratorTask(Task):
                  "views": store.info.views} for store in stores]}}
 
 
-def start_from(model: Transformer, path: str) -> None:
-    """Take a checkpoint's weights; a register embedding that it lacks stays as drawn.
+def start_from(model: Transformer, path: str) -> str:
+    """Take a checkpoint's weights; a register embedding that it lacks stays as drawn. Returns the weights' hash.
 
     Args:
         model: takes the weights; every other name and shape must fit.
@@ -168,17 +170,20 @@ def start_from(model: Transformer, path: str) -> None:
     Raises:
         UserError: nothing readable is there, or a weight does not fit.
     """
-    weights = load_run(path, grid=model.config.grid).model.state_dict()
+    loaded = load_run(path, grid=model.config.grid)
+    weights = loaded.model.state_dict()
     if model.config.register_offsets is not None:
         weights.setdefault("register_embedding.weight", model.register_embedding.weight.detach())
     load_strict(model, weights, path)
+    return loaded.weights_hash
 
 
 def open_codes(folder: str, config: GeneratorConfig, runtime: Runtime) -> Codes:
     """Open a code store, check that it fits the model of ``config``, and verify it, each process its share of blocks.
 
     Raises:
-        UserError: naming the key of the config that differs from the store, or the block that is damaged.
+        UserError: naming the key of the config that differs from the store, or the block that is damaged; or other
+            processes see other codes there.
     """
     codes = Codes(folder)
     found = {"grid": tuple(codes.info.grid), "vocabulary": codes.info.vocabulary,
@@ -190,6 +195,7 @@ def open_codes(folder: str, config: GeneratorConfig, runtime: Runtime) -> Codes:
             raise UserError(f"{folder}: the codes have {name} {value}, the config says model.{name}={wanted}")
     if len(codes) == 0:
         raise UserError(f"{folder}: holds no images")
+    runtime.agree({f"the content of {folder}": codes.content_hash()})
     faults = codes.faults(range(runtime.rank, codes.blocks, runtime.world))
     codes.refuse(runtime.sum(torch.from_numpy(faults).to(runtime.device)).cpu().numpy())
     return codes

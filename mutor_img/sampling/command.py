@@ -19,6 +19,7 @@ from mutor_img.common.cli import Parser
 from mutor_img.common.config import check_choice
 from mutor_img.common.errors import UserError, check_range
 from mutor_img.common.images import check_png, write_png
+from mutor_img.common.locks import file_lock
 from mutor_img.decoding.sampler import Sampler, SamplingSettings
 from mutor_img.sampling.archive import FORMAT, SampleArchive, open_archive
 from mutor_img.sampling.options import add_sampling_flags, check_sampling_flags, open_source
@@ -62,6 +63,13 @@ def main(argv: Sequence[str]) -> Path:
     args = parser.parse_args(argv)
     _check(args, _given(parser, argv))
     runtime = _runtime(args.device)
+    outputs = [file_lock(path) for path in (args.out, args.grid, args.show_steps)]
+    with runtime.one_voice(), runtime.claim(*outputs):
+        return _write(args, runtime)
+
+
+def _write(args: argparse.Namespace, runtime: Runtime) -> Path:
+    """Write all that the flags ask for; returns what ``--out`` names, or else a picture."""
     source = open_source(args, runtime)
     count = 50_000 if args.num_samples is None else args.num_samples
     if args.grid and runtime.is_main:
@@ -144,18 +152,14 @@ def write_samples(archive: SampleArchive, loaded: Loaded, tokenizer: VQModel, la
         batch_size: images at a time on this device.
 
     Raises:
-        UserError: the archive holds a run of other settings.
+        UserError: the archive holds a run of other settings, or the processes have other ones.
     """
-    if archive.is_finished():
+    runtime.agree(archive.settings)
+    todo = runtime.from_main(archive.start)
+    if todo is None:
         if runtime.is_main:
-            archive.remove_parts()
             print(f"{archive.out}: holds these {archive.count} samples already; nothing to do")
         return
-    if runtime.is_main:
-        archive.start()
-    runtime.barrier()
-    todo = [unit for unit in archive.units() if not archive.is_done(unit)]
-    runtime.barrier()  # every process has listed the same parts before the first one is written
     mine = todo[runtime.rank:: runtime.world]
     with tqdm(total=archive.count, initial=archive.done(), desc="sample", unit="image", mininterval=1.0,
               disable=not runtime.is_main) as bar:

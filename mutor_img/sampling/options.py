@@ -8,6 +8,7 @@ from collections.abc import Collection
 
 import torch
 
+from mutor_img.checkpoints.folder import newest_of
 from mutor_img.checkpoints.loading import Loaded, load_run
 from mutor_img.common.config import check_choice
 from mutor_img.decoding.guidance import SCHEDULES
@@ -63,18 +64,24 @@ def open_source(args: argparse.Namespace, runtime: Runtime) -> SampleSource:
     """Load what ``--checkpoint`` and the sampling flags name, on the runtime's device.
 
     Raises:
-        UserError: a value out of range, or a checkpoint, a tokenizer or a class that is not there.
+        UserError: a value out of range, a checkpoint, a tokenizer or a class that is not there, or processes that have
+            other ones.
     """
     name = ("bf16" if runtime.device.type == "cuda" else "fp32") if args.dtype == "auto" else args.dtype
-    loaded = load_run(args.checkpoint, ema=WEIGHTS[args.weights], device=runtime.device, dtype=DTYPES[name])
+    # Of a run that trains on the newest checkpoint changes while processes look.
+    path = runtime.from_main(lambda: str(newest_of(args.checkpoint)))
+    loaded = load_run(path, ema=WEIGHTS[args.weights], device=runtime.device, dtype=DTYPES[name])
     settings = SamplingSettings(args.cfg_scale, args.cfg_schedule, args.cfg_parameter, args.temperature, args.top_k,
                                 args.top_p, args.seed)
     settings.validate(loaded.model.config.vocabulary)
     run_names = loaded.codes.get("class_names")
     names = readable_names(run_names, loaded.model.config.classes)
     classes = parse_classes(args.classes, names, run_names) if args.classes is not None else None
-    return SampleSource(loaded, _tokenizer(args.tokenizer, loaded, runtime), settings, args.labels, classes, names,
-                        name)
+    source = SampleSource(loaded, _tokenizer(args.tokenizer, loaded, runtime), settings, args.labels, classes, names,
+                          name)
+    if runtime.world > 1:  # else no reason to hash a .pt
+        runtime.agree(source.identity(0))
+    return source
 
 
 def _tokenizer(path: str | None, loaded: Loaded, runtime: Runtime) -> VQModel:

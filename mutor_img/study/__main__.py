@@ -15,6 +15,7 @@ from typing import Any
 
 from mutor_img.common.cli import run
 from mutor_img.common.files import read_json, write_json
+from mutor_img.common.locks import claim, folder_lock
 from mutor_img.study.config import StudyConfig
 from mutor_img.study.pipeline import (
     classifier_dir,
@@ -47,8 +48,13 @@ def main(argv: Sequence[str]) -> None:
         example="python -m mutor_img.study --config configs/mnist/study.yaml compare=true",
         prog="python -m mutor_img.study",
     )
-    if config is None:
-        return
+    if config is not None:
+        with claim(folder_lock(config.run_dir)):
+            _study(config)
+
+
+def _study(config: StudyConfig) -> None:
+    """Do what is missing, and print what came out."""
     begun = time.perf_counter()
     prepare(config)
     reference = open_images(config)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +19,8 @@ from mutor_img.checkpoints.folder import find_checkpoint, newest_checkpoint, rea
 from mutor_img.checkpoints.loading import Loaded, load_run
 from mutor_img.common.config import load_config
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import read_json, write_json
+from mutor_img.common.files import clear, read_json, write_json
+from mutor_img.common.locks import claim, file_lock
 from mutor_img.data.store import Codes
 from mutor_img.decoding.sampler import SamplingSettings, generate_samples
 from mutor_img.metrics.digits import load_digits
@@ -30,6 +33,9 @@ from mutor_img.study.config import StudyConfig
 from mutor_img.study.mnist import prepare_mnist
 from mutor_img.sweep.points import SweepPoint, sweep
 from tokenizer import load_tokenizer
+
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True)
@@ -50,9 +56,21 @@ def command(*arguments: str | Path) -> None:
     """
     words = [str(a) for a in arguments]
     print(f"\n$ python {' '.join(words)}", flush=True)
-    status = subprocess.run([sys.executable, *words]).returncode
+    with subprocess.Popen([sys.executable, *words], preexec_fn=_end_with_parent) as process:
+        try:
+            status = process.wait()
+        except BaseException:  # the study was stopped: training saves when it is told so
+            process.terminate()
+            process.wait()
+            raise
     if status:
         raise UserError(f"the step above ended with status {status}; mend what it says and run the same command again")
+
+
+def _end_with_parent() -> None:
+    """Have Linux kill this child when the study is killed: what went on unseen would own what the next one writes."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def prepare(config: StudyConfig) -> None:
@@ -146,14 +164,15 @@ def score_generator(config: StudyConfig, generator: Generator, reference: Refere
            "images": config.images, "samples": config.samples, "seed": config.seed,
            "selection_samples": config.selection_samples, "selection_seed": config.selection_seed,
            "cfg_scales": config.cfg_scales}
-    selection = _kept(generator.run_dir / "guidance.json", key,
-                      lambda: select_guidance(config, loaded, reference, network))
-    scale = min(selection, key=lambda row: row["fd"])["cfg_scale"]
     kept = generator.run_dir / "study.json"
-    if kept.is_file() and read_json(kept).get("key") != key:  # sample.py goes on with samples of its own settings only
-        for name in ("samples.npz", "samples.json", "study.json"):
-            (generator.run_dir / name).unlink(missing_ok=True)
-    scores = _kept(kept, key, lambda: _score_samples(config, generator, scale))
+    with claim(file_lock(kept)):  # studies may share a generator
+        selection = _kept(generator.run_dir / "guidance.json", key,
+                          lambda: select_guidance(config, loaded, reference, network))
+        scale = min(selection, key=lambda row: row["fd"])["cfg_scale"]
+        if kept.is_file() and read_json(kept).get("key") != key:  # sample.py goes on with samples of its settings only
+            for name in ("samples.npz", "samples.json", "study.json"):
+                clear(generator.run_dir / name)
+        scores = _kept(kept, key, lambda: _score_samples(config, generator, scale))
     meta = read_meta(find_checkpoint(generator.run_dir))
     return {**scores, "updates": meta["step"], "training_seconds": meta["seconds"], "cfg_scale": scale,
             "selection": selection}

@@ -16,12 +16,15 @@ from typing import Any
 from mutor_img.common.cli import Parser, run
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import read_json, write_json
+from mutor_img.common.locks import folder_lock
 from mutor_img.evaluation.networks import add_network_flags, check_network_flags, load_network, start
+from mutor_img.metrics.features import FeatureNetwork
 from mutor_img.metrics.references import open_reference
 from mutor_img.metrics.requirements import METRICS, OPTIONAL, check_names, frechet_key
 from mutor_img.sampling.options import add_sampling_flags, check_sampling_flags, open_source
-from mutor_img.sweep.points import best_point, grid, sweep
+from mutor_img.sweep.points import SweepPoint, best_point, grid, sweep
 from mutor_img.sweep.report import advice, draw, table
+from mutor_img.training.runtime import Runtime
 
 SEED = 1  # not that of sample.py and evaluate_fid.py: a choice must not be made on the samples that are reported
 _REPEATED = ("checkpoint", "tokenizer", "weights", "classes", "labels", "cfg_schedule", "cfg_parameter", "top_k",
@@ -65,20 +68,32 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if metrics is not None:
         check_names(metrics)
     runtime = start(args.device)
+    out = Path(args.out) if args.out else _default_folder(Path(args.checkpoint))
+    with runtime.one_voice(), runtime.claim(folder_lock(out)):
+        rows, network = _score(args, points, metrics, out, runtime)
+        return _conclude(parser, args, rows, network, out) if runtime.is_main else {}
+
+
+def _score(args: argparse.Namespace, points: list[SweepPoint], metrics: list[str] | None, out: Path,
+           runtime: Runtime) -> tuple[list[dict[str, Any]], FeatureNetwork]:
+    """Return the rows of all points, said as they come, and the feature network."""
     network = load_network(args, runtime)
     args.cfg_scale, args.temperature = points[0]
     source, reference = open_source(args, runtime), open_reference(args.reference)
-    out = Path(args.out) if args.out else _default_folder(Path(args.checkpoint))
     key, rows = frechet_key(network), []
     for number, row in enumerate(sweep(source, points, args.num_samples, reference, network, out=out / "sweep.json",
-                                       metrics=metrics, batch_size=args.batch_size, progress=True, runtime=runtime)):
+                                       metrics=metrics, batch_size=args.batch_size, progress=True)):
         rows.append(row)
         if runtime.is_main:
             print(f"point {number + 1} of {len(points)}: cfg-scale {row['cfg_scale']:g}, temperature "
                   f"{row['temperature']:g}: {key} {row[key]:.4f} ({row['seconds']:.0f} s)", flush=True)
-    if not runtime.is_main:
-        return {}
-    best = best_point(rows, network)
+    return rows, network
+
+
+def _conclude(parser: argparse.ArgumentParser, args: argparse.Namespace, rows: list[dict[str, Any]],
+              network: FeatureNetwork, out: Path) -> dict[str, Any]:
+    """Write and print what the rows say; returns what ``sweep.json`` holds."""
+    key, best = frechet_key(network), best_point(rows, network)
     command = full_command(parser, args, best)
     result = {**read_json(out / "sweep.json"), "best": best, "command": command}
     write_json(out / "sweep.json", result)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from mutor_img.common.cli import Parser
 from mutor_img.common.config import load_config, to_yaml
+from mutor_img.common.locks import folder_lock
 from mutor_img.training.loop import train
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.stopping import Stopped, StopRequest, end_now
@@ -53,14 +55,18 @@ def run_task(task: type[Task], config: Any) -> Trainer:
     """Join the processes of the launch and train ``task(config, runtime)``.
 
     SIGTERM or SIGINT before there is anything to save ends the process here, with status 0.
+
+    Raises:
+        UserError: another process trains in the same ``run_dir``, or what ``task`` and :func:`train` raise.
     """
     runtime = None
     with StopRequest() as stop:
         try:
             with stop.at_once():
                 runtime = Runtime.start(config.train.timeout_minutes)
-            with runtime.one_voice():
+            with runtime.one_voice(), ExitStack() as owned:
                 with stop.at_once():
+                    owned.enter_context(runtime.claim(folder_lock(config.run_dir)))
                     job = task(config, runtime)
                 trainer = train(job, config, runtime, stop)
                 runtime.leave()

@@ -18,9 +18,10 @@ from torch.distributed.tensor import DTensor
 from mutor_img.checkpoints.folder import newest_checkpoint, open_group, read_meta, write_checkpoint
 from mutor_img.common.config import to_dict
 from mutor_img.common.errors import UserError
+from mutor_img.common.files import file_hash
 from mutor_img.common.streams import Stream, generator_seed
 from mutor_img.training import parallel
-from mutor_img.training.changes import check_changes
+from mutor_img.training.changes import check_changes, require_group
 from mutor_img.training.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.task import Task
@@ -44,10 +45,12 @@ class Trainer:
             runtime: this process.
 
         Raises:
-            UserError: a batch that does not divide, or a checkpoint of another run or model.
+            UserError: a batch that does not divide, a checkpoint of another run or model, or processes that differ in
+                config, codes or checkpoint.
         """
         self.task, self.config, self.runtime = task, config, runtime
         self.run_dir = Path(config.run_dir)
+        folder = self._common_checkpoint()
         self.local_batch = runtime.share(config.train.global_batch, "train.global_batch")
         self.micro_batch = min(config.train.micro_batch or self.local_batch, self.local_batch)
         if self.local_batch % self.micro_batch:
@@ -69,14 +72,35 @@ class Trainer:
             parallel.shard(self.ema.module, task.blocks(self.ema.module), config.train, runtime)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.step, self.seconds, self.saved_step, self.changes = 0, 0.0, 0, []
-        self._resume()
+        if folder is not None:
+            self._resume(folder)
 
-    def _resume(self) -> None:
-        folder = newest_checkpoint(self.run_dir)
-        if folder is None:
-            return
+    def _common_checkpoint(self) -> Path | None:
+        """Return the checkpoint to go on from, or None: rank 0's newest, once all processes see the same one.
+
+        Raises:
+            UserError: on every process; one of them has another config or other codes, or sees another checkpoint.
+        """
+        self.runtime.agree(to_dict(self.config))
+        self.runtime.agree(self.task.metadata())
+        newest = newest_checkpoint(self.run_dir)
+        name = self.runtime.from_main(lambda: newest and newest.name)
+        folder = self.run_dir / "checkpoints" / name if name else newest
+        seen = folder is not None and (folder / "checkpoint.json").is_file()
+        self.runtime.agree({"the step of the checkpoint to go on from": read_meta(folder)["step"] if seen else None,
+                            "the hash of its checkpoint.json": file_hash(folder / "checkpoint.json") if seen else None},
+                           f"run_dir={self.run_dir} must be one folder, on a disk that all nodes see")
+        return folder
+
+    def _resume(self, folder: Path) -> None:
         meta, rank, world = read_meta(folder), self.runtime.rank, self.runtime.world
+        for group in ("model", "optimizer"):
+            require_group(meta, group, folder, "it holds weights alone and no run to go on with; give another run_dir, "
+                                               f"and init_from={folder}")
         self.changes = check_changes(meta, self.metadata(), folder)
+        if self.ema is not None:
+            require_group(meta, "ema", folder, f"train.ema was 0.0, now it is {self.config.train.ema}; give "
+                                             f"train.ema=0.0, or another run_dir with init_from={folder}")
         parallel.load_model(self.model, open_group(folder, "model", rank, world))
         load_optimizer_tensors(self.model, self.optimizer, open_group(folder, "optimizer", rank, world))
         if self.ema is not None:

@@ -18,7 +18,7 @@ from mutor_img import transformer
 from mutor_img.checkpoints import folder as checkpoint
 from mutor_img.checkpoints import tensor_files
 from mutor_img.checkpoints.folder import find_checkpoint, newest_checkpoint, read_meta, read_tensors
-from mutor_img.common import cli
+from mutor_img.common import cli, files
 from mutor_img.common.config import OptimConfig, load_config
 from mutor_img.common.errors import UserError
 from mutor_img.pretraining import task as generator
@@ -217,7 +217,7 @@ KILLS = {
     "in the midst of a file": (tensor_files, "save_file", 6, half_written),
     "before the folder appears": (os, "rename", 4, die),
     "before it is named as the latest": (checkpoint, "write_atomic", 3, die),
-    "while an older one is removed": (checkpoint.shutil, "rmtree", 8, half_removed),
+    "while an older one is removed": (files.shutil, "rmtree", 2, half_removed),
     "in an update": (GeneratorTask, "after_update", 3, die),
 }
 KILLED = ("train.steps=100", "train.keep=1")
