@@ -6,7 +6,8 @@ again, and size and sha256 of every tensor file. A folder is written aside, flus
 named in ``checkpoints/latest``; older ones are pruned last. So a kill at any moment leaves the newest complete
 checkpoint in place.
 
-A sharded run writes ``model.00000-of-00008.safetensors`` and so on, one file a process (see ``tensor_files.py``).
+A run of several processes writes ``model.00000-of-00008.safetensors`` and so on, one file for each of them (see
+``tensor_files.py``).
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from mutor_img.checkpoints.tensor_files import Files, Slice, TensorGroup, flush, write_groups
@@ -28,7 +28,7 @@ FORMAT = "mutor_img checkpoint 1"
 
 
 class Processes(Protocol):
-    """Who writes a sharded checkpoint together."""
+    """Who writes a checkpoint together."""
 
     rank: int
     world: int
@@ -65,6 +65,8 @@ def write_checkpoint(run_dir: str | Path, step: int, tensors: dict[str, dict[str
         clear(aside)
         aside.mkdir(parents=True)
     barrier()
+    if not aside.is_dir():
+        raise _not_shared(aside)
     try:
         files = write_groups(aside, tensors, rank, processes.world if processes else 1)
         if rank > 0:
@@ -76,8 +78,6 @@ def write_checkpoint(run_dir: str | Path, step: int, tensors: dict[str, dict[str
             write_json(aside / "checkpoint.json", {"format": FORMAT, "step": step, **meta, "files": files})
             clear(final)  # only ever an earlier, incomplete attempt at this step
             os.rename(aside, final)
-    except SafetensorError as error:
-        raise OSError(28, f"could not write ({error})", str(aside)) from None
     finally:
         if rank == 0:
             remove(aside)
@@ -97,11 +97,15 @@ def _files_of(path: Path) -> Files:
         UserError: it is not there.
     """
     if not path.is_file():
-        raise UserError(f"{path}: this process does not see what another one wrote; run_dir must be on a file system "
-                        "that all nodes share")
+        raise _not_shared(path)
     files = read_json(path)
     remove(path)
     return files
+
+
+def _not_shared(path: Path) -> UserError:
+    return UserError(f"{path}: this process does not see what another one wrote; run_dir must be on a file system that "
+                     "all nodes share")
 
 
 def find_checkpoint(path: str | Path) -> Path:

@@ -108,9 +108,21 @@ def local_rows(tensor: Tensor) -> Slice:
     return Slice(local, min(total, each * tensor.device_mesh.get_local_rank()), total)
 
 
-def as_slices(tensors: dict[str, Tensor]) -> dict[str, Tensor | Slice]:
-    """Return named tensors with those that are sharded as this process's rows."""
-    return {name: local_rows(value) if isinstance(value, DTensor) else value for name, value in tensors.items()}
+def as_slices(tensors: dict[str, Tensor], runtime: Runtime) -> dict[str, Tensor | Slice]:
+    """Return named tensors as the rows of each that this process saves; scalars, and all of a single process, whole.
+
+    Of what is sharded these are the rows that it holds. What every process holds is shared out in the same way.
+    """
+    def part(tensor: Tensor) -> Tensor | Slice:
+        if isinstance(tensor, DTensor):
+            return local_rows(tensor)
+        if runtime.world == 1 or not tensor.dim():
+            return tensor
+        each = -(-len(tensor) // runtime.world)
+        start = min(len(tensor), each * runtime.rank)
+        return Slice(tensor[start:start + each], start, len(tensor))
+
+    return {name: part(tensor) for name, tensor in tensors.items()}
 
 
 @torch.no_grad()

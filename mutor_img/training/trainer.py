@@ -179,16 +179,12 @@ class Trainer:
         return {**self.task.metadata(), "config": to_dict(self.config)}
 
     def save(self) -> None:
-        """Write a checkpoint; every process waits for it."""
+        """Write a checkpoint, each process its rows; every process waits for it."""
         tensors = {"model": self.model.state_dict(), "optimizer": optimizer_tensors(self.model, self.optimizer)}
         if self.ema is not None:
             tensors["ema"] = self.ema.module.state_dict()
         tensors.update(self.task.tensors())
         meta = {"seconds": self.seconds, "samples": self.step * self.config.train.global_batch, **self.metadata()}
-        if self.sharded:
-            tensors = {group: parallel.as_slices(content) for group, content in tensors.items()}
-            write_checkpoint(self.run_dir, self.step, tensors, meta, self.config.train.keep, self.runtime)
-        elif self.runtime.is_main:
-            write_checkpoint(self.run_dir, self.step, tensors, meta, self.config.train.keep)
-        self.runtime.barrier()
+        rows = {group: parallel.as_slices(content, self.runtime) for group, content in tensors.items()}
+        write_checkpoint(self.run_dir, self.step, rows, meta, self.config.train.keep, self.runtime)
         self.saved_step = self.step

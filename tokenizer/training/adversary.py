@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mutor_img.checkpoints.folder import load_strict, open_group, read_tensors
+from mutor_img.checkpoints.folder import load_strict, open_group, read_meta, read_tensors
+from mutor_img.checkpoints.tensor_files import has_group
 from mutor_img.common.config import OptimConfig
 from mutor_img.common.errors import UserError
 from mutor_img.training.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
@@ -100,7 +101,7 @@ class Adversary:
         Raises:
             UserError: the checkpoint holds no discriminator, or another one.
         """
-        if not (folder / f"{_WEIGHTS}.safetensors").is_file():
+        if not has_group(read_meta(folder)["files"], _WEIGHTS):
             raise UserError(f"{folder}: was trained without a discriminator; give another run_dir, or "
                             "loss.adversarial_weight=0 to go on without one")
         load_strict(self.discriminator, read_tensors(folder, _WEIGHTS), folder / f"{_WEIGHTS}.safetensors")
