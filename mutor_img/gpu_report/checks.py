@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from mutor_img.attention import FlexAttention, SdpaAttention
 from mutor_img.common.config import OptimConfig, TrainConfig
 from mutor_img.decoding.sampler import generate
+from mutor_img.pretraining.examination import BATCH, HEADS, Subject, examine
 from mutor_img.pretraining.parity import Difference, compare_attention, draw_at_scale_one, rms_difference
-from mutor_img.pretraining.preflight import BATCH, HEADS, preflight
 from mutor_img.registers import RegisterLaw, mutor_loss
 from mutor_img.training.compiling import compile_blocks, compile_whole
 from mutor_img.training.optimizer import build_optimizer
@@ -82,11 +82,11 @@ def expect(differences: list[Difference]) -> str:
 
 def check_preflight(place: Place, law: RegisterLaw, head_dim: int, precision: str) -> str:
     """Compiled FlexAttention against exact attention, alone and in a compiled block, as before each run."""
-    config = ModelConfig(1, HEADS, HEADS * head_dim, law.grid)
-    result = preflight(law, config, precision, 0, Runtime(place.device), compiled=place.compiled, gradients=place.flex)
-    if not result.passed:
-        raise CheckFailed("\n".join(result.failures))
-    return expect([difference for _, difference in result.found])
+    subject = Subject(law, head_dim, precision, 0, str(place.device), gradients=place.flex)
+    found = examine(subject, FlexAttention, place.compiled)
+    if found.error:
+        raise CheckFailed(found.error)
+    return expect([difference for _, difference in found.differences])
 
 
 def check_sdpa(place: Place, law: RegisterLaw, head_dim: int, precision: str, compiled: bool) -> str:

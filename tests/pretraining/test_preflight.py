@@ -2,6 +2,9 @@
 
 import json
 import math
+import sys
+from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
@@ -10,9 +13,11 @@ import torch.nn.functional as F
 from mutor_img import transformer
 from mutor_img.attention import FlexAttention
 from mutor_img.checkpoints.folder import find_checkpoint, read_meta
+from mutor_img.pretraining import preflight as module
 from mutor_img.pretraining import task as generator
+from mutor_img.pretraining.examination import Findings, Subject, examine
 from mutor_img.pretraining.parity import compare_attention, dense_mask, exact_attention
-from mutor_img.pretraining.preflight import preflight
+from mutor_img.pretraining.preflight import examine_apart, preflight
 from mutor_img.pretraining.task import GeneratorTask
 from mutor_img.registers import RegisterLaw
 from mutor_img.training.log import read_metrics
@@ -85,9 +90,14 @@ class MisreadsStrides(Dense):
         return super().__call__(q, k, v.flatten().roll(64).view_as(v))
 
 
-def run(backend, law=SPARSE, precision="fp32", head_dim=16):
-    return preflight(law, ModelConfig(1, 4, 4 * head_dim, law.grid), precision, 0, CPU, backend=backend,
-                     compiled=lambda function: function)
+def examined_here(backend):
+    """Examine a stand-in in this process, uncompiled."""
+    return lambda subject, seconds: examine(subject, backend, compiled=lambda function: function)
+
+
+def run(backend, law=SPARSE, precision="fp32", head_dim=16, runtime=CPU):
+    return preflight(law, ModelConfig(1, 4, 4 * head_dim, law.grid), precision, 0, runtime,
+                     examined=examined_here(backend))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -128,8 +138,7 @@ def test_a_failure_on_another_process_counts_here_too():
         def sum(self, values):
             return values + 1.0  # the other process saw a failure
 
-    result = preflight(SPARSE, ModelConfig(1, 4, 64, SPARSE.grid), "fp32", 0, Two(torch.device("cpu")), backend=Dense,
-                       compiled=lambda function: function)
+    result = run(Dense, runtime=Two(torch.device("cpu")))
     assert not result.failures and not result.passed
     assert "failed on 1 other process" in result.describe() and result.to_json()["failed_ranks"] == 1
 
@@ -190,11 +199,73 @@ def test_the_bound_covers_rounded_attention_and_is_no_more_than_twenty_times_as_
 
 
 def test_compiled_flex_attention_passes_at_the_head_dimension_of_3b_in_outputs():
-    """One mask and one compilation for four draws, alone and in a compiled block; CPUs have no backward."""
+    """In a process of its own, one mask and one compilation for four draws, alone and in a compiled block.
+
+    CPUs have no backward.
+    """
     law = RegisterLaw("2d", (10, 10), 4, 60)  # 160 positions: no multiple of the kernel's block
     result = preflight(law, ModelConfig(1, 32, 3200, law.grid), "fp32", 0, CPU, gradients=False)
     assert result.passed, result.describe()
     assert len(result.found) == 8 and "head dimension 100" in result.subject
+
+
+# ---- the process that examines, and what becomes of it
+
+
+def child(code):
+    """A stand-in for the examining process, which reads its question and does ``code``."""
+    return [sys.executable, "-c", f"import os, sys, time; sys.stdin.readline(); {code}"]
+
+
+def says(answer):
+    return f"os.write(int(sys.argv[-1]), {answer!r})"
+
+
+DEATHS = {
+    "os._exit(139)": "ended with status 139", "os.kill(os.getpid(), 9)": "ended by SIGKILL",
+    "os.kill(os.getpid(), 11)": "ended by SIGSEGV", "time.sleep(600)": "gave no answer within 2 s",
+    "raise RuntimeError('CUDA error: an illegal memory access')": "RuntimeError: CUDA error: an illegal memory access",
+    says(b"\x00\xff garbage\n"): "not JSON", says(b'{"differences": [["update 0"'): "ended with status 0",
+    says(b"[1, 2]\n"): "gave no findings",
+    says(b'{"differences": [], "error": null, "log": ""}\n'): "compared nothing",
+}
+
+
+@pytest.mark.parametrize("code", DEATHS)
+def test_whatever_becomes_of_the_examining_process_is_a_failure_that_says_so(code):
+    result = preflight(SPARSE, ModelConfig(1, 4, 64, SPARSE.grid), "fp32", 0, CPU,
+                       examined=lambda subject, seconds: examine_apart(subject, 2.0, child(code)))
+    assert not result.passed and DEATHS[code] in result.failures[0]
+    assert "warning" in result.describe() and DEATHS[code] in result.describe()
+    assert json.loads(json.dumps(result.to_json()))["attention"] == "sdpa"
+
+
+def test_a_process_that_cannot_be_started_is_a_failure_too():
+    found = examine_apart(Subject(SPARSE, 16, "fp32", 0, "cpu"), 2.0, ["/absent/python"])
+    assert "absent" in found.error
+
+
+def test_question_and_findings_survive_their_trip_through_json():
+    for law in (SPARSE, DENSE, RegisterLaw("1d", (4, 5), 3, every=2), RegisterLaw("2d", (4, 5), 3, 6, mixed=True)):
+        subject = Subject(law, 100, "bf16", 7, "cuda:3", True, "tf32")
+        assert Subject.from_json(json.loads(json.dumps(subject.to_json()))) == subject
+    found = examine(Subject(SPARSE, 16, "fp32", 0, "cpu"), NotANumber, lambda function: function)
+    again = Findings.from_json(json.loads(json.dumps(found.to_json())))
+    assert str(again) == str(found) and any(math.isnan(d.error) for _, d in again.differences)
+
+
+def test_each_process_has_its_own_device_examined_and_gives_up_before_the_others_take_it_for_dead(monkeypatch):
+    asked = []
+
+    class Third(Runtime):
+        def sum(self, values):
+            return values
+
+    monkeypatch.setattr(module.torch, "tensor", lambda values, device: torch.as_tensor(values))
+    for runtime in (Third(torch.device("cuda:3"), 3, 4, timedelta(minutes=2)), Third(torch.device("cuda:0"))):
+        preflight(SPARSE, ModelConfig(1, 4, 64, SPARSE.grid), "bf16", 0, runtime,
+                  examined=lambda *given: asked.append(given) or Findings([], "no such device"))
+    assert [(subject.device, seconds) for subject, seconds in asked] == [("cuda:3", 60.0), ("cuda:0", module.SECONDS)]
 
 
 def test_flex_attention_refuses_to_run_uncompiled():
@@ -206,17 +277,13 @@ def test_flex_attention_refuses_to_run_uncompiled():
 # ---- in a run
 
 
-def uncompiled(backend):
-    return lambda *given: preflight(*given, backend=backend, compiled=lambda function: function)
-
-
 @pytest.fixture
 def run_with_flex(run_training, monkeypatch):
     """Train the small run as on a GPU, where it would use the given stand-in for FlexAttention."""
 
-    def run(backend):
+    def run(backend, examined=None):
         monkeypatch.setattr(GeneratorTask, "wants_flex", lambda self, device: True)
-        monkeypatch.setattr(generator, "preflight", uncompiled(backend))
+        monkeypatch.setattr(generator, "preflight", partial(preflight, examined=examined or examined_here(backend)))
         monkeypatch.setattr(transformer, "FlexAttention", backend)
         return run_training("train.steps=2")
 
@@ -244,6 +311,14 @@ def test_a_run_whose_backend_fails_trains_with_sdpa_to_the_same_losses(backend, 
     losses = [row["loss"] for row in read_metrics(trainer.run_dir)]
     assert losses == [row["loss"] for row in read_metrics(plain.run_dir)]
     assert "preflight" not in read_meta(find_checkpoint(plain.run_dir))
+
+
+def test_a_run_whose_examining_process_dies_trains_with_sdpa(run_with_flex, capsys):
+    trainer = run_with_flex(Dense, partial(examine_apart, command=child("os._exit(139)")))
+    assert trainer.model.flex is None and trainer.step == 2
+    recorded = json.loads((trainer.run_dir / "preflight.json").read_text())
+    assert recorded["attention"] == "sdpa" and "status 139" in recorded["failures"][0]
+    assert "status 139" in capsys.readouterr().out
 
 
 @pytest.mark.gpu
