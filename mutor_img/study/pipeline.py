@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -70,12 +71,26 @@ def prepare(config: StudyConfig) -> None:
 
 
 def _reconstruct(config: StudyConfig) -> None:
-    """Write the before/after picture and its scores, unless they are this tokenizer's on these images."""
+    """Encode and decode the held-out images and score what comes out as samples are, unless that is done.
+
+    No generator can be better than its tokenizer: where samples look wrong, these say whether it is at fault.
+    """
     tokenizer, images, scores = tokenizer_dir(config), f"{config.images}/val", reconstruction_scores(config)
+    key = {"tokenizer_hash": load_tokenizer(tokenizer).hash, "images": images,
+           "weights_sha256": load_digits(classifier_dir(config)).weights_hash}
     kept = read_json(scores) if scores.is_file() and reconstruction_picture(config).is_file() else {}
-    if kept.get("tokenizer_hash") != load_tokenizer(tokenizer).hash or kept.get("images") != images:
-        command("-m", "tokenizer.reconstruct", "--tokenizer", tokenizer, "--images", images,
-                "--out", reconstruction_picture(config), "--json", scores)
+    if all(kept.get(name) == value for name, value in key.items()):
+        return
+    decoded = Path(config.run_dir) / "reconstructions"
+    shutil.rmtree(decoded, ignore_errors=True)
+    pixels, judged = (scores.with_name(f"reconstructions_{what}.json") for what in ("pixels", "judged"))
+    command("-m", "tokenizer.reconstruct", "--tokenizer", tokenizer, "--images", images,
+            "--out", reconstruction_picture(config), "--samples", decoded, "--json", pixels)
+    command("evaluate_fid.py", "--samples", decoded, "--reference", f"{config.images}/train", "--features", "mnist",
+            "--features-weights", classifier_dir(config), "--json", judged)
+    write_json(scores, read_json(judged) | read_json(pixels))
+    for part in (pixels, judged):
+        part.unlink(missing_ok=True)
 
 
 def tokenizer_dir(config: StudyConfig) -> Path:
