@@ -11,6 +11,7 @@ ROWS = (  # key, what a reader calls it, format
     ("updates", "updates", "{:,.0f}"),
     ("training_seconds", "training seconds", "{:,.0f}"),
     ("cfg_scale", "guidance scale (lowest fd)", "{:g}"),
+    ("cfg_schedule", "guidance schedule", "{}"),
     ("num_samples", "images scored (N)", "{:,.0f}"),
     ("fd", "Frechet distance (fd)", "{:.2f}"),
     ("recognised", "recognised as asked", "{:.1%}"),

@@ -54,11 +54,18 @@ def test_the_guidance_scale_is_not_chosen_on_the_samples_that_are_reported(tmp_p
         load_config(StudyConfig, tmp_path / "s.yaml")
 
 
+@pytest.mark.parametrize("word, message", [("[]", "cfg_schedules is empty"), ("[linaer]", "mean 'linear'"),
+                                           ("[power-cosine]", "needs cfg-parameter"), ("[interval:x]", "no number")])
+def test_a_guidance_schedule_that_cannot_be_is_refused_before_anything_is_trained(word, message):
+    with pytest.raises(UserError, match=message):
+        load_config(StudyConfig, ROOT / "configs" / "mnist" / "study.yaml", [f"cfg_schedules={word}"])
+
+
 def test_the_table_has_columns_of_real_images_and_lines_per_class():
     part = {"fd": 2.0, "recognised": 0.9, "recall": 0.5, "num_samples": 500,
             "per_class": {"1": {"num_samples": 50, "recognised": 0.9, "in_pieces": 0.03}}}
-    row = {"updates": 10, "training_seconds": 3.0, "cfg_scale": 1.5, **part, "samples_at_same_n": part,
-           "real_against_real": part}
+    row = {"updates": 10, "training_seconds": 3.0, "cfg_scale": 1.5, "cfg_schedule": "linear", **part,
+           "samples_at_same_n": part, "real_against_real": part}
     decoded = {**part, "fd": 5.5}
     lines = score_table({"mutor2d": row, "ntp": row}, decoded).splitlines()
     assert lines[0].split("  ")[-1].strip() == "real held-out" and "ntp" in lines[0]
@@ -149,7 +156,8 @@ def scored(config: StudyConfig, monkeypatch) -> None:
     monkeypatch.setattr(pipeline, "read_json", lambda path: {})
     monkeypatch.setattr(pipeline, "sampled_codes", lambda *arguments: (_ for _ in ()).throw(UserError("enough")))
     with pytest.raises(UserError, match="enough"):
-        pipeline._score_samples(config, pipeline.generators(config)[0], 2.0)
+        pipeline._score_samples(config, pipeline.generators(config)[0],
+                                {"cfg_scale": 2.0, "cfg_schedule": "linear", "cfg_parameter": None})
 
 
 def chosen(config: StudyConfig, monkeypatch) -> str:
@@ -165,7 +173,8 @@ def chosen(config: StudyConfig, monkeypatch) -> str:
     ("run_dir=elsewhere", prepared), ("images=photos", prepared), ("codes=codes/other", prepared),
     ("tokenizer=other/tokenizer.yaml", prepared), ("generator=configs/mnist/mutor1d.yaml", scored), ("seed=7", scored),
     ("samples=150", scored), ("selection_samples=150", chosen), ("selection_seed=3", chosen),
-    ("cfg_scales=[1.0,3.0]", chosen), ("compare=true", lambda config, _: repr(pipeline.generators(config))),
+    ("cfg_scales=[1.0,3.0]", chosen), ("cfg_schedules=[constant,power-cosine:2]", chosen),
+    ("compare=true", lambda config, _: repr(pipeline.generators(config))),
     ("baseline=configs/mnist/mutor1d.yaml", lambda config, _: repr(pipeline.generators(config))),
 ])
 def test_every_field_of_a_study_changes_what_it_does(change, observe, monkeypatch):
