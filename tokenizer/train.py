@@ -86,10 +86,7 @@ class TokenizerTask(Task):
         The terms are ``config.loss.terms``, the quantiser's losses and, from ``adversarial_start`` on, ``adversarial``
         (LlamaGen, arXiv 2406.06525, section 2.1).
         """
-        # The layout of the fastest convolutions, which every activation inherits. Weights keep the default one: fused
-        # AdamW walks over weights and restored moments alike, whatever their strides.
-        images = self.images.batch(samples, self.runtime.device)
-        images = images.contiguous(memory_format=torch.channels_last)  # (b, C, H, W)
+        images = channels_last(self.images.batch(samples, self.runtime.device))  # (b, C, H, W)
         reconstruction, quantised = model(images)
         self.seen.append((int(samples[0]), quantised))
         total, values = self.reconstruction(reconstruction, images)
@@ -181,6 +178,18 @@ class TokenizerTask(Task):
 
     def metadata(self) -> dict[str, Any]:
         return {"kind": "tokenizer", "model": self.model.options, "image_size": self.config.data.image_size}
+
+
+def channels_last(images: Tensor) -> Tensor:
+    """Return images (B, C, H, W) in the layout of the fastest convolutions, which every activation inherits.
+
+    Weights keep the default layout: fused AdamW walks over weights and restored moments alike, whatever their strides.
+    """
+    _, channels, height, width = images.shape
+    # With one channel both layouts are the same bytes, torch leaves the strides of the other one, and convolutions go
+    # by the strides: so they are set here.
+    return images.contiguous(memory_format=torch.channels_last).as_strided(
+        images.shape, (height * width * channels, 1, width * channels, channels))
 
 
 def main(argv: Sequence[str]) -> None:

@@ -55,7 +55,7 @@ class TrainConfig:
     steps: int = 360_000  # optimiser updates
     global_batch: int = 1024  # sequences or images an update, over all processes
     micro_batch: int = 0  # of a process and a forward pass, at most; 0: the whole share of the process
-    precision: str = "bf16"  # bf16: autocast over fp32 weights; fp32
+    precision: str = "bf16"  # bf16: autocast over fp32 weights; fp32; auto: bf16 where the device computes in it
     compile: bool = True  # torch.compile, block by block
     activation_checkpointing: bool = False  # compute each block's activations again in the backward pass: less memory
     parallel: str = "ddp"  # several processes: ddp: each holds all; fsdp: weights, gradients, optimiser and EMA sharded
@@ -75,7 +75,7 @@ class TrainConfig:
             check_range(f"train.{name}", getattr(self, name), 0, 10**9)
         check_range("train.ema", self.ema, 0.0, 0.999999)
         check_range("train.timeout_minutes", self.timeout_minutes, 0.0, 1e5, low_open=True)
-        check_choice("train.precision", self.precision, ("bf16", "fp32"))
+        check_choice("train.precision", self.precision, ("bf16", "fp32", "auto"))
         check_choice("train.parallel", self.parallel, ("ddp", "fsdp"))
 
 

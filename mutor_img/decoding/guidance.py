@@ -20,6 +20,26 @@ _PARAMETERS = {  # what a schedule's one number means
 }
 
 
+def parse_schedule(text: str) -> tuple[str, float | None]:
+    """Return the name and the parameter, or None, of a schedule in one word: ``linear``, ``power-cosine:2``.
+
+    Raises:
+        UserError: an unknown name, or a parameter that is no number, missing, out of range, or of no use.
+    """
+    name, colon, number = text.partition(":")
+    try:
+        parameter = float(number) if colon else None
+    except ValueError:
+        raise UserError(f"schedule {text!r}: {number!r} is no number; write it as in power-cosine:2") from None
+    guidance_scales(name, 1.0, parameter, 1)
+    return name, parameter
+
+
+def schedule_text(name: str, parameter: float | None) -> str:
+    """Return what :func:`parse_schedule` reads."""
+    return name if parameter is None else f"{name}:{parameter:g}"
+
+
 def guidance_scales(schedule: str, scale: float, parameter: float | None, length: int) -> list[float]:
     """Return the guidance scale of each of ``length`` tokens, all >= 1.
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from mutor_img.common.errors import UserError, check_range, suggest
@@ -20,6 +21,7 @@ from mutor_img.metrics.image_sets import ImageSet, read_all
 from mutor_img.metrics.inception_score import ORDERS, inception_score
 from mutor_img.metrics.kernel_distance import kernel_distance
 from mutor_img.metrics.memorisation import Repetition
+from mutor_img.metrics.pieces import count_pieces
 from mutor_img.metrics.precision_recall import precision_recall
 from mutor_img.metrics.provenance import provenance
 from mutor_img.metrics.references import Reference, as_reference, check_role, save_reference
@@ -89,7 +91,7 @@ def evaluate(
     if is_order == "file" and "is" in metrics and class_sorted(samples, count):
         doubts.append("the samples lie in class order and are scored in file order: the Inception Score is far too low")
     judge = _Judge(reference, network, metrics, is_order=is_order, seed=seed, progress=progress)
-    options = {"batch_size": batch_size, "progress": progress, "pixels": judge.compares,
+    options = {"batch_size": batch_size, "progress": progress, "pixels": judge.classifier,
                **judge.outputs(subset=held_out is not None)}
     if held_out is not None:
         check_size(held_out, reference, "held-out images")
@@ -173,10 +175,31 @@ class _Judge:
         result["num_samples"] = found.count
         if self.classifier and labels is not None:
             asked = torch.as_tensor(labels)[: found.count]
-            result["recognised"] = (found.rows["logits"].argmax(1) == asked).double().mean().item()
+            right = found.rows["logits"].argmax(1) == asked  # (n,)
+            result["recognised"] = right.double().mean().item()
+            result["per_class"] = _per_class(self.network.class_names, asked, right, found.pixels)
         if self.repetition:
             result |= self.repetition.scores(found.pixels)
         return result
+
+
+def _per_class(names: Sequence[str], asked: torch.Tensor, right: torch.Tensor,
+               images: np.ndarray) -> dict[str, dict[str, float]]:
+    """Return by class name how many images there are, and the shares recognised and in more than one piece.
+
+    Args:
+        names: of the network's classes.
+        asked, right: (n,) labels, and whether the network agrees.
+        images: (n, H, W, C) uint8.
+    """
+    broken = torch.from_numpy(count_pieces(images) > 1)  # (n,)
+    table = {}
+    for label in asked.unique().tolist():
+        own = asked == label
+        table[names[label] if label < len(names) else str(label)] = {
+            "num_samples": int(own.sum()), "recognised": right[own].double().mean().item(),
+            "in_pieces": broken[own].double().mean().item()}
+    return table
 
 
 def _part(labels: Any, chosen: torch.Tensor) -> torch.Tensor | None:

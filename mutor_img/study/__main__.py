@@ -74,7 +74,7 @@ def _study(config: StudyConfig) -> None:
     write_json(Path(config.run_dir) / "scores.json", {
         "tokenizer": tokenizer, "classifier": classifier, "generators": scores, "minutes": minutes,
         "peak_memory_gib": peak})
-    print(f"\n{score_table(scores)}\n\n{tokenizer_line(tokenizer, classifier)}")
+    print(f"\n{score_table(scores, tokenizer)}\n\n{tokenizer_line(tokenizer, classifier)}")
     print(f"{minutes:.1f} minutes in all (what was done before was reused); peak memory {peak:.1f} GiB")
     pictures = [p for g in chosen for p in (g.run_dir / "samples.png", g.run_dir / "loss.png")]
     print("pictures:\n" + picture_list([*pictures, reconstruction_picture(config), tokenizer_dir(config) / "loss.png"]))

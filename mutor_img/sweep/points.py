@@ -29,12 +29,25 @@ class SweepPoint(NamedTuple):
 
     cfg_scale: float
     temperature: float
+    cfg_schedule: str = "constant"
+    cfg_parameter: float | None = None
 
 
-def grid(scales: Iterable[float], temperatures: Iterable[float]) -> list[SweepPoint]:
-    """Return every pair, the temperatures one after the other."""
-    scales = list(scales)
-    return [SweepPoint(scale, temperature) for temperature in temperatures for scale in scales]
+def grid(scales: Iterable[float], temperatures: Iterable[float],
+         schedules: Iterable[tuple[str, float | None]] = (("constant", None),)) -> list[SweepPoint]:
+    """Return every combination, the schedules one after the other and the temperatures within each.
+
+    At scale 1 all schedules are the same: such a point stands there once.
+
+    Args:
+        scales, temperatures: their values.
+        schedules: name and parameter of each.
+    """
+    scales, temperatures, points = list(scales), list(temperatures), []
+    for number, schedule in enumerate(schedules):
+        points += [SweepPoint(scale, temperature, *schedule) for temperature in temperatures for scale in scales
+                   if scale != 1 or number == 0]
+    return points
 
 
 def sweep(source: SampleSource, points: Sequence[SweepPoint], count: int, reference: Reference,
@@ -56,7 +69,7 @@ def sweep(source: SampleSource, points: Sequence[SweepPoint], count: int, refere
         progress: bars with an ETA, on a terminal.
 
     Yields:
-        ``cfg_scale``, ``temperature`` and those of ``KEPT`` that were scored.
+        The fields of the point, and those of ``KEPT`` that were scored.
 
     Raises:
         UserError: settings out of range, ``out`` holds rows of something else, or the scores cannot be computed.
@@ -102,7 +115,7 @@ def _at(source: SampleSource, point: SweepPoint) -> SampleSource:
 
 
 def _point(row: dict[str, Any]) -> SweepPoint:
-    return SweepPoint(row["cfg_scale"], row["temperature"])
+    return SweepPoint(**{name: row[name] for name in SweepPoint._fields})
 
 
 def _read(out: str | os.PathLike | None, key: dict[str, Any]) -> list[dict[str, Any]]:
@@ -115,6 +128,8 @@ def _read(out: str | os.PathLike | None, key: dict[str, Any]) -> list[dict[str, 
             if found["key"].get(name) != wanted:
                 raise UserError(f"{out}: its points were scored with {name} {found['key'].get(name)}, now it is "
                                 f"{wanted}; remove the file, or choose another --out")
-        return list({_point(row): row for row in found["points"]}.values())
+        shared = {name: found["key"][name] for name in SweepPoint._fields if name in found["key"]}  # of older files
+        rows = [shared | row for row in found["points"]]
+        return list({_point(row): row for row in rows}.values())
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{out}: was not made by this program; remove it, or choose another --out") from None

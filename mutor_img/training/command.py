@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import torch
+
 from mutor_img.common.cli import Parser
 from mutor_img.common.config import load_config, to_yaml
 from mutor_img.common.locks import folder_lock
+from mutor_img.training.hardware import computes_in_bf16, precision_on
 from mutor_img.training.loop import train
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.stopping import Stopped, StopRequest, end_now
@@ -33,6 +37,9 @@ def parse_training(argv: Sequence[str], schema: type, plan: Callable[[Any], dict
                         help="dotted overrides, as in optim.lr=1e-4")
     arguments = parser.parse_intermixed_args(argv)
     config = load_config(schema, arguments.config, arguments.overrides)
+    if hasattr(config, "train"):  # before anything is planned, recorded or compared
+        here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        config.train.precision = precision_on(here, config.train.precision)
     if not arguments.dry_run:
         return config
     print(to_yaml(config))
@@ -64,6 +71,9 @@ def run_task(task: type[Task], config: Any) -> Trainer:
         try:
             with stop.at_once():
                 runtime = Runtime.start(config.train.timeout_minutes)
+            if runtime.is_main and config.train.precision == "bf16" and not computes_in_bf16(runtime.device):
+                print("note: this processor has no bf16 instructions, and training in bf16 is many times slower than "
+                      "in fp32 on it; train.precision=auto takes what is fast", file=sys.stderr)
             with runtime.one_voice(), ExitStack() as owned:
                 with stop.at_once():
                     owned.enter_context(runtime.claim(folder_lock(config.run_dir)))

@@ -27,6 +27,21 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and stay there
 
 
+def computes_in_bf16(device: torch.device) -> bool:
+    """Tell whether the device multiplies bf16 numbers itself; on a CPU that does not, bf16 is many times slower."""
+    if device.type != "cpu":
+        return True
+    # As torch names the instructions of x86 and ARM: avx512_bf16, amx_bf16, sve_bf16, ...
+    return any(there is True for name, there in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
+
+
+def precision_on(device: torch.device, precision: str) -> str:
+    """Return "bf16" or "fp32": what ``train.precision`` means on a device."""
+    if precision != "auto":
+        return precision
+    return "bf16" if computes_in_bf16(device) else "fp32"
+
+
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """Return the device's peak FLOP/s: a GPU's from the table (None where it is unknown), a CPU's measured.
 

@@ -16,6 +16,7 @@ from mutor_img.metrics.image_sets import ArrayImages
 from mutor_img.metrics.inception_score import inception_score
 from mutor_img.metrics.precision_recall import precision_recall
 from mutor_img.metrics.references import as_reference, open_reference
+from mutor_img.metrics.report import class_table
 from mutor_img.metrics.subsets import choose
 
 
@@ -177,7 +178,28 @@ def test_a_classifier_also_tells_recognised_distinct_and_copies(noise, reference
     assert result["nearer_than_held_out"] < 40
     copied = evaluate(ArrayImages(noise(50, 1)[:30]), reference, network, held_out=ArrayImages(noise(20, 2)))
     assert (copied["nearer_than_held_out"], copied["nearest_training_distance"]) == (30, 0.0)
-    assert "recognised" not in copied  # no labels to compare with
+    assert not {"recognised", "per_class"} & set(copied)  # no labels to compare with
+
+
+def test_a_classifier_tells_per_class_what_it_recognises_and_what_is_in_pieces(noise, reference):
+    network = Projection()
+    network.class_names = list("abcd")
+    images = noise(40) // 4  # of 8 x 8 pixels, none bright
+    images[:5, 0, ::3] = 255  # three bright dots
+    images[5:10, 0] = 255  # one line
+    labels = np.arange(40) % 4
+    result = evaluate(ArrayImages(images, labels), reference, network, held_out=ArrayImages(noise(20, 2), labels[:20]))
+    guesses = network(images)["logits"].argmax(1).numpy()
+    assert list(result["per_class"]) == list("abcd")
+    for label, row in enumerate(result["per_class"].values()):
+        assert row["num_samples"] == 10
+        assert row["recognised"] == pytest.approx((guesses[labels == label] == label).mean())
+        assert row["in_pieces"] == (labels[:5] == label).sum() / 10
+    assert sum(row["num_samples"] for row in result["real_against_real"]["per_class"].values()) == 20
+    two = evaluate(ArrayImages(images[:30], labels[:30] % 2), reference, network)
+    assert list(two["per_class"]) == ["a", "b"]
+    assert class_table({"samples": result, "other": {}})[1].split() == [
+        "a", f"{result['per_class']['a']['recognised']:.1%}", "20.0%"]
 
 
 class Images(torch.utils.data.Dataset):

@@ -54,14 +54,26 @@ def test_the_guidance_scale_is_not_chosen_on_the_samples_that_are_reported(tmp_p
         load_config(StudyConfig, tmp_path / "s.yaml")
 
 
-def test_the_table_has_a_real_against_real_column():
-    part = {"fd": 2.0, "recognised": 0.9, "recall": 0.5, "num_samples": 500}
-    row = {"updates": 10, "training_seconds": 3.0, "cfg_scale": 1.5, **part, "samples_at_same_n": part,
-           "real_against_real": part}
-    lines = score_table({"mutor2d": row, "ntp": row}).splitlines()
+@pytest.mark.parametrize("word, message", [("[]", "cfg_schedules is empty"), ("[linaer]", "mean 'linear'"),
+                                           ("[power-cosine]", "needs cfg-parameter"), ("[interval:x]", "no number")])
+def test_a_guidance_schedule_that_cannot_be_is_refused_before_anything_is_trained(word, message):
+    with pytest.raises(UserError, match=message):
+        load_config(StudyConfig, ROOT / "configs" / "mnist" / "study.yaml", [f"cfg_schedules={word}"])
+
+
+def test_the_table_has_columns_of_real_images_and_lines_per_class():
+    part = {"fd": 2.0, "recognised": 0.9, "recall": 0.5, "num_samples": 500,
+            "per_class": {"1": {"num_samples": 50, "recognised": 0.9, "in_pieces": 0.03}}}
+    row = {"updates": 10, "training_seconds": 3.0, "cfg_scale": 1.5, "cfg_schedule": "linear", **part,
+           "samples_at_same_n": part, "real_against_real": part}
+    decoded = {**part, "fd": 5.5}
+    lines = score_table({"mutor2d": row, "ntp": row}, decoded).splitlines()
     assert lines[0].split("  ")[-1].strip() == "real held-out" and "ntp" in lines[0]
     assert any(line.startswith("training seconds") and line.split()[2:4] == ["3", "-"] for line in lines)
-    assert any(line.startswith("recognised") and line.count("90.0%") == 5 for line in lines)
+    assert any(line.startswith("recognised") and line.count("90.0%") == 6 for line in lines)
+    assert any(line.startswith("Frechet") and line.split()[-2:] == ["5.50", "2.00"] for line in lines)
+    ones = next(line for line in lines if line.startswith("1 "))
+    assert ones.split() == ["1", *["90.0%"] * 4, *["3.0%"] * 4]  # two generators, decoded and real: below the scores
 
 
 def test_a_sample_with_every_code_of_a_training_image_is_a_copy():
@@ -105,7 +117,12 @@ def test_a_small_study_runs_from_images_to_scores_and_reuses_what_is_done(digits
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=580,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    scores = json.loads((tmp_path / "runs" / "study" / "scores.json").read_text())["generators"]
+    everything = json.loads((tmp_path / "runs" / "study" / "scores.json").read_text())
+    scores, tokenizer = everything["generators"], everything["tokenizer"]
+    assert {"psnr", "fd", "recall", "recognised", "per_class", "tokenizer_hash"} <= tokenizer.keys()
+    assert tokenizer == json.loads((tmp_path / "runs" / "study" / "reconstructions.json").read_text())
+    assert f"fd {tokenizer['fd']:.2f}" in done.stdout
+    assert scores["mutor2d"]["per_class"].keys() == tokenizer["per_class"].keys() == set("0123456789")
     assert {"fd", "recognised", "recall", "distinct", "same_codes", "real_against_real"} <= scores["mutor2d"].keys()
     assert (tmp_path / "runs" / "mutor2d" / "samples.png").is_file()
     assert "real held-out" in done.stdout and "$ python train.py" in done.stdout
@@ -128,6 +145,9 @@ def test_a_small_study_runs_from_images_to_scores_and_reuses_what_is_done(digits
 def prepared(config: StudyConfig, monkeypatch) -> None:
     """Ask for the commands that make images, tokenizer, codes and classifier."""
     monkeypatch.setattr(pipeline, "load_tokenizer", lambda path: SimpleNamespace(hash=""))
+    monkeypatch.setattr(pipeline, "load_digits", lambda path: SimpleNamespace(weights_hash=""))
+    monkeypatch.setattr(pipeline, "read_json", lambda path: {})
+    monkeypatch.setattr(pipeline, "write_json", lambda path, value: None)
     pipeline.prepare(config)
 
 
@@ -136,7 +156,8 @@ def scored(config: StudyConfig, monkeypatch) -> None:
     monkeypatch.setattr(pipeline, "read_json", lambda path: {})
     monkeypatch.setattr(pipeline, "sampled_codes", lambda *arguments: (_ for _ in ()).throw(UserError("enough")))
     with pytest.raises(UserError, match="enough"):
-        pipeline._score_samples(config, pipeline.generators(config)[0], 2.0)
+        pipeline._score_samples(config, pipeline.generators(config)[0],
+                                {"cfg_scale": 2.0, "cfg_schedule": "linear", "cfg_parameter": None})
 
 
 def chosen(config: StudyConfig, monkeypatch) -> str:
@@ -152,7 +173,8 @@ def chosen(config: StudyConfig, monkeypatch) -> str:
     ("run_dir=elsewhere", prepared), ("images=photos", prepared), ("codes=codes/other", prepared),
     ("tokenizer=other/tokenizer.yaml", prepared), ("generator=configs/mnist/mutor1d.yaml", scored), ("seed=7", scored),
     ("samples=150", scored), ("selection_samples=150", chosen), ("selection_seed=3", chosen),
-    ("cfg_scales=[1.0,3.0]", chosen), ("compare=true", lambda config, _: repr(pipeline.generators(config))),
+    ("cfg_scales=[1.0,3.0]", chosen), ("cfg_schedules=[constant,power-cosine:2]", chosen),
+    ("compare=true", lambda config, _: repr(pipeline.generators(config))),
     ("baseline=configs/mnist/mutor1d.yaml", lambda config, _: repr(pipeline.generators(config))),
 ])
 def test_every_field_of_a_study_changes_what_it_does(change, observe, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from mutor_img.checkpoints.folder import find_checkpoint
@@ -10,7 +11,7 @@ from mutor_img.common.config import field_names, load_config
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.trainer import Trainer
 from tokenizer import load_tokenizer
-from tokenizer.train import TokenizerConfig, TokenizerTask, main
+from tokenizer.train import TokenizerConfig, TokenizerTask, channels_last, main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,6 +52,17 @@ def test_latents_for_dead_codes_do_not_depend_on_the_number_of_processes(command
     whole = drawn(*samples.split(4))
     torch.testing.assert_close(whole.norm(dim=1), torch.ones(32))
     torch.testing.assert_close(drawn(samples[:4]) + drawn(samples[4:]), whole)  # what a sum over two ranks gives
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_activations_of_grey_and_colour_images_have_the_layout_of_fast_convolutions(channels, command):
+    task = task_of(command, Runtime(torch.device("cpu")), **{"model.image_channels": channels})
+    seen = []
+    task.model.encoder.conv_in.register_forward_hook(lambda module, given, out: seen.append(out))
+    task.loss(task.model, 0, torch.arange(4))
+    assert seen[0].is_contiguous(memory_format=torch.channels_last) and not seen[0].is_contiguous()
+    images = torch.rand(2, channels, 5, 7)
+    assert torch.equal(channels_last(images), images)
 
 
 def test_unused_codes_are_brought_back(command, tmp_path):
