@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mutor_img.pretraining.command import main
 from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.training import command
 from mutor_img.training.command import parse_training
@@ -26,5 +27,5 @@ def test_auto_is_what_the_processor_computes_in(instructions, precision, monkeyp
 def test_bf16_on_a_processor_without_it_is_pointed_out(native, run_file, tiny, monkeypatch, capsys):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native})
     monkeypatch.setattr(command, "train", lambda job, config, runtime, stop: None)
-    command.main(["--config", str(run_file), "train.precision=bf16"])
+    main(["--config", str(run_file), "train.precision=bf16"])
     assert ("no bf16 instructions" in capsys.readouterr().err) is not native
