@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mutor_img.checkpoints.tensor_files import Files, Slice, TensorGroup, flush, write_groups
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import clear, discard, read_json, remove, write_atomic, write_json
+from mutor_img.common.files import clear, discard, read_json, remove, wait_until_seen, write_atomic, write_json
 
 FORMAT = "mutor_img checkpoint 1"
 
@@ -96,9 +96,7 @@ def _files_of(path: Path) -> Files:
     Raises:
         UserError: it is not there.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: this process does not see what another one wrote; run_dir must be on a file system "
-                        "that all nodes share")
+    wait_until_seen(lambda: None if path.is_file() else path, "run_dir", patience=0)  # asked for by nobody before
     files = read_json(path)
     remove(path)
     return files
