@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from mutor_img.common.cli import Parser, run
 from mutor_img.common.errors import UserError, check_range, suggest
-from mutor_img.common.files import wait_until
+from mutor_img.common.files import wait_until_seen
 from mutor_img.common.locks import folder_lock
 from mutor_img.data.store import Codes
 from mutor_img.training.runtime import Runtime
@@ -113,7 +113,7 @@ def encode_images(vq: VQModel, source: ImageSource, out: str | Path, *, runtime:
     if runtime.is_main:
         writer.merge(vq.path, grid, vq.vocabulary)
     runtime.barrier()
-    wait_until((writer.out / "codes.json").is_file)
+    wait_until_seen(lambda: next((p for p in writer.files if not p.is_file()), None), "--out")
     return Codes(out)
 
 

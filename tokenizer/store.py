@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import clear, read_json, remove, wait_until, write_atomic, write_json
+from mutor_img.common.files import clear, read_json, remove, wait_until_seen, write_atomic, write_json
 from mutor_img.data.store import BLOCK, Codes, CodesInfo, block_checksum
 from tokenizer.images.source import ImageSource
 
@@ -42,6 +42,7 @@ class StoreWriter:
     def __init__(self, out: str | Path, source: ImageSource, recipe: Recipe):
         self.out, self.source, self.recipe = Path(out), source, recipe
         self.parts = self.out / "parts"
+        self.files = [self.out / name for name in ("codes.npy", "labels.npy", "codes.json")]
         self.manifest = {"format": "mutor_img encode 1", **asdict(recipe), "views": list(recipe.views),
                          "images": len(source), "files_hash": files_hash(source)}
 
@@ -84,12 +85,16 @@ class StoreWriter:
 
     def is_done(self, part: int) -> bool:
         """Tell whether a part is there, is of this recipe and these files, and had no unreadable image."""
+        return self._left_out(part) == {}
+
+    def _left_out(self, part: int) -> dict[str, str] | None:
+        """Return a part's unreadable images, reason by file name; None if it is not there, or of something else."""
         try:
             with safe_open(self._path(part), framework="numpy") as file:
                 meta = file.metadata()
         except (SafetensorError, OSError):
-            return False
-        return meta["fingerprint"] == self._fingerprint(part) and meta["unreadable"] == "{}"
+            return None
+        return json.loads(meta["unreadable"]) if meta["fingerprint"] == self._fingerprint(part) else None
 
     def write(self, part: int, codes: np.ndarray, unreadable: dict[str, str]) -> None:
         """Write one part, whole or not at all.
@@ -110,15 +115,11 @@ class StoreWriter:
         Raises:
             UserError: a part that another process wrote is not seen from here.
         """
-        paths = [self._path(part) for part in range(self.count())]
-        if not wait_until(lambda: all(path.is_file() for path in paths)):
-            unseen = next(path for path in paths if not path.is_file())
-            raise UserError(f"{unseen}: this process does not see what another one wrote; --out must be on a file "
-                            "system that all nodes share")
+        parts = range(self.count())
+        wait_until_seen(lambda: next((self._path(p) for p in parts if self._left_out(p) is None), None), "--out")
         found = {}
-        for part in range(self.count()):
-            with safe_open(self._path(part), framework="numpy") as file:
-                found |= json.loads(file.metadata()["unreadable"])
+        for part in parts:
+            found |= self._left_out(part)
         return found
 
     def merge(self, tokenizer: str, grid: tuple[int, int], vocabulary: int) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mutor_img.checkpoints.tensor_files import Files, Slice, TensorGroup, flush, write_groups
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import clear, discard, read_json, remove, write_atomic, write_json
+from mutor_img.common.files import clear, discard, read_json, remove, wait_until_seen, write_atomic, write_json
 
 FORMAT = "mutor_img checkpoint 1"
 
@@ -65,8 +65,7 @@ def write_checkpoint(run_dir: str | Path, step: int, tensors: dict[str, dict[str
         clear(aside)
         aside.mkdir(parents=True)
     barrier()
-    if not aside.is_dir():
-        raise _not_shared(aside)
+    wait_until_seen(lambda: None if aside.is_dir() else aside, "run_dir", patience=0)  # asked for by nobody before
     try:
         files = write_groups(aside, tensors, rank, processes.world if processes else 1)
         if rank > 0:
@@ -96,16 +95,10 @@ def _files_of(path: Path) -> Files:
     Raises:
         UserError: it is not there.
     """
-    if not path.is_file():
-        raise _not_shared(path)
+    wait_until_seen(lambda: None if path.is_file() else path, "run_dir", patience=0)  # asked for by nobody before
     files = read_json(path)
     remove(path)
     return files
-
-
-def _not_shared(path: Path) -> UserError:
-    return UserError(f"{path}: this process does not see what another one wrote; run_dir must be on a file system that "
-                     "all nodes share")
 
 
 def find_checkpoint(path: str | Path) -> Path:

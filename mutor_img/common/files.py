@@ -98,14 +98,23 @@ def discard(path: str | os.PathLike) -> None:
         _say_stuck(Path(path), error)
 
 
-def wait_until(seen: Callable[[], bool], seconds: float | None = None) -> bool:
-    """Wait until another machine's files are seen here, ``PATIENCE`` seconds at most; returns whether they are."""
-    deadline = time.monotonic() + (PATIENCE if seconds is None else seconds)
-    while not seen():
+def wait_until_seen(unseen: Callable[[], Path | None], name: str, patience: float | None = None) -> None:
+    """Wait until what other processes wrote is seen here.
+
+    Args:
+        unseen: returns a file that is not seen yet, or None.
+        name: the setting that says where the files are.
+        patience: seconds to wait at most; ``PATIENCE`` unless given.
+
+    Raises:
+        UserError: it is not seen by then.
+    """
+    deadline = time.monotonic() + (PATIENCE if patience is None else patience)
+    while (path := unseen()) is not None:
         if time.monotonic() > deadline:
-            return False
+            raise UserError(f"{path}: this process does not see what another one wrote; {name} must be on a file "
+                            "system that all nodes share")
         time.sleep(0.2)
-    return True
 
 
 def _set_aside(path: Path) -> Path:

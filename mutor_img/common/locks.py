@@ -28,7 +28,7 @@ BEAT, SILENCE = 20.0, 300.0  # seconds; a process may hold Python's lock for a m
 _POLL = 1.0  # seconds between looks at another machine's lock
 _UNREADABLE = 5.0  # seconds after which a lock that names nobody is not one that is just being written
 _HELD = "MUTOR_IMG_LOCKS"  # in the environment: what this process and those above it hold, so that children inherit it
-_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NO_LOCK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class Lock(NamedTuple):
@@ -57,7 +57,8 @@ def file_lock(file: str | os.PathLike | None) -> Lock | None:
 def claim(*locks: Lock | None) -> Iterator[None]:
     """Own outputs while inside; what this process or one above it owns already stays theirs. None is skipped.
 
-    An output that cannot be written to needs no owner: who writes there will be told so.
+    An output that cannot be written to needs no owner: who writes there will be told so. A file system that knows no
+    exclusive files has none.
 
     Raises:
         UserError: another process owns one of them; it is named, with its host.
@@ -78,7 +79,7 @@ def _claim(lock: Lock) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             lease = _acquire(lock)
         except OSError as error:
-            if error.errno not in _READ_ONLY:
+            if error.errno not in _NO_LOCK:
                 raise
         if lease is None:
             yield
@@ -125,18 +126,20 @@ def _acquire(lock: Lock) -> SoftFileLease | None:
             return None
         host = owner.hostname.partition("?")[0]  # beyond it filelock notes the namespace of process ids
         words = f"{lock.output}: process {owner.pid} on host {host} is writing there"
+        alive = UserError(f"{words}; wait until it ends, stop it, or give another output (in a copied folder: remove "
+                          f"{lock.path.name})")
         if owner.hostname == _this_host():
             if not psutil.pid_exists(owner.pid):  # it ended just now
                 continue
             if _is_zombie(owner.pid) and lease.owner == owner:
                 lease.force_break()  # dead, but not yet taken note of by its parent: filelock counts it as alive
                 continue
-            raise UserError(f"{words}; wait until it ends, stop it, or give another output")
+            raise alive
         if last is None:
             print(f"note: {words} or was when it was killed; waiting for a sign of life from that machine, up to "
                   f"{SILENCE:.0f} s", file=sys.stderr, flush=True)
         elif last != (owner.token, touched):
-            raise UserError(f"{words}; wait until it ends, stop it, or give another output")
+            raise alive
         elif time.monotonic() - begun > SILENCE + 2 * BEAT:
             raise UserError(f"{words}, or was when it was killed; remove {lock.path} if it is gone")
         last = owner.token, touched

@@ -13,6 +13,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from mutor_img.common.errors import UserError, suggest
 from mutor_img.common.files import file_hash, write_atomic
 from mutor_img.metrics.frechet import Statistics
-from mutor_img.metrics.image_sets import FolderImages, ImageSet, NpzImages, npz_members, read_npz_array
+from mutor_img.metrics.image_sets import FolderImages, ImageSet, NpzImages, content, npz_members, read_npz_array
 
 ROLES = ("generation", "reconstruction")
 _ADM = {"mu", "sigma", "mu_s", "sigma_s", "arr_0"}
@@ -98,6 +99,11 @@ def open_reference(path: str | os.PathLike) -> Reference:
     adm = members >= _ADM
     kind = "adm" if adm else "images" if pool is None else "statistics"
     return Reference(path.name, kind, digest, "generation" if adm else None, pool, spatial, images=images)
+
+
+def identity(reference: Reference) -> Any:
+    """Return as a JSON value what tells a reference from another, as far as that is known without reading images."""
+    return reference.digest or content(reference.images)
 
 
 def as_reference(images: ImageSet | Reference, role: str | None = None) -> Reference:

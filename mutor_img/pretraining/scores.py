@@ -9,7 +9,7 @@ import torch
 from mutor_img.decoding.sampler import SamplingSettings
 from mutor_img.metrics.evaluator import evaluate
 from mutor_img.metrics.networks import load_features
-from mutor_img.metrics.references import open_reference
+from mutor_img.metrics.references import identity, open_reference
 from mutor_img.metrics.requirements import SCORES, check_size, resolve
 from mutor_img.pretraining.config import EvalConfig
 from mutor_img.sampling.labels import make_labels
@@ -45,6 +45,8 @@ class RunScores:
         with runtime.main_first():
             self.network = load_features(config.features, *weights, runtime.device)
         self.reference = open_reference(config.reference)
+        runtime.agree({"the feature network": self.network.weights_hash,
+                       f"the content of eval.reference={config.reference}": identity(self.reference)})
         self.metrics = resolve(config.metrics or None, self.reference, self.network)
         check_size(self._images(model), self.reference)
 

@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import clear, read_json, remove, wait_until, write_atomic, write_json
+from mutor_img.common.files import clear, read_json, remove, wait_until_seen, write_atomic, write_json
 
 FORMAT = "mutor_img samples 1"
 UNIT = 64  # samples a part; fixed, so that parts are the same for any number of processes and batch size
@@ -122,10 +122,7 @@ class SampleArchive:
         Raises:
             UserError: a part that another process wrote is not seen from here.
         """
-        if not wait_until(lambda: self.done() == self.count):
-            unit = next(unit for unit in self.units() if not self.is_done(unit))
-            raise UserError(f"{self._part(unit)}: this process does not see what another one wrote; --out must be on a "
-                            "file system that all nodes share")
+        wait_until_seen(lambda: next((self._part(u) for u in self.units() if not self.is_done(u)), None), "--out")
         self._publish(labels, {**self.settings, **about})
         self.remove_parts()
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from PIL import Image
 from tiny_runs import NAMES, write_tokenizer
 
 from mutor_img.checkpoints.folder import write_checkpoint
+from mutor_img.common import files
 from mutor_img.common.errors import UserError
 from mutor_img.decoding import cpu as decoder_module
 from mutor_img.decoding.sampler import Sampler, SamplingSettings, generate
@@ -127,6 +129,29 @@ def test_torchrun_launches_the_command(run_of, tmp_path):
     output, errors = process.communicate(timeout=200)
     assert process.returncode == 0 and output.count("two.npz: 70 images") == 1, errors
     assert (tmp_path / "two.npz").read_bytes() == sample(run, tmp_path / "one.npz", count=70).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["s.npz", "s/"])
+def test_parts_that_cannot_be_removed_end_no_sampling(run_of, tmp_path, monkeypatch, capsys, name):
+    run, out = run_of(), f"{tmp_path}/{name}"
+    parts = tmp_path / f"{name.strip('/')}.parts"
+    (parts / "whole").mkdir(parents=True)  # left by a kill
+    (parts / "whole" / "000000.png").write_bytes(b"half")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path: (_ for _ in ()).throw(OSError(16, "busy", str(path))))
+        sample(run, out, count=20)
+    assert f"{parts} cannot be removed (busy)" in capsys.readouterr().err and parts.is_dir()
+    sample(run, out, count=20)
+    assert "nothing to do" in capsys.readouterr().out and not parts.exists()
+
+
+def test_a_part_that_another_process_wrote_is_waited_for_and_then_missed(run_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PATIENCE", 0.0)
+    write = archive_module.SampleArchive.write
+    monkeypatch.setattr(archive_module.SampleArchive, "write", lambda self, unit, images: (
+        write(self, unit, images) if unit != 1 else None))
+    with pytest.raises(UserError, match=r"part_000001\.npy: this process does not see what another one wrote"):
+        sample(run_of(), tmp_path / "s.npz")
 
 
 def test_a_longer_run_begins_with_the_images_of_a_shorter_one(run_of, tmp_path):

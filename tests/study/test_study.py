@@ -2,19 +2,24 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
 
 from mutor_img.checkpoints.folder import write_checkpoint
+from mutor_img.common import cli, locks
 from mutor_img.common.config import field_names, load_config
 from mutor_img.common.errors import UserError
+from mutor_img.common.locks import claim, file_lock
 from mutor_img.study import __main__ as study
 from mutor_img.study import pipeline
 from mutor_img.study.config import StudyConfig
@@ -195,3 +200,47 @@ def test_every_field_of_a_study_changes_what_it_does(change, observe, monkeypatc
 def test_no_field_of_a_study_is_without_such_a_test():
     rows = test_every_field_of_a_study_changes_what_it_does.pytestmark[0].args[1]
     assert {change.split("=")[0] for change, _ in rows} == set(field_names(StudyConfig))
+
+
+def step(folder: Path) -> None:
+    """Run a step that saves when it is told to end."""
+    code = ("import os, pathlib, signal, sys, time\n"
+            f"folder = pathlib.Path({str(folder)!r})\n"
+            "def save(*_):\n    (folder / 'saved').touch()\n    sys.exit(0)\n"
+            "signal.signal(signal.SIGTERM, save)\n"
+            "(folder / 'begun').write_text(str(os.getpid()))\n"
+            "time.sleep(300)\n")
+    cli.run(lambda argv: pipeline.command("-c", code), [])
+
+
+@pytest.mark.parametrize("number, saved", [(signal.SIGTERM, True), (signal.SIGKILL, False)])
+def test_a_step_ends_with_its_study(processes, tmp_path, number, saved):
+    study = processes.Process(target=step, args=(tmp_path,))
+    study.start()
+    while not (tmp_path / "begun").is_file() or not (tmp_path / "begun").read_text():
+        assert study.is_alive() and time.sleep(0.1) is None
+    child = psutil.Process(int((tmp_path / "begun").read_text()))
+    os.kill(study.pid, number)
+    study.join(60)
+    _, alive = psutil.wait_procs([child], timeout=60)
+    assert not alive or child.status() == psutil.STATUS_ZOMBIE
+    assert (tmp_path / "saved").is_file() == saved
+    assert study.exitcode == (128 + number if saved else -number)
+
+
+def test_a_study_may_write_where_one_of_its_steps_does(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(study, "_study", lambda config: said.append(subprocess.run(
+        [sys.executable, "-c", f"""
+from mutor_img.common.locks import claim, folder_lock
+with claim(folder_lock({str(tmp_path)!r})): print('in')"""], capture_output=True, text=True, cwd=ROOT).stdout))
+    study.main(["--config", str(ROOT / "configs" / "mnist" / "study.yaml"), f"run_dir={tmp_path}"])
+    assert said == ["in\n"] and not list(tmp_path.iterdir())
+
+
+def test_digits_are_written_by_one_process(tmp_path, monkeypatch):
+    with claim(file_lock(tmp_path / "mnist")), monkeypatch.context() as patch:
+        patch.delenv(locks._HELD)
+        patch.setattr(locks.SoftFileLease, "is_lock_held_by_us", False)
+        with pytest.raises(UserError, match="is writing there"):
+            prepare_mnist(tmp_path / "mnist")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mutor_img.common import files
 from mutor_img.common.errors import UserError
 from mutor_img.data.store import Codes
 from tokenizer import encode, load_tokenizer, store
@@ -53,6 +55,37 @@ def test_two_processes_and_another_batch_size_write_the_same_bytes(tokenizer_run
     subprocess.run([str(word) for word in words], check=True, capture_output=True, timeout=300,
                    env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+def test_parts_that_cannot_be_removed_end_no_encoding(tokenizer_run, image_folder, tmp_path, monkeypatch, capsys):
+    run, images, out = tokenizer_run(), image_folder(), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path: (_ for _ in ()).throw(OSError(16, "busy", str(path))))
+        run_encode(run, images, out).verify()
+    assert f"{out / 'parts'} cannot be removed (busy)" in capsys.readouterr().err and (out / "parts").is_dir()
+    run_encode(run, images, out)
+    assert "nothing to do" in capsys.readouterr().out and not (out / "parts").exists()
+
+
+@pytest.mark.parametrize("seen", ["nothing", "a part of other images"])
+def test_a_part_that_another_process_wrote_is_waited_for_and_then_missed(tokenizer_run, image_folder, tmp_path,
+                                                                         monkeypatch, seen):
+    monkeypatch.setattr(store, "PART", 2)
+    monkeypatch.setattr(files, "PATIENCE", 0.0)
+    run, images, out = tokenizer_run(), image_folder(), tmp_path / "out"
+    write = store.StoreWriter.write
+
+    def elsewhere(self, part, codes, unreadable):
+        if part == 4:
+            self.out, self.parts = tmp_path, tmp_path / "another_disk"
+        write(self, part, codes, unreadable)
+        self.out, self.parts = out, out / "parts"
+        if part == 4 and seen != "nothing":
+            shutil.copy(self._path(3), self._path(4))
+
+    monkeypatch.setattr(store.StoreWriter, "write", elsewhere)
+    with pytest.raises(UserError, match=r"part_000004\.safetensors: this process does not see what another one wrote"):
+        run_encode(run, images, out)
 
 
 def test_after_a_kill_only_what_is_missing_is_made(tokenizer_run, image_folder, tmp_path, monkeypatch):
