@@ -15,6 +15,7 @@ from mutor_img.common.cli import Parser, run
 from mutor_img.common.errors import UserError, check_range
 from mutor_img.common.files import write_json
 from mutor_img.common.images import check_png, to_nhwc, write_png
+from mutor_img.common.outputs import keep_apart
 from tokenizer.images.crops import crop_rule, to_float
 from tokenizer.images.layouts import open_unlabelled
 from tokenizer.images.source import spread
@@ -90,6 +91,9 @@ def main(argv: Sequence[str]) -> None:
     check_range("--batch-size", options.batch_size, 1, 65536)
     check_range("--workers", options.workers, 0, 256)
     check_png(options.out)
+    keep_apart({"--out": options.out, "--json": options.json},
+               {"--tokenizer": options.tokenizer, "--images": options.images,
+                "--inception-weights": options.inception_weights, "--lpips-weights": options.lpips_weights})
     device = "cuda" if torch.cuda.is_available() else "cpu"
     scores = reconstruct_folder(
         load_tokenizer(options.tokenizer, device), options.images, num_images=options.num_images,

@@ -11,7 +11,8 @@ from typing import Any
 from mutor_img.common.cli import Parser, run
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import read_json, write_json
-from mutor_img.evaluation.networks import add_network_flags, check_network_flags, load_network, start
+from mutor_img.common.outputs import keep_apart
+from mutor_img.evaluation.networks import add_network_flags, check_network_flags, load_network, network_files, start
 from mutor_img.metrics.references import open_reference
 from mutor_img.metrics.requirements import METRICS, OPTIONAL, check_names, frechet_key
 from mutor_img.sampling.options import add_sampling_flags, check_sampling_flags, open_source
@@ -59,11 +60,15 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     metrics = None if args.metrics is None else [name.strip() for name in args.metrics.split(",")]
     if metrics is not None:
         check_names(metrics)
+    out = Path(args.out) if args.out else _default_folder(Path(args.checkpoint))
+    outputs = {"--out": [out / "sweep.json", out / "sweep.png"]}
+    keep_apart(outputs, {"--checkpoint": args.checkpoint, "--tokenizer": args.tokenizer, "--reference": args.reference,
+                         **network_files(args)})
     runtime = start(args.device)
     network = load_network(args, runtime)
     args.cfg_scale, args.temperature = points[0]
     source, reference = open_source(args, runtime), open_reference(args.reference)
-    out = Path(args.out) if args.out else _default_folder(Path(args.checkpoint))
+    keep_apart(outputs, {"the tokenizer": source.tokenizer.path})
     key, rows = frechet_key(network), []
     for number, row in enumerate(sweep(source, points, args.num_samples, reference, network, out=out / "sweep.json",
                                        metrics=metrics, batch_size=args.batch_size, progress=True, runtime=runtime)):
