@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import mutor_img.common.own_tokenizer  # noqa: F401 (first: what follows imports tokenizer)
 from mutor_img.checkpoints.folder import find_checkpoint, read_meta, write_checkpoint
 from mutor_img.checkpoints.llamagen import read_pt
 from mutor_img.checkpoints.loading import load_run
@@ -21,6 +22,7 @@ from mutor_img.common.cli import Parser, run
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import write_atomic
 from mutor_img.common.locks import claim, file_lock
+from mutor_img.common.outputs import keep_apart
 from tokenizer import load_tokenizer
 
 
@@ -67,6 +69,7 @@ def main(argv: Sequence[str]) -> None:
     if args.weights not in choices:
         raise UserError(f"--weights is {args.weights!r}; give ema, raw or auto")
     out = Path(args.out)
+    keep_apart({"--out": out}, {"--source": args.source})
     with claim(file_lock(out)):
         if out.exists():
             raise UserError(f"{out} exists already; give another --out or remove it")

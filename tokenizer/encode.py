@@ -27,6 +27,7 @@ from mutor_img.common.cli import Parser, run
 from mutor_img.common.errors import UserError, check_range, suggest
 from mutor_img.common.files import wait_until_seen
 from mutor_img.common.locks import folder_lock
+from mutor_img.common.outputs import keep_apart
 from mutor_img.data.store import Codes
 from mutor_img.training.runtime import Runtime
 from tokenizer.images.crops import CROPS, CropRule, center_rule, crop_rule, to_float
@@ -216,6 +217,10 @@ def main(argv: Sequence[str]) -> None:
         check_range("--image-size", options.image_size, 1, 65536)
     rule = rule_of(options)
     views = parse_views(options.views, rule)
+    out = Path(options.out)
+    keep_apart({"--out": [out, out / "unreadable.txt"]},
+               {"--tokenizer": options.tokenizer, "--images": options.images, "--labels": options.labels,
+                "--classes": None if options.classes == IMAGENET else options.classes}, {"--out": out / "parts"})
     runtime = Runtime.start(timeout_minutes=24 * 60)  # at the end all wait for the one with the slowest disk
     with runtime.one_voice(), runtime.claim(folder_lock(options.out)):
         _encode_folder(options, rule, views, runtime)

@@ -18,6 +18,7 @@ from mutor_img.common.cli import Parser, run
 from mutor_img.common.errors import UserError, check_range
 from mutor_img.common.images import check_png, grid_picture, to_nhwc, write_png
 from mutor_img.common.locks import claim, file_lock
+from mutor_img.common.outputs import keep_apart
 from mutor_img.data.store import Codes
 from tokenizer.images.source import spread
 from tokenizer.loading import load_tokenizer
@@ -70,6 +71,7 @@ def _show(options: Namespace) -> None:
     """Describe, verify where asked, and draw."""
     codes = Codes(options.codes)
     info = codes.info
+    keep_apart({"--out": options.out}, {"--codes": options.codes, "the tokenizer": options.tokenizer or info.tokenizer})
     names = ", ".join(info.class_names[:5]) + (", …" if len(info.class_names) > 5 else "")
     print(f"images       {len(codes)} in {len(info.class_names)} classes ({names})")
     print(f"views        {', '.join(info.views)}, crop {info.crop}, {info.image_size} pixels")

@@ -24,6 +24,7 @@ from mutor_img.common.errors import UserError, check_range
 from mutor_img.common.files import write_json
 from mutor_img.common.images import check_png, to_nhwc, write_png
 from mutor_img.common.locks import claim, file_lock
+from mutor_img.common.outputs import keep_apart
 from tokenizer.images.crops import crop_rule, to_float
 from tokenizer.images.layouts import open_unlabelled
 from tokenizer.images.source import ImageSource, spread
@@ -138,6 +139,9 @@ def main(argv: Sequence[str]) -> None:
     check_range("--batch-size", options.batch_size, 1, 65536)
     check_range("--workers", options.workers, 0, 256)
     check_png(options.out)
+    keep_apart({"--out": options.out, "--samples": options.samples, "--json": options.json},
+               {"--tokenizer": options.tokenizer, "--images": options.images,
+                "--inception-weights": options.inception_weights, "--lpips-weights": options.lpips_weights})
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with claim(*(file_lock(path) for path in (options.out, options.samples, options.json))):
         scores = reconstruct_folder(

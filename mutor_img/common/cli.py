@@ -14,14 +14,17 @@ from contextlib import contextmanager
 
 from mutor_img.common.errors import UserError, suggest
 
-# No permission, a read-only disk, and a file where a path needs a folder, or the other way round.
-_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+# No permission, a read-only disk, a file where a path needs a folder or the other way round, links in a circle, and a
+# name that is too long.
+_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP,
+           errno.ENAMETOOLONG)
 
 
 class Parser(argparse.ArgumentParser):
     """``ArgumentParser`` without prefix guessing, whose errors name the nearest valid option.
 
-    ``example`` is printed below the options of ``--help``.
+    ``example`` is printed below the options of ``--help``. A value that begins with ``~`` has the home folder in its
+    place, also after ``--flag=``, where shells leave it.
     """
 
     def __init__(self, *, description: str, example: str, **kwargs):
@@ -32,6 +35,11 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             **kwargs,
         )
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        """Parse as ``ArgumentParser`` does, once ``~`` is read as the home folder."""
+        given = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_at_home(word) for word in given], namespace)
 
     def error(self, message: str):
         """Raise :class:`UserError` in place of argparse's usage dump."""
@@ -48,6 +56,12 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
     def _get_help_string(self, action: argparse.Action) -> str | None:
         """Say the default where there is one."""
         return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def _at_home(word: str) -> str:
+    """Return an argument with the home folder in place of a ``~`` at the beginning of its value."""
+    flag, value = re.fullmatch(r"(--[\w-]+=)?(.*)", word, re.DOTALL).groups()
+    return (flag or "") + os.path.expanduser(value)
 
 
 def run(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = None) -> None:

@@ -12,13 +12,14 @@ from mutor_img.common import cli
 from mutor_img.common.errors import UserError, check_range, suggest
 from mutor_img.common.files import write_json
 from mutor_img.common.locks import file_lock
-from mutor_img.evaluation.networks import add_network_flags, check_network_flags, load_network, start
+from mutor_img.common.outputs import keep_apart
+from mutor_img.evaluation.networks import add_network_flags, check_network_flags, load_network, network_files, start
 from mutor_img.metrics.evaluator import evaluate, make_reference
 from mutor_img.metrics.inception_score import ORDERS
 from mutor_img.metrics.references import ROLES, open_reference
 from mutor_img.metrics.report import table
 from mutor_img.metrics.requirements import METRICS, OPTIONAL, check_names
-from mutor_img.metrics.samples import open_samples
+from mutor_img.metrics.samples import manifest_of, open_samples
 from mutor_img.sampling.options import add_sampling_flags, check_sampling_flags, open_source
 from mutor_img.sampling.source import GeneratedImages
 from mutor_img.training.runtime import Runtime
@@ -67,6 +68,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     _check(args)
     if not args.checkpoint:
         _check_unused(args, {name: parser.get_default(name) for name in sampling}, "has no use without --checkpoint")
+    keep_apart(_outputs(args), _inputs(args))
     runtime = start(args.device)
     with runtime.one_voice(), runtime.claim(file_lock(args.json), file_lock(args.out)):
         return _score(args, runtime)
@@ -82,7 +84,9 @@ def _score(args: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
             print(f"reference of {args.make_reference} for {args.role} -> {args.out}")
         return {}
     if args.checkpoint:
-        samples = GeneratedImages(open_source(args, runtime), args.num_samples or SAMPLES, args.batch_size)
+        made = open_source(args, runtime)
+        keep_apart(_outputs(args), {"the tokenizer": made.tokenizer.path})
+        samples = GeneratedImages(made, args.num_samples or SAMPLES, args.batch_size)
     else:
         samples = open_samples(args.samples)
     result = evaluate(
@@ -124,6 +128,20 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--reference is missing (see --help)")
     if args.json and Path(args.json).is_dir():
         raise UserError(f"--json {args.json} is a folder; give a file name")
+
+
+def _outputs(args: argparse.Namespace) -> dict[str, str | None]:
+    return {"--json": args.json, "--out": args.out}
+
+
+def _inputs(args: argparse.Namespace) -> dict[str, Any]:
+    """Return every path that is read, by its flag."""
+    paths = {f"--{name.replace('_', '-')}": getattr(args, name)
+             for name in ("samples", "held_out", "checkpoint", "tokenizer", "reference", "make_reference")}
+    for name in ("--samples", "--held-out"):
+        if paths[name]:
+            paths[f"the manifest of {name}"] = manifest_of(paths[name])
+    return {**paths, **network_files(args)}
 
 
 def _check_unused(args: argparse.Namespace, defaults: dict[str, Any], reason: str) -> None:

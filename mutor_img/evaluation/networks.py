@@ -33,6 +33,12 @@ def check_network_flags(args: argparse.Namespace) -> None:
     check_range("--batch-size", args.batch_size, 1, 100_000)
 
 
+def network_files(args: argparse.Namespace) -> dict[str, str | None]:
+    """Return the paths of the network's weights, by flag."""
+    weights = args.features_weights or (str(DEFAULT_FOLDER) if args.features == "mnist" else None)
+    return {"--features-weights": weights, "--inception-weights": args.inception_weights}
+
+
 def load_network(args: argparse.Namespace, runtime: Runtime) -> FeatureNetwork:
     """Load the network of the flags on this process's device, the main process first where it may have to download.
 

@@ -32,6 +32,7 @@ from mutor_img.common.errors import UserError, check_range
 from mutor_img.common.files import file_hash, read_json, write_atomic, write_json
 from mutor_img.common.full_precision import full_precision
 from mutor_img.common.locks import claim, folder_lock
+from mutor_img.common.outputs import keep_apart
 from mutor_img.common.streams import Stream, bits, generator_seed, integers
 from mutor_img.metrics.features import to_nchw
 from mutor_img.metrics.image_sets import FolderImages, read_all
@@ -206,6 +207,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--seed", type=int, default=0, help="of the weights, the order and the shifts")
     parser.add_argument("--epochs", type=int, default=8, help="passes over the images")
     args = parser.parse_args(argv)
+    keep_apart({"--out": args.out}, {"--images": args.images, "--val": args.val})
     with claim(folder_lock(args.out)):
         about = train(FolderImages(args.images), FolderImages(args.val), args.out, seed=args.seed, epochs=args.epochs)
     print(f"digit classifier: {about['accuracy']:.2%} of {about['val_images']} held-out digits recognised, "

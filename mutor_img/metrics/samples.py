@@ -25,8 +25,7 @@ def open_samples(path: str | os.PathLike) -> NpzImages | FolderImages:
     path = Path(path)
     if path.is_dir():
         images = FolderImages(path)
-        beside = path / "manifest.json"
-        images.manifest, images.warnings = read_json(beside) if beside.exists() else None, []
+        images.manifest, images.warnings = _manifest(path), []
         if images.labels is None and (path / "labels.json").exists():
             images.labels = _labels(path / "labels.json", len(images))
         return images
@@ -37,9 +36,20 @@ def open_samples(path: str | os.PathLike) -> NpzImages | FolderImages:
     if "mu" in images.members:
         images.warnings.append(f"{path} holds statistics (mu) beside its samples; they are ignored, and the images "
                                "scored")
-    beside = path.with_suffix(".json")
-    images.manifest = read_json(beside) if beside.exists() else None
+    images.manifest = _manifest(path)
     return images
+
+
+def _manifest(path: Path) -> Any:
+    """Return what the manifest of a sample set holds; None: there is none."""
+    beside = manifest_of(path)
+    return read_json(beside) if beside.exists() else None
+
+
+def manifest_of(path: str | os.PathLike) -> Path:
+    """Return where the manifest of a sample set stands, if it has one: ``x.json`` of ``x.npz``, or in the folder."""
+    path = Path(path)
+    return path / "manifest.json" if path.is_dir() else path.with_suffix(".json")
 
 
 def _labels(path: Path, count: int) -> np.ndarray:

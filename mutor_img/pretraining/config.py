@@ -146,6 +146,11 @@ class GeneratorConfig:
         if self.model.preset not in PRESETS:
             self.model_config()  # raises, naming the nearest
 
+    def inputs(self) -> dict[str, Any]:
+        """Return every path that a run reads, by its key."""
+        return {"init_from": self.init_from, "data.codes": self.data.folders(), "data.val_codes": self.data.val_codes,
+                "eval.reference": self.eval.reference or None, "eval.features_weights": self.eval.features_weights}
+
     def law(self) -> RegisterLaw:
         """Return the registers' law; raises :class:`UserError` where it cannot be drawn."""
         r = self.registers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from mutor_img.checkpoints.loading import load_run
 from mutor_img.common.config import to_dict
 from mutor_img.common.errors import UserError
 from mutor_img.common.streams import Stream, generator_seed, uniform
-from mutor_img.data.order import TrainingCodes
+from mutor_img.data.order import TrainingCodes, check_same_codes
 from mutor_img.data.store import Codes
 from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.pretraining.plan import attended_pairs
@@ -48,14 +49,14 @@ class GeneratorTask(Task):
         self.data = TrainingCodes([open_codes(f, config, runtime) for f in config.data.folders()], config.seed)
         self.codes = self.data.stores[0]
         self.val_codes = open_codes(config.data.val_codes, config, runtime) if config.data.val_codes else None
-        if self.val_codes and self.val_codes.info.tokenizer_hash != self.codes.info.tokenizer_hash:
-            hashes = [store.info.tokenizer_hash[:12] for store in (self.val_codes, self.codes)]
-            raise UserError(f"{config.data.val_codes}: made by tokenizer {hashes[0]}, but {self.codes.folder} by "
-                            f"{hashes[1]}; encode one of them again")
+        if self.val_codes:
+            check_same_codes(self.codes, self.val_codes)
         torch.manual_seed(generator_seed(config.seed, Stream.INIT))
         self.model = Transformer(config.model_config())
         if config.init_from:
-            runtime.agree({f"the content of init_from={config.init_from}": start_from(self.model, config.init_from)})
+            names = self.codes.info.class_names if runtime.is_main else None
+            taken = start_from(self.model, config.init_from, names)
+            runtime.agree({f"the content of init_from={config.init_from}": taken})
         self.units_per_sample = self.law.length  # code tokens; registers are method, not data
         self.flops_per_sample = 3 * self.model.forward_flops(
             self.law.length, self.law.registers, attended_pairs(self.law, config.seed))
@@ -160,8 +161,10 @@ class GeneratorTask(Task):
                  "views": store.info.views} for store in stores]}}
 
 
-def start_from(model: Transformer, path: str) -> str:
+def start_from(model: Transformer, path: str, class_names: list[str] | None = None) -> str:
     """Take a checkpoint's weights; a register embedding that it lacks stays as drawn. Returns the weights' hash.
+
+    Where its classes have other names than ``class_names``, a line says so: another data set may be meant.
 
     Args:
         model: takes the weights; every other name and shape must fit.
@@ -172,6 +175,11 @@ def start_from(model: Transformer, path: str) -> str:
     """
     loaded = load_run(path, grid=model.config.grid)
     weights = loaded.model.state_dict()
+    for label, (theirs, ours) in enumerate(zip(loaded.codes.get("class_names") or (), class_names or ())):
+        if theirs != ours:
+            print(f"note: class {label} is {theirs!r} in init_from={path}, and {ours!r} in data.codes: its weights "
+                  "begin as those of another class", file=sys.stderr)
+            break
     if model.config.register_offsets is not None:
         weights.setdefault("register_embedding.weight", model.register_embedding.weight.detach())
     load_strict(model, weights, path)

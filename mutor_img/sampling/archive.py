@@ -54,6 +54,9 @@ class SampleArchive:
             self._compare(read_json(self.parts / "settings.json"), self.parts,
                           "finish that run with its own settings, remove the folder")
         if not self._is_there():
+            if self.manifest.is_file() and not _is_ours(read_json(self.manifest)):
+                raise UserError(f"{self.manifest}: the manifest of {self.out.name} would overwrite it, and it is none; "
+                                "choose another --out")
             return False
         if self.manifest.is_file():
             self._compare(read_json(self.manifest), self.out, "remove it")
@@ -67,7 +70,7 @@ class SampleArchive:
         return self.out.exists()
 
     def _compare(self, found: Any, path: Path, fix: str) -> None:
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
+        if not _is_ours(found):
             raise UserError(f"{path}: was not made by this program; {fix}, or choose another --out")
         for key, wanted in self.settings.items():
             if found.get(key) != wanted:
@@ -194,6 +197,10 @@ def open_archive(out: str | Path, settings: dict[str, Any]) -> SampleArchive:
     if Path(out).suffix != ".npz":
         raise UserError(f"{out}: must end in .npz, or in {os.sep} for a folder of PNGs")
     return SampleArchive(out, settings)
+
+
+def _is_ours(manifest: Any) -> bool:
+    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
 
 
 def _flush(path: Path) -> None:

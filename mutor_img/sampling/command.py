@@ -20,6 +20,7 @@ from mutor_img.common.config import check_choice
 from mutor_img.common.errors import UserError, check_range
 from mutor_img.common.images import check_png, write_png
 from mutor_img.common.locks import file_lock
+from mutor_img.common.outputs import keep_apart
 from mutor_img.decoding.sampler import Sampler, SamplingSettings
 from mutor_img.sampling.archive import FORMAT, SampleArchive, open_archive
 from mutor_img.sampling.options import add_sampling_flags, check_sampling_flags, open_source
@@ -62,6 +63,7 @@ def main(argv: Sequence[str]) -> Path:
     parser = _parser()
     args = parser.parse_args(argv)
     _check(args, _given(parser, argv))
+    _keep_apart(args, {"--checkpoint": args.checkpoint, "--tokenizer": args.tokenizer})
     runtime = _runtime(args.device)
     outputs = [file_lock(path) for path in (args.out, args.grid, args.show_steps)]
     with runtime.one_voice(), runtime.claim(*outputs):
@@ -71,6 +73,7 @@ def main(argv: Sequence[str]) -> Path:
 def _write(args: argparse.Namespace, runtime: Runtime) -> Path:
     """Write all that the flags ask for; returns what ``--out`` names, or else a picture."""
     source = open_source(args, runtime)
+    _keep_apart(args, {"the tokenizer": source.tokenizer.path})
     count = 50_000 if args.num_samples is None else args.num_samples
     if args.grid and runtime.is_main:
         _write_grid(args, source)
@@ -114,6 +117,15 @@ def _check(args: argparse.Namespace, given: set[str]) -> None:
         check_range("--num-samples", args.num_samples, 1, 10**9)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no CUDA device here; leave --device out")
+
+
+def _keep_apart(args: argparse.Namespace, inputs: dict[str, str | None]) -> None:
+    """Refuse to write over, or into, what is read."""
+    outputs, removed = {"--grid": args.grid, "--show-steps": args.show_steps}, {}
+    if args.out:
+        archive = open_archive(args.out, {"num_samples": 0})
+        outputs["--out"], removed["--out"] = [archive.out, archive.manifest], archive.parts
+    keep_apart(outputs, inputs, removed)
 
 
 def _runtime(device: str) -> Runtime:

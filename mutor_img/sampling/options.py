@@ -39,8 +39,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup
 
     add("--tokenizer", metavar="PATH", help="tokenizer folder or LlamaGen .pt; the one the run names unless given")
     add("--weights", default="auto", metavar="WHICH", help="ema, raw, or auto: ema where a run has them")
-    add("--classes", metavar="LIST", help="numbers or names of classes, comma-separated; all unless given (for a grid "
-                                          "at most ten)")
+    add("--classes", metavar="LIST", help="names or numbers of classes, comma-separated; all unless given (for a grid "
+                                          "at most ten); name:10 and label:10 where 10 may be both")
     add("--labels", default="random", metavar="RULE", help="random: drawn for each sample; balanced: as many of each")
     add("--seed", type=int, default=0, help="of labels and random streams")
     add("--cfg-scale", type=float, default=2.0, help="guidance scale; 1: none")

@@ -43,6 +43,11 @@ class SampleSource:
     dtype: str
 
     @property
+    def run_names(self) -> list[str] | None:
+        """What the run itself calls its classes; None: it does not say."""
+        return self.loaded.codes.get("class_names")
+
+    @property
     def device(self) -> torch.device:
         """Where the generator runs."""
         return self.loaded.model.output.weight.device

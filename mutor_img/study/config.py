@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from mutor_img.common.errors import UserError, check_range
 from mutor_img.decoding.guidance import parse_schedule
@@ -25,6 +26,11 @@ class StudyConfig:
     selection_seed: int = 1  # of those samples; not seed, so that the choice is not made on what is reported
     cfg_scales: list[float] = field(default_factory=lambda: [1.0, 1.5, 2.0, 2.5])  # guidance scales to choose from
     cfg_schedules: list[str] = field(default_factory=lambda: ["constant"])  # and schedules, as in power-cosine:2
+
+    def inputs(self) -> dict[str, Any]:
+        """Return every path that a study reads, and those of its own that runs read, by its key."""
+        return {"tokenizer": self.tokenizer, "generator": self.generator, "baseline": self.baseline,
+                "images": self.images, "codes": [self.codes, f"{self.codes}_val"]}
 
     def validate(self) -> None:
         """Raise :class:`UserError` for a value out of range."""

@@ -17,8 +17,9 @@ from mutor_img.common.cli import Parser, run
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import read_json, write_json
 from mutor_img.common.locks import folder_lock
+from mutor_img.common.outputs import keep_apart
 from mutor_img.decoding.guidance import parse_schedule
-from mutor_img.evaluation.networks import add_network_flags, check_network_flags, load_network, start
+from mutor_img.evaluation.networks import add_network_flags, check_network_flags, load_network, network_files, start
 from mutor_img.metrics.features import FeatureNetwork
 from mutor_img.metrics.references import open_reference
 from mutor_img.metrics.requirements import METRICS, OPTIONAL, check_names, frechet_key
@@ -71,11 +72,17 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     metrics = None if args.metrics is None else [name.strip() for name in args.metrics.split(",")]
     if metrics is not None:
         check_names(metrics)
-    runtime = start(args.device)
     out = Path(args.out) if args.out else _default_folder(Path(args.checkpoint))
+    keep_apart(_outputs(out), {"--checkpoint": args.checkpoint, "--tokenizer": args.tokenizer,
+                               "--reference": args.reference, **network_files(args)})
+    runtime = start(args.device)
     with runtime.one_voice(), runtime.claim(folder_lock(out)):
         rows, network = _score(args, points, metrics, out, runtime)
         return _conclude(parser, args, rows, network, out) if runtime.is_main else {}
+
+
+def _outputs(out: Path) -> dict[str, list[Path]]:
+    return {"--out": [out / "sweep.json", out / "sweep.png"]}
 
 
 def _score(args: argparse.Namespace, points: list[SweepPoint], metrics: list[str] | None, out: Path,
@@ -84,6 +91,7 @@ def _score(args: argparse.Namespace, points: list[SweepPoint], metrics: list[str
     network = load_network(args, runtime)
     args.cfg_scale, args.temperature, args.cfg_schedule, args.cfg_parameter = points[0]
     source, reference = open_source(args, runtime), open_reference(args.reference)
+    keep_apart(_outputs(out), {"the tokenizer": source.tokenizer.path})
     key, rows = frechet_key(network), []
     for number, row in enumerate(sweep(source, points, args.num_samples, reference, network, out=out / "sweep.json",
                                        metrics=metrics, batch_size=args.batch_size, progress=True)):

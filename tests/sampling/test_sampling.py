@@ -27,7 +27,7 @@ from mutor_img.decoding import cpu as decoder_module
 from mutor_img.decoding.sampler import Sampler, SamplingSettings, generate
 from mutor_img.sampling import archive as archive_module
 from mutor_img.sampling import draw_training_grid, main, sample_images
-from mutor_img.sampling.labels import make_labels, parse_classes, readable_names
+from mutor_img.sampling.labels import class_words, make_labels, parse_classes, readable_names
 from mutor_img.sampling.pictures import GREY
 from tokenizer import load_tokenizer
 
@@ -323,6 +323,50 @@ def test_classes_are_numbers_or_names():
         parse_classes("crane", imagenet)
     with pytest.raises(UserError, match="give a number from 0 to 999, a name or a WordNet id"):
         parse_classes("zzzzzzzz", imagenet)
+
+
+def numbered(count, digits=1):
+    """The names of class folders 1 to count, in the order in which folders are numbered."""
+    return sorted(str(number).zfill(digits) for number in range(1, count + 1))
+
+
+@pytest.mark.parametrize(("names", "text", "labels"), [
+    (numbered(12), "name:10,name:1", [1, 0]), (numbered(12), "label:10,12", [10, 3]), (numbered(12), "0", [0]),
+    (numbered(12, 3), "010", [9]), (numbered(12, 3), "label:10,012", [10, 11]), (numbered(12, 3), "12", [11]),
+    ([str(digit) for digit in range(10)], "7,0", [7, 0]), (["a", "label:0", "b"], "label:0,label:2", [1, 2]),
+    (["zero", "one", "10"], "10,1", [2, 1]), (["a:b", "name:x"], "a:b,name:x", [0, 1]),
+])
+def test_a_word_is_a_name_before_it_is_a_number(names, text, labels):
+    assert parse_classes(text, names) == labels
+
+
+@pytest.mark.parametrize(("names", "word", "both"), [
+    (numbered(12), "10", "name of class 1 and the number of class 10 ('8'); give name:10 or label:10"),
+    (numbered(12), "1", "name of class 0 and the number of class 1 ('10')"),
+    (numbered(12), "010", "name of class 1 and the number of class 10"),
+    (numbered(12, 3), "10", "name of class 9 and the number of class 10 ('011')"),
+    (["1", "0"], "0", "name of class 1 and the number of class 0 ('1')"),
+    (["2", "b", "c"], "2", "name of class 0 and the number of class 2 ('c')"),
+])
+def test_a_word_that_is_a_name_and_another_classs_number_is_refused(names, word, both):
+    with pytest.raises(UserError) as caught:
+        parse_classes(f"{word}", names)
+    assert both in str(caught.value)
+
+
+def test_labels_are_told_by_words_that_mean_no_other_class():
+    for names in (numbered(12), numbered(12, 3), NAMES, readable_names(None, 1000)):
+        labels = list(range(len(names)))[::-1]
+        assert parse_classes(class_words(labels, names), names) == labels
+    assert class_words([2, 0], NAMES) == "2,0" and class_words([0, 10], numbered(12)) == "0,label:10"
+
+
+def test_every_command_that_takes_classes_reads_them_alike(run_of, tmp_path):
+    run = run_of(class_names=["1", "2", "0"])
+    with pytest.raises(UserError, match="name of class 0 and the number of class 1"):
+        sample(run, tmp_path / "s.npz", "--classes", "1", count=2)
+    labels = np.load(sample(run, tmp_path / "s.npz", "--classes", "name:1", count=3))["arr_1"]
+    assert labels.tolist() == [0, 0, 0]
 
 
 def test_a_grid_has_a_row_for_each_class_and_the_same_images_as_python_gives(run_of, random_model, tmp_path):

@@ -99,6 +99,11 @@ class TokenizerConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    def inputs(self) -> dict[str, Any]:
+        """Return every path that a run reads, by its key."""
+        return {"data.images": self.data.images, "data.val_images": self.data.val_images,
+                "loss.lpips_weights": self.loss.lpips_weights}
+
     def validate(self) -> None:
         with torch.device("meta"):
             VQModel(**self.model.options()).grid_for(self.data.image_size)
