@@ -64,6 +64,13 @@ def test_another_package_tokenizer_ends_a_command_with_one_line(installed, tmp_p
     assert failed.stderr.count("\n") == 1
 
 
+def test_another_package_tokenizer_ends_an_installed_command_with_one_line(installed, tmp_path):
+    (tmp_path / "tokenizer.py").touch()
+    failed = python(installed["wheel"], tmp_path, "from mutor_img.common.doors import sample; sample()", packages=True)
+    assert failed.returncode == 2 and failed.stderr.startswith("error: the package tokenizer is found at ")
+    assert failed.stderr.count("\n") == 1
+
+
 def test_a_wheel_holds_the_configs_and_finds_them_by_name_in_any_folder(installed, tmp_path):
     names = {path.relative_to(ROOT) for path in (ROOT / "configs").glob("*/*.yaml")}
     held = installed["wheel"] / "mutor_img"

@@ -6,8 +6,10 @@ A command's module is imported late, by its name: torch must not be loaded befor
 from __future__ import annotations
 
 from importlib import import_module
+from types import ModuleType
 
 from mutor_img.common.cli import run
+from mutor_img.common.errors import UserError
 from mutor_img.common.threads import spin_briefly
 
 
@@ -28,4 +30,18 @@ def evaluate_fid() -> None:
 
 def _open(module: str) -> None:
     spin_briefly()
-    run(import_module(module).main)
+    run(lambda argv: _import(module).main(argv))
+
+
+def _import(module: str) -> ModuleType:
+    """Import a command's module.
+
+    Raises:
+        UserError: another package named tokenizer stands before the project's own.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        if error.name != "tokenizer":
+            raise
+        raise UserError(str(error)) from None

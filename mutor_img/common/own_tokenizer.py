@@ -36,4 +36,4 @@ if wrong := mistake():
     if _is_command():
         print(f"error: {wrong}", file=sys.stderr)
         sys.exit(2)
-    raise ImportError(wrong)
+    raise ImportError(wrong, name="tokenizer")

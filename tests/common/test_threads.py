@@ -14,7 +14,7 @@ SCRIPTS = ["train.py", "sample.py", "evaluate_fid.py"]
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
     for room in ("mutor_img", "tokenizer", "benchmarks") for path in (ROOT / room).rglob("*.py")
-    if 'if __name__ == "__main__":' in path.read_text())
+    if 'if __name__ == "__main__":' in (text := path.read_text()) and "serve(" not in text)  # children inherit
 INSTALLED = [f"from mutor_img.common.doors import {door}; {door}()" for door in ("train", "sample", "evaluate_fid")]
 COMMANDS = [*([script] for script in SCRIPTS), *(["-m", module] for module in MODULES),
             *(["-c", code] for code in INSTALLED)]
