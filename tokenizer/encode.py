@@ -14,13 +14,13 @@ if __name__ == "__main__":
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from inspect import signature
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor
 from tqdm import tqdm
 
 from mutor_img.common.cli import Parser, run
@@ -33,7 +33,7 @@ from mutor_img.training.runtime import Runtime
 from tokenizer.images.crops import CROPS, CropRule, center_rule, crop_rule, to_float
 from tokenizer.images.layouts import open_images
 from tokenizer.images.source import IMAGENET, ImageSource
-from tokenizer.images.squares import Squares
+from tokenizer.images.squares import Squares, readers
 from tokenizer.loading import load_tokenizer
 from tokenizer.network.quantizer import USED_SLOTS
 from tokenizer.network.vq import VQModel
@@ -68,6 +68,7 @@ def parse_views(text: str | None, rule: CropRule) -> list[str]:
     return views
 
 
+@readers()
 def encode_images(vq: VQModel, source: ImageSource, out: str | Path, *, runtime: Runtime,
                   rule: CropRule | None = None, views: Sequence[str] = tuple(VIEWS), image_size: int | None = None,
                   batch_size: int = 64, workers: int = 0, max_unreadable: int = 0) -> Codes:
@@ -104,9 +105,8 @@ def encode_images(vq: VQModel, source: ImageSource, out: str | Path, *, runtime:
         return Codes(out)
     mine = todo[runtime.rank:: runtime.world]
     numbers = [i for part in mine for i in writer.range(part)]
-    loader = DataLoader(Squares(source, numbers, vq.image_channels, image_size, rule), batch_size,
-                        num_workers=workers, pin_memory=runtime.device.type == "cuda")
-    rows = _encode(vq, loader, runtime, views, len(numbers))
+    batches = Squares(source, numbers, vq.image_channels, image_size, rule).batches(batch_size, workers)
+    rows = _encode(vq, batches, runtime, views, len(numbers))
     for part in mine:
         _write_part(writer, part, rows)
     runtime.barrier()
@@ -118,12 +118,12 @@ def encode_images(vq: VQModel, source: ImageSource, out: str | Path, *, runtime:
     return Codes(out)
 
 
-def _encode(vq: VQModel, loader: DataLoader, runtime: Runtime, views: Sequence[str],
+def _encode(vq: VQModel, batches: Iterable[tuple[Tensor, Sequence[str]]], runtime: Runtime, views: Sequence[str],
             total: int) -> Iterator[tuple[np.ndarray, str]]:
     """Yield the (views, N) uint16 codes of one image after another, with its reading error or an empty string."""
     with tqdm(total=total, desc="encode", unit="image", disable=not runtime.is_main, mininterval=1.0) as bar:
-        for squares, errors in loader:  # (B, squares, C, H, W) uint8
-            pixels = to_float(squares.to(runtime.device, non_blocking=True))
+        for squares, errors in batches:  # (B, squares, C, H, W) uint8
+            pixels = to_float(squares.to(runtime.device))
             seen = torch.cat([VIEWS[view](pixels) for view in views], dim=1)  # (B, views, C, H, W)
             codes = vq.encode(seen.flatten(0, 1)).view(*seen.shape[:2], -1)  # (B, views, N)
             yield from zip(codes.cpu().numpy().astype(np.uint16), errors)
@@ -173,6 +173,8 @@ def build_parser() -> Parser:
     parser.add_argument("--out", required=True, help="folder of the code store to write")
     parser.add_argument("--labels", metavar="FILE", help="labels of images that lie in one folder: name and class a "
                         "line (LOC_val_solution.csv), or one class a line in the order of the file names")
+    parser.add_argument("--split", metavar="NAME", help="the split to encode where names of files or folders tell "
+                        "several: train takes imagenet-train-0000.tar and leaves imagenet-val-0000.tar")
     parser.add_argument("--classes", metavar="LIST", help=f"all classes in label order: {IMAGENET}, a folder of class "
                         "folders, or a file with a class a line (those found, sorted, unless given)")
     parser.add_argument("--crop", default="center", help=f"crop rule: {', '.join(CROPS)}")
@@ -229,7 +231,8 @@ def main(argv: Sequence[str]) -> None:
 def _encode_folder(options: Namespace, rule: CropRule, views: Sequence[str], runtime: Runtime) -> None:
     """Load what the flags name, encode, and say what came out."""
     vq = load_tokenizer(options.tokenizer, runtime.device)
-    source = open_images(options.images, labels=options.labels, classes=options.classes, progress=runtime.is_main)
+    source = open_images(options.images, labels=options.labels, classes=options.classes, split=options.split,
+                         progress=runtime.is_main)
     if runtime.is_main:
         names = source.class_names()
         print(f"{options.images}: {len(source)} images in {len(names)} classes: "

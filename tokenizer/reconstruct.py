@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from mutor_img.common.cli import Parser, run
@@ -28,7 +27,7 @@ from mutor_img.common.outputs import keep_apart
 from tokenizer.images.crops import crop_rule, to_float
 from tokenizer.images.layouts import open_unlabelled
 from tokenizer.images.source import ImageSource, spread
-from tokenizer.images.squares import Squares
+from tokenizer.images.squares import Squares, readers
 from tokenizer.loading import load_tokenizer
 from tokenizer.network.vq import VQModel
 from tokenizer.pictures import before_after
@@ -37,15 +36,19 @@ from tokenizer.scores import METRICS, ReconstructionScores
 _PICTURES = 20
 
 
-def reconstruct_folder(vq: VQModel, images: str | Path, *, num_images: int = 0, image_size: int | None = None,
-                       batch_size: int = 32, workers: int = 0, picture: str | Path | None = None,
-                       samples: str | Path | None = None, metrics: Sequence[str] | None = None,
+@readers()
+def reconstruct_folder(vq: VQModel, images: str | Path, *, split: str | None = None, num_images: int = 0,
+                       image_size: int | None = None, batch_size: int = 32, workers: int = 0,
+                       picture: str | Path | None = None, samples: str | Path | None = None,
+                       metrics: Sequence[str] | None = None,
                        inception_weights: str | None = None, lpips_weights: str | None = None) -> dict[str, Any]:
     """Reconstruct centre-cropped images and score them.
 
     Args:
         vq: the tokenizer.
-        images: folder of images, flat or with a sub-folder a class; or Parquet files, as tokenizer.encode takes them.
+        images: folder of images, flat or with a sub-folder for each class; or of Parquet or tar files, as
+            tokenizer.encode takes them.
+        split: the split to take, where names tell several.
         num_images: how many, spread evenly over the folder; 0: all.
         image_size: pixels a side; the tokenizer's own unless given.
         batch_size: images at a time.
@@ -68,20 +71,19 @@ def reconstruct_folder(vq: VQModel, images: str | Path, *, num_images: int = 0, 
         raise UserError("the tokenizer does not say its image size; give --image-size")
     vq.grid_for(image_size)
     device = vq.quant_conv.weight.device
-    folder = open_unlabelled(images)
+    folder = open_unlabelled(images, split=split)
     numbers = folder.spread(num_images)
     written = Folder(samples, folder) if samples else None
-    loader = DataLoader(Squares(folder, numbers, vq.image_channels, image_size, crop_rule("center")), batch_size,
-                        num_workers=workers)
+    squares = Squares(folder, numbers, vq.image_channels, image_size, crop_rule("center"))
     shown = set(spread(len(numbers), _PICTURES).tolist())
     scores = ReconstructionScores(vq.vocabulary, len(numbers), image_size, metrics, device=device,
                                   inception_weights=inception_weights, lpips_weights=lpips_weights)
     kept, place = [], 0
     with tqdm(total=len(numbers), desc="reconstruct", unit="image", mininterval=1.0) as bar:
-        for squares, errors in loader:  # (B, 1, C, H, W) uint8
+        for batch, errors in squares.batches(batch_size, workers):  # (B, 1, C, H, W) uint8
             for error in filter(None, errors):
                 raise UserError(error)
-            pixels = to_float(squares[:, 0].to(device))
+            pixels = to_float(batch[:, 0].to(device))
             codes = vq.encode(pixels)  # (B, N)
             before, after = to_nhwc(pixels), to_nhwc(vq.decode(codes))  # (B, H, W, 3) uint8
             scores.add(codes, before, after)
@@ -145,9 +147,10 @@ def main(argv: Sequence[str]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with claim(*(file_lock(path) for path in (options.out, options.samples, options.json))):
         scores = reconstruct_folder(
-            load_tokenizer(options.tokenizer, device), options.images, num_images=options.num_images,
-            image_size=options.image_size, batch_size=options.batch_size, workers=options.workers, picture=options.out,
-            samples=options.samples, metrics=options.metrics.split(",") if options.metrics else None,
+            load_tokenizer(options.tokenizer, device), options.images, split=options.split,
+            num_images=options.num_images, image_size=options.image_size, batch_size=options.batch_size,
+            workers=options.workers, picture=options.out, samples=options.samples,
+            metrics=options.metrics.split(",") if options.metrics else None,
             inception_weights=options.inception_weights, lpips_weights=options.lpips_weights)
         print(table(scores))
         if options.out:
@@ -167,7 +170,8 @@ def _parser() -> Parser:
     )
     add = parser.add_argument
     add("--tokenizer", required=True, help="tokenizer run folder, or released LlamaGen .pt")
-    add("--images", required=True, help="folder of images, flat or by class; or of Parquet files, as for encode")
+    add("--images", required=True, help="folder of images, flat or by class; or of Parquet or tar files, as for encode")
+    add("--split", metavar="NAME", help="the split to take where names of files or folders tell several, as for encode")
     add("--num-images", type=int, default=0, help="images, spread evenly over the folder; 0: all")
     add("--image-size", type=int, help="pixels a side (the tokenizer's own unless given)")
     add("--batch-size", type=int, default=32, help="images at a time")

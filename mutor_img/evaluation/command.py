@@ -41,6 +41,8 @@ def _parser() -> tuple[cli.Parser, list[str]]:
     add("--checkpoint", metavar="PATH", help="run folder, checkpoint folder or LlamaGen .pt: generate the images of "
                                              "sample.py and score them as they come, nothing is stored")
     add("--reference", metavar="PATH", help="ADM npz, statistics npz (ours, or mu and sigma), images npz or PNG folder")
+    add("--split", metavar="NAME", help="the split of --reference or --make-reference to take, where that is a folder "
+                                        "whose names tell several")
     add("--metrics", metavar="LIST", help=f"some of {','.join((*METRICS, *OPTIONAL))}; all that the reference allows "
                                           f"of {','.join(METRICS)} if not given")
     add("--num-samples", type=int, metavar="N", help="score the first N; fewer is an error; all if not given, or 50000 "
@@ -79,7 +81,7 @@ def _score(args: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
     options = {"batch_size": args.batch_size, "progress": True}
     network = load_network(args, runtime)
     if args.make_reference:
-        source = open_reference(args.make_reference)
+        source = open_reference(args.make_reference, args.split)
         if make_reference(source, network, args.role, args.out, **options) is not None:
             print(f"reference of {args.make_reference} for {args.role} -> {args.out}")
         return {}
@@ -90,7 +92,8 @@ def _score(args: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
     else:
         samples = open_samples(args.samples)
     result = evaluate(
-        samples, open_reference(args.reference), network, metrics=_metrics(args.metrics), num_samples=args.num_samples,
+        samples, open_reference(args.reference, args.split), network, metrics=_metrics(args.metrics),
+        num_samples=args.num_samples,
         held_out=None if args.held_out is None else open_samples(args.held_out), role=args.role or "generation",
         force_role=args.force_role, is_order=args.is_order, **options)
     if result:

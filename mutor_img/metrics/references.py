@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mutor_img.common.errors import UserError, suggest
 from mutor_img.common.files import file_hash, write_atomic
+from mutor_img.common.folders import means_split
 from mutor_img.metrics.frechet import Statistics
 from mutor_img.metrics.image_sets import FolderImages, ImageSet, NpzImages, content, npz_members, read_npz_array
 
@@ -77,15 +78,22 @@ class Reference:
         return self.stored_size if self.images is None else getattr(self.images, "size", None)
 
 
-def open_reference(path: str | os.PathLike) -> Reference:
+def open_reference(path: str | os.PathLike, split: str | None = None) -> Reference:
     """Open a reference: our statistics file, ADM's npz, ``mu`` and ``sigma`` alone, or images (npz or PNG folder).
+
+    Args:
+        path: the file or folder.
+        split: of a folder, the split to take where names tell several.
 
     Raises:
         UserError: none of these, or one that cannot be read.
     """
     path = Path(path)
-    if path.is_dir():
-        return Reference(path.name, "folder", images=FolderImages(path))
+    if path.is_dir() or means_split(path):
+        images = FolderImages(path, split)
+        return Reference(images.name, "folder", images=images)
+    if split is not None:
+        raise UserError(f"--split {split}: {path} is no folder, and has no splits; leave --split out")
     if not path.exists():
         raise UserError(f"{path}: no such reference file or folder")
     members, digest = npz_members(path), file_hash(path)

@@ -48,6 +48,19 @@ def test_a_made_reference_declares_its_role_and_the_other_is_refused(samples, di
     assert not main([*arguments, "--force-role"])["comparable"]
 
 
+def test_the_folder_above_the_splits_is_refused_unless_one_is_named(samples, digit_folders, classifier, tmp_path):
+    above = digit_folders["train"].parent
+    for role, path in (("--reference", above), ("--held-out", above), ("--samples", above)):
+        with pytest.raises(UserError, match="holds the splits train, val"):
+            main([*digits(samples, digit_folders, classifier), role, str(path)])
+    arguments = digits(samples, {"train": above}, classifier, "--metrics", "fid")
+    assert main([*arguments, "--split", "train"])["fd"] == main(digits(samples, digit_folders, classifier))["fd"]
+    for more, message in ((["--split", "test"], "no split 'test' in it; .*train, val"),
+                          (["--split", "train", "--reference", str(samples)], "is no folder, and has no splits")):
+        with pytest.raises(UserError, match=message):
+            main([*arguments, *more])
+
+
 @pytest.mark.parametrize("count, name", [(50_000, "FID-50k"), (1000, "FID-1k"), (1234, "FID-1234")])
 def test_only_fifty_thousand_samples_make_an_fid_50k(count, name):
     result = {"fid": 2.0, "num_samples": count, "features": "inception-v3-compat", "weights_sha256": "0" * 64,

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 from mutor_img.common import files
 from mutor_img.common.errors import UserError
@@ -165,6 +165,46 @@ def test_unreadable_images_are_listed_and_refused_or_left_out(tokenizer_run, ima
     assert list(json.loads((tmp_path / "fewer" / "encode.json").read_text())["unreadable"]) == ["b/0002.png"]
     broken.write_bytes(content_before)
     assert np.array_equal(run_encode(run, images, out).codes, whole.codes)  # mended: the same command goes on
+
+
+def test_links_that_lead_nowhere_and_pipes_are_unreadable_images(tokenizer_run, image_folder, tmp_path, refused):
+    run, images = tokenizer_run(), image_folder()
+    whole = run_encode(run, images, tmp_path / "whole")
+    (images / "a" / "0001.png").unlink()
+    (images / "a" / "0001.png").symlink_to("gone.png")
+    os.mkfifo(images / "b" / "pipe.png")
+    words = ("--tokenizer", run, "--images", images, "--out", tmp_path / "out", "--workers", 0)
+    assert "2 of 13 images" in refused(main, *words, "--max-unreadable", 1)
+    codes = run_encode(run, images, tmp_path / "out", "--max-unreadable", "2")
+    unreadable = json.loads((tmp_path / "out" / "encode.json").read_text())["unreadable"]
+    assert "a link to gone.png" in unreadable["a/0001.png"] and "not a plain file" in unreadable["b/pipe.png"]
+    assert np.array_equal(codes.codes, np.delete(whole.codes, 1, 0))
+    (images / "aa").symlink_to("gone")
+    assert "aa: a link to gone, which cannot be reached" in refused(main, *words, "--max-unreadable", 9)
+
+
+def test_a_decoder_that_fails_in_a_way_of_its_own_is_an_unreadable_image(tokenizer_run, image_folder, tmp_path,
+                                                                         monkeypatch, capsys):
+    run, images = tokenizer_run(), image_folder()
+    load = ImageFile.ImageFile.load
+
+    def fail(image):
+        if str(image.filename).endswith("b/0002.png"):
+            raise NotImplementedError
+        return load(image)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+    assert len(run_encode(run, images, tmp_path / "out", "--max-unreadable", "1")) == 11
+    assert "b/0002.png: not a readable image (NotImplementedError)" in capsys.readouterr().err
+
+
+def test_one_of_several_splits_is_encoded(tokenizer_run, image_folder, tmp_path, refused):
+    run, images = tokenizer_run(), image_folder("both/train")
+    image_folder("both/val", classes=("a", "b", "c", "d"))
+    words = ("--tokenizer", run, "--images", images.parent, "--out", tmp_path / "out", "--workers", 0)
+    assert "holds the splits train, val" in refused(main, *words)
+    assert "no split 'test' in it" in refused(main, *words, "--split", "test")
+    assert run_encode(run, images.parent, tmp_path / "out", "--split", "val").info.class_names == ["a", "b", "c", "d"]
 
 
 def test_what_cannot_be_encoded_is_refused_in_one_line(tokenizer_run, image_folder, tmp_path, refused):

@@ -116,5 +116,15 @@ def test_metrics_without_weights_are_left_out_and_named_unless_asked_for(tokeniz
     assert "leaves lpips out" in refused(main, *command, "--metrics", "ssim", "--lpips-weights", tmp_path / "x")
 
 
+def test_one_of_several_splits_is_reconstructed(tokenizer_run, image_folder, tmp_path, refused):
+    images = image_folder(classes=("x",))
+    for number, path in enumerate(sorted((images / "x").iterdir())):
+        path.rename(images / "x" / f"{'train' if number else 'val'}_{number}.png")
+    command = ["--tokenizer", tokenizer_run(), "--images", images / "x", "--workers", 0]
+    assert "holds the splits train, val" in refused(main, *command)
+    main([*map(str, command), "--split", "train", "--json", str(tmp_path / "scores.json")])
+    assert json.loads((tmp_path / "scores.json").read_text())["num_images"] == 3
+
+
 def test_a_picture_that_is_no_png_is_refused_before_anything_is_read(tmp_path, refused):
     assert "a.gif: must end in .png" in refused(main, "--tokenizer", "missing", "--images", tmp_path, "--out", "a.gif")

@@ -19,7 +19,7 @@ from tokenizer.training.perceptual import SMALLEST
 class ImagesConfig:
     """The images."""
 
-    images: str = "imagenet/train"  # folder with one sub-folder of images a class
+    images: str = "imagenet/train"  # folder with one sub-folder of images for each class
     val_images: str | None = None  # held-out images, likewise; null: no validation
     val_count: int = 1000  # held-out images used, spread evenly over the folder
     image_size: int = 256  # pixels a side
