@@ -28,7 +28,8 @@ from mutor_img.pretraining.task import GeneratorTask
 from mutor_img.sampling import main as sample
 from mutor_img.sampling import options
 from mutor_img.sampling.archive import SampleArchive
-from mutor_img.sweep import SweepPoint, points
+from mutor_img.sweep import points
+from mutor_img.sweep.points import SweepPoint
 from mutor_img.training.command import run_task
 from mutor_img.training.loop import train
 from mutor_img.training.runtime import Runtime
