@@ -22,8 +22,8 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".ti
 # By their content, whatever the name: photographs named .jpg are often something else. The rest of Pillow's formats are
 # no photographs, and some start other programs.
 _FORMATS = ("PNG", "JPEG", "BMP", "DIB", "WEBP", "PPM", "TIFF", "GIF", "AVIF", "JPEG2000")
-_WHITE_IS_ZERO, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 0, 258, 262, 339  # TIFF's tags, and a value of the third
-_SIGNED = 2  # a value of the fourth
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
+_WHITE_IS_ZERO, _SIGNED = 0, 2  # values of the second and the third
 
 
 def to_uint8(images: Tensor) -> Tensor:

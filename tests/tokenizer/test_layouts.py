@@ -392,6 +392,23 @@ def test_what_lies_beside_shards_is_never_left_out_without_a_word(tree, tmp_path
         open_images(data)
 
 
+def test_a_copy_of_a_shard_is_not_read_as_one_more(tree, tmp_path):
+    data = write_shards(tmp_path / "data", list_images(tree))
+    shutil.copy(data / "train-00000-of-00003.parquet", data / "train-00000-of-00003 (1).parquet")
+    with pytest.raises(UserError, match=r"00003 \(1\)\.parquet is no part of the numbered row of train beside it"):
+        open_images(data)
+
+
+@pytest.mark.parametrize("classes, labels, message", [
+    (b"caf\xe9\n", b"a", "classes.*: not a text file in UTF-8"), (b"a\n", b"caf\xe9", "labels.*: not a text file"),
+    (b"a\n", b"x," + b"y" * 200_000, "labels.*: line 1 is no line of a CSV file")])
+def test_files_that_are_no_text_are_named(classes, labels, message, flat, tmp_path):
+    (tmp_path / "classes").write_bytes(classes)
+    (tmp_path / "labels").write_bytes(labels)
+    with pytest.raises(UserError, match=message):
+        open_images(flat[0], labels=tmp_path / "labels", classes=tmp_path / "classes")
+
+
 def test_hidden_things_do_not_decide_the_layout(tree, flat, tmp_path):
     shutil.copytree(flat[0], tmp_path / "flat")
     tars = write_tars(tmp_path / "tars", list_images(tree), lambda i: b"0")

@@ -70,7 +70,10 @@ def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
-        fields = next(csv.reader([line])) if "," in line else line.split(None, 1)
+        try:
+            fields = next(csv.reader([line])) if "," in line else line.split(None, 1)
+        except csv.Error as error:
+            raise UserError(f"--labels {path}: line {number} is no line of a CSV file ({error})") from None
         fields = [field.strip() for field in fields]
         if len(fields) > 2 or (rows and len(fields) != len(rows[0][1])):
             raise UserError(f"--labels {path}: line {number} has {len(fields)} fields; expected a name and a label on "

@@ -81,6 +81,8 @@ def list_parquet(shards: list[Path], classes: list[str] | None = None, *, labell
         group_shard += [number] * len(groups)
         group_index += range(len(groups))
         group_rows += groups
+    if not files:
+        raise UserError(f"{shards[0]}: holds no rows; fetch it again")
     numbers = np.concatenate(labels)
     classes = _classes(names, classes, numbers, shards[0]) if labelled else ["images"]
     first = np.cumsum([0, *group_rows])[:-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from mutor_img.common.errors import UserError
@@ -52,10 +53,12 @@ def _check_alone(folder: Path, found: list[Entry], kinds: dict[str, list[Entry]]
 
 
 def _check_whole(folder: Path, names: list[str], stems: list[str]) -> None:
-    """Refuse a numbered row of shards from which one is missing, or in which one stands twice."""
-    rows: dict[tuple[str, int], int] = {}
-    for shard in filter(None, map(shard_count, stems)):
-        rows[shard] = rows.get(shard, 0) + 1
+    """Refuse a numbered row of shards from which one is missing, or beside which there is one without such a number."""
+    counted = [shard_count(stem) for stem in stems]
+    rows = Counter(shard for shard in counted if shard)
+    if rows and None in counted:
+        raise UserError(f"{folder}: {names[counted.index(None)]} is no part of the numbered row of "
+                        f"{next(iter(rows))[0]} beside it; remove it, or move it to a folder of its own")
     for (row, count), there in rows.items():
         if there != count:
             kind = _KINDS[Path(names[0]).suffix.lower()]

@@ -125,7 +125,11 @@ def read_class_list(given: str | Path) -> list[str]:
     if path.is_dir():
         classes = list_classes(path)
     elif path.is_file():
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError:
+            raise UserError(f"--classes {given}: not a text file in UTF-8") from None
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
         firsts = [line.split()[0].rstrip(",") for line in lines]
         classes = [first if is_wordnet_id(first) else line for first, line in zip(firsts, lines)]
     else:

@@ -49,13 +49,19 @@ class Squares(Dataset):
         """
         loader = DataLoader(self, batch_size, num_workers=workers, collate_fn=_collate)
         try:
-            if workers:  # one queue for each process and more: tried first, for a half-made loader ends in a traceback
-                _ = [torch.multiprocessing.Queue() for _ in range(workers + 3)]
+            _try_queues(workers)
             batches = iter(loader)  # starts the processes
         except OSError as error:
             raise UserError(f"reading processes cannot be started ({error}); {_CURE}") from None
         for squares, errors in batches:
             yield torch.from_numpy(squares), errors
+
+
+def _try_queues(workers: int) -> None:
+    """Make as many queues as a loader will, and some: one that fails half-way prints a traceback of its own later."""
+    if workers:
+        held = [torch.multiprocessing.Queue() for _ in range(workers + 3)]
+        del held
 
 
 def _collate(items: list[tuple[Tensor, str]]) -> tuple[np.ndarray, list[str]]:

@@ -97,17 +97,19 @@ def _keys_twice(found: TarImages) -> list[str]:
     Raises:
         UserError: an image that an earlier tar file has too, byte for byte, under the same key.
     """
-    seen: dict[str, list[int]] = {}
+    first: dict[str, int] = {}
+    more: dict[str, list[int]] = {}
     twice = []
     for index, file in enumerate(found.files):
         key = file.partition(":")[2].rpartition(".")[0]
-        for earlier in seen.get(key, ()):
+        if first.setdefault(key, index) == index:
+            continue
+        for earlier in (first[key], *more.get(key, ())):
             if found.sizes[earlier] == found.sizes[index] and found.content(earlier) == found.content(index):
                 raise UserError(f"{found.root}: {file} is {found.files[earlier]} once more, byte for byte; remove one "
                                 "of the two, since it would count twice")
-        if key in seen:
-            twice.append(file)
-        seen.setdefault(key, []).append(index)
+        more.setdefault(key, []).append(index)
+        twice.append(file)
     return twice
 
 
