@@ -168,6 +168,21 @@ def load_strict(model: torch.nn.Module, tensors: dict[str, Tensor], origin: str 
     model.load_state_dict(tensors)
 
 
+def fill_blank(model: torch.nn.Module, tensors: dict[str, Tensor], device: torch.device | str) -> torch.nn.Module:
+    """Give a model without memory behind its tensors these ones: themselves, not copies. Returns it.
+
+    Args:
+        model: on the device ``meta``. What it holds beside weights it makes anew itself.
+        tensors: its whole state dict, of any dtype, on ``device``.
+        device: where the model is to be.
+    """
+    model.load_state_dict(tensors, assign=True)
+    for module in model.modules():
+        module._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor,
+                      recurse=False)
+    return model
+
+
 def check_shapes(model: torch.nn.Module, shapes: dict[str, tuple[int, ...]], origin: str | Path) -> None:
     """Check that weights of these names and shapes are all that ``model`` has, and nothing else.
 

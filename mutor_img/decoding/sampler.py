@@ -107,7 +107,7 @@ class Sampler:
             settings: what decides the samples.
             batch: sequences at a time where the number is free, that is anywhere but on CPUs in fp32; on GPUs at most
                 ``MOST_ROWS``, with guidance half of it.
-            keep: False: nothing is compiled or kept beside the model; for a few images amid training.
+            keep: False: nothing is compiled or kept beside the model; amid training.
 
         Raises:
             UserError: settings out of range.

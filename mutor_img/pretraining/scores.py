@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from mutor_img.checkpoints.folder import fill_blank
 from mutor_img.decoding.sampler import SamplingSettings
 from mutor_img.metrics.evaluator import evaluate
 from mutor_img.metrics.networks import load_features
@@ -52,7 +53,8 @@ class RunScores:
 
     def _images(self, model: Transformer) -> ModelImages:
         labels = make_labels("random", range(self.classes), self.config.samples, self.settings.seed)
-        return ModelImages(model, self.tokenizer, labels, self.settings, BATCH, "the run")
+        # Nothing is compiled or kept: weights move before the next score, and training needs the memory.
+        return ModelImages(model, self.tokenizer, labels, self.settings, BATCH, "the run", keep=False)
 
     def __call__(self, model: Transformer) -> dict[str, float]:
         """Return the scores by name ("eval_fid", ...); {} on ranks other than 0, all of which must call.
@@ -68,7 +70,7 @@ class RunScores:
 
 def as_sampled(model: Transformer) -> Transformer:
     """Return a copy in bf16, the precision in which ``sample.py`` runs on a GPU."""
-    with torch.random.fork_rng(devices=[]), torch.device(model.output.weight.device):
+    with torch.device("meta"):
         copy = Transformer(model.config)
-    copy.load_state_dict(model.state_dict())
-    return copy.to(torch.bfloat16).eval()
+    weights = {name: weight.to(torch.bfloat16) for name, weight in model.state_dict().items()}
+    return fill_blank(copy, weights, model.output.weight.device).eval()

@@ -80,23 +80,24 @@ class ModelImages:
     manifest: dict[str, Any] | None = None
 
     def __init__(self, model: Transformer, tokenizer: VQModel, labels: Tensor, settings: SamplingSettings, batch: int,
-                 name: str):
+                 name: str, keep: bool = True):
         """Nothing is sampled yet.
 
         Args:
             model, tokenizer: on one device.
             labels: (N,) int64 of images 0 .. N - 1.
             settings: guidance, filtering and seed.
-            batch: images at a time where that is free, see :class:`~mutor_img.decoding.sampler.Sampler`.
+            batch, keep: see :class:`~mutor_img.decoding.sampler.Sampler`.
             name: for results.
         """
         self.model, self.tokenizer, self.settings, self.batch, self.name = model, tokenizer, settings, batch, name
+        self.keep = keep
         self.size = tuple(side * tokenizer.downsample for side in model.config.grid)
         self.drawn, self.labels = labels, labels.numpy()
 
     @cached_property
     def _sampler(self) -> Sampler:
-        return Sampler(self.model, self.settings, min(self.batch, len(self)))
+        return Sampler(self.model, self.settings, min(self.batch, len(self)), self.keep)
 
     def __len__(self) -> int:
         return len(self.labels)

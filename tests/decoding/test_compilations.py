@@ -1,8 +1,6 @@
 """Decoding compiles seldom, whatever sizes are asked for, and what it has compiled goes when nobody uses it."""
 
-import gc
 import weakref
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -37,17 +35,6 @@ def as_on_a_gpu(monkeypatch, counter):
     monkeypatch.setattr(sampler, "_replays", lambda device: True)
     monkeypatch.setattr(StaticDecoder, "compile_step", lambda self, **_: compile_step(self, backend=counter))
     return counter
-
-
-@contextmanager
-def no_collector():
-    """Only what nobody refers to goes."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def test_numbers_of_images_from_1_to_64_make_at_most_7_graphs_and_the_codes_of_the_cpu(random_model, as_on_a_gpu):
@@ -99,9 +86,9 @@ def test_the_kernel_of_bf16_on_cpus_is_compiled_for_a_few_kinds_of_shapes(counte
 
 
 @pytest.mark.parametrize("eager", [True, False])
-def test_a_decoder_that_is_dropped_frees_its_cache_at_once(random_model, as_on_a_gpu, eager):
+def test_a_decoder_that_is_dropped_frees_its_cache_at_once(random_model, as_on_a_gpu, eager, no_collector):
     decoder = StaticDecoder(random_model((2, 2), layers=1), 2, eager)
-    with no_collector():
+    with no_collector:
         with torch.no_grad():
             decoder.next(torch.tensor([1, 2]), 1)
         gone = weakref.ref(decoder), weakref.ref(decoder.caches[0].keys)
@@ -109,9 +96,9 @@ def test_a_decoder_that_is_dropped_frees_its_cache_at_once(random_model, as_on_a
         assert [reference() for reference in gone] == [None, None]
 
 
-def test_a_model_that_is_dropped_takes_decoders_and_weights_with_it(random_model, as_on_a_gpu):
+def test_a_model_that_is_dropped_takes_decoders_and_weights_with_it(random_model, as_on_a_gpu, no_collector):
     model = random_model((2, 2), layers=1)
-    with no_collector():
+    with no_collector:
         used = Sampler(model, SamplingSettings(), 3)
         used.generate(torch.tensor([0, 1, 2]), torch.arange(3))
         gone = [weakref.ref(x) for x in (model, used.decoder.caches[0].keys, model.output.weight)]
@@ -120,11 +107,11 @@ def test_a_model_that_is_dropped_takes_decoders_and_weights_with_it(random_model
         assert [reference() for reference in gone] == [None] * 3 and len(gpu._DECODERS) == before - 1
 
 
-def test_weights_that_move_take_the_old_caches_with_them(random_model):
+def test_weights_that_move_take_the_old_caches_with_them(random_model, no_collector):
     model = random_model((2, 2), layers=1)
     old = static_decoder(model, 4)
     assert static_decoder(model, 3) is old and static_decoder(model, 8) is not old and static_decoder(model, 4) is old
-    with no_collector():
+    with no_collector:
         gone = weakref.ref(old)
         del old
         model.output.weight.data = model.output.weight.data.clone()

@@ -1,13 +1,16 @@
 """Training: it learns, resumes to the same bytes, brings codes back, and leaves a tokenizer that loads."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from mutor_img.checkpoints.folder import find_checkpoint
 from mutor_img.common.config import field_names, load_config
+from mutor_img.training import compiling, parallel
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.trainer import Trainer
 from tokenizer import load_tokenizer
@@ -75,6 +78,18 @@ def test_unused_codes_are_brought_back(command, tmp_path):
         trainer = Trainer(task, task.config, runtime)
         used[after] = [trainer.update()["codes_used"] for _ in range(8)][-1]
     assert used[2] > used[0]
+
+
+def test_neither_validation_nor_pictures_compile_the_network_anew(command, tmp_path, monkeypatch, usual_limits):
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(parallel, "compile_blocks", partial(compiling.compile_blocks, backend=counter))
+    for every in (0, 1):
+        torch._dynamo.reset()
+        counter.frame_count = 0
+        main([*command, f"run_dir={tmp_path / str(every)}", "train.compile=true", "train.steps=2", "train.ema=0",
+              f"train.validate_every={every}", f"train.picture_every={every}"])
+        assert counter.frame_count == 2  # the encoder and the decoder
+    assert len(list((tmp_path / "1" / "pictures").iterdir())) == 2
 
 
 def test_shares_of_micro_batches_sum_to_the_batch(command):
