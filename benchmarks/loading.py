@@ -33,7 +33,7 @@ from mutor_img.data.store import BLOCK, Codes, CodesInfo, block_checksum
 from mutor_img.registers import RegisterLaw
 
 GRID, VOCABULARY, CLASSES, VIEWS = (16, 16), 16384, 1000, 2
-BATCH, GPU_BATCH, GPU_STEP = 1024, 128, 0.16  # the paper's global batch, its share of a GPU, seconds a step
+BATCH, GPU_BATCH, GPU_STEP = 1024, 128, 0.16  # the paper's global batch, its share of a GPU, seconds per step
 
 
 def write_store(folder: Path, images: int) -> Codes:
@@ -102,7 +102,7 @@ def main(argv: Sequence[str]) -> dict[str, float]:
               f"{1e3 * batch_seconds(mixed, BATCH, args.batches):.2f} ms")
         print(f"a batch of {GPU_BATCH}          {1e3 * share:.2f} ms")
     shares["gpu"] = share / GPU_STEP
-    print(f"share of a GPU's step   {shares['gpu']:.2%} of the paper's {GPU_STEP} s for {GPU_BATCH} sequences a GPU "
+    print(f"share of a GPU's step   {shares['gpu']:.2%} of the paper's {GPU_STEP} s for {GPU_BATCH} sequences per GPU "
           "(computed, not measured)")
     if args.steps:
         step = make_step("B", RegisterLaw("2d", GRID, 4, 80), args.step_batch, bf16=True, compiled=False)

@@ -84,7 +84,7 @@ def train_all(folder: Path, weights: Sequence[float], start: int, steps: int, lr
 
 
 def compare(folder: Path, runs: dict[str, Path]) -> Image.Image:
-    """Print the runs' scores on the held-out crops; returns a picture of some, a row a run below the photographs'."""
+    """Print the runs' scores on the held-out crops; returns a picture of some, a row per run below the photographs'."""
     crops = list_images(folder / "val")
     with ThreadPoolExecutor(1) as pool:
         pixels = to_float(read_all(crops, range(len(crops)), 3, SIZE, pool))  # (n, 3, 32, 32)

@@ -1,4 +1,4 @@
-"""Named tensors in safetensors files: whole in one file, or by rows in one file a process; never pickle.
+"""Named tensors in safetensors files: whole in one file, or by rows in one file per process; never pickle.
 
 The header of a sharded file holds, as JSON under ``rows``, the first row of each slice and the rows of the whole
 tensor. Whoever reads takes the rows that it needs from the files that have them, so that the number of processes may
@@ -49,7 +49,7 @@ class Slice:
 def write_groups(folder: Path, tensors: dict[str, dict[str, Tensor | Slice]], rank: int = 0, world: int = 1) -> Files:
     """Write this process's file of each group, flushed to disk; returns size and sha256 by file name.
 
-    A group in which some tensors are slices becomes a file a process; what is whole in it stands in rank 0's. Any other
+    A group in which some tensors are slices becomes one file per process; what is whole in it stands in rank 0's. Any other
     group is one file, and rank 0's business.
     """
     files = {}

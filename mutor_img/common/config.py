@@ -59,7 +59,7 @@ class TrainConfig:
     """How long, how large, how precise, and what is written when."""
 
     steps: int = 360_000  # optimiser updates
-    global_batch: int = 1024  # sequences or images an update, over all processes
+    global_batch: int = 1024  # sequences or images per update, over all processes
     micro_batch: int = 0  # of a process and a forward pass, at most; 0: the whole share of the process
     precision: str = "bf16"  # bf16: autocast over fp32 weights; fp32; auto: bf16 where the device computes in it
     compile: bool = True  # torch.compile, block by block

@@ -194,7 +194,7 @@ class PackedDecoder:
 
     Attributes:
         weights: the packed weights.
-        rows: most sequences a step takes.
+        rows: the most sequences that a step takes.
         cache: what attention has seen.
     """
 

@@ -1,6 +1,6 @@
 """Classifier-free guidance: how strongly each token of an image is pushed towards its class.
 
-A schedule is a list of N scales, one a token. A scale of 1 means the conditional logits as they are; above 1 the
+A schedule is a list of N scales, one per token. A scale of 1 means the conditional logits as they are; above 1 the
 logits are ``uncond + s (cond - uncond)`` (LlamaGen, arXiv 2406.06525; the paper's images use a constant 2.0).
 """
 

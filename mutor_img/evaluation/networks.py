@@ -23,7 +23,7 @@ def add_network_flags(parser: Parser) -> None:
     add("--features-weights", metavar="PATH", help=f"folder of the digit classifier ({DEFAULT_FOLDER} unless given), "
                                                    "or weights file of the timm model")
     add("--inception-weights", metavar="FILE", help="Inception weights elsewhere than in torch's hub folder")
-    add("--batch-size", type=int, default=64, help="images a process at once")
+    add("--batch-size", type=int, default=64, help="images per process at once")
     add("--device", help="cpu, cuda or cuda:N; CUDA if there is one, else the CPU")
 
 

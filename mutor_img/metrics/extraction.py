@@ -64,7 +64,7 @@ def extract(
         rows: outputs to keep image by image.
         chosen: ascending numbers (n,) int64 of the images whose rows are kept; None: all.
         pixels: keep the images too, for small ones.
-        batch_size: images a process and round.
+        batch_size: images per process and round.
         progress: a bar with an ETA, on a terminal.
         title: of the bar.
 

@@ -37,7 +37,7 @@ class FeatureNetwork(Protocol):
     Attributes:
         name: written into every result and every statistics file.
         weights_hash: sha256 of the weights file, hexadecimal.
-        dimensions: numbers an image for each output, e.g. ``{"pool": 2048, "spatial": 2023, "logits": 1008}``.
+        dimensions: numbers per image for each output, e.g. ``{"pool": 2048, "spatial": 2023, "logits": 1008}``.
             "pool" feeds the Frechet distance, precision and recall; "spatial" sFID; "logits" the Inception Score.
         warnings: why scores made with it are not comparable with published ones; empty if they are.
         device: where it runs.

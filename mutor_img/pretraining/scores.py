@@ -19,7 +19,7 @@ from mutor_img.sampling.source import ModelImages
 from mutor_img.training.runtime import Runtime
 from mutor_img.transformer import Transformer
 
-BATCH = 64  # images a process at once
+BATCH = 64  # images per process at once
 
 
 class RunScores:

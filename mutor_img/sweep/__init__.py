@@ -1,1 +1,1 @@
-"""Scores over guidance scales, schedules and temperatures, from one checkpoint, with few samples a point."""
+"""Scores over guidance scales, schedules and temperatures, from one checkpoint, with few samples per point."""

@@ -53,19 +53,19 @@ def grid(scales: Iterable[float], temperatures: Iterable[float],
 def sweep(source: SampleSource, points: Sequence[SweepPoint], count: int, reference: Reference,
           network: FeatureNetwork, *, out: str | os.PathLike | None = None, metrics: Sequence[str] | None = None,
           batch_size: int = 64, progress: bool = False) -> Iterator[dict[str, Any]]:
-    """Score the first ``count`` samples of each point; yields one row a point, in order.
+    """Score the first ``count`` samples of each point; yields one row per point, in order.
 
     Under torch.distributed every process calls this alike; ranks other than 0 yield empty rows.
 
     Args:
         source: the checkpoint and the settings that all points share.
         points: what varies.
-        count: samples a point.
+        count: samples per point.
         reference: what they are scored against; its own features are computed once.
         network: the feature network.
         out: a JSON file that keeps each row as soon as it is there; a row in it is not computed again. None: no file.
         metrics: as for :func:`~mutor_img.metrics.evaluator.evaluate`; "fid" must be among them.
-        batch_size: images a process at once.
+        batch_size: images per process at once.
         progress: bars with an ETA, on a terminal.
 
     Yields:

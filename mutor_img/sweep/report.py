@@ -26,7 +26,7 @@ def schedule_note(row: dict[str, Any]) -> str:
 
 
 def table(rows: Sequence[dict[str, Any]], best: dict[str, Any]) -> str:
-    """Return one line a point; a star marks the best."""
+    """Return one line per point; a star marks the best."""
     keys = [key for key in _COLUMNS if key in rows[0]]
     size = rows[0]["num_samples"]
     lines = [["cfg-scale", "temperature", *(f"{_COLUMNS[key]}-{size}" if key in ("fid", "fd", "sfid") else _COLUMNS[key]
@@ -72,7 +72,7 @@ def draw(rows: Sequence[dict[str, Any]], best: dict[str, Any], key: str, path: s
         place.grid(alpha=0.3)
         place.legend(fontsize=7)
     axes[0][0].plot(best[across], best[key], "*", color="black", markersize=12, zorder=3)
-    figure.suptitle(f"{best['num_samples']} samples a point; the star is the lowest {_COLUMNS[key]}", fontsize=10)
+    figure.suptitle(f"{best['num_samples']} samples per point; the star is the lowest {_COLUMNS[key]}", fontsize=10)
     write_atomic(path, lambda aside: figure.savefig(aside, format="png", dpi=120))
     plt.close(figure)
     return Path(path)

@@ -114,7 +114,7 @@ def random_rule(least: float = 0.8, count: int = 10, seed: int = 0) -> CropRule:
 
     Args:
         least: smallest share of the shorter side that a crop keeps, in (0, 1].
-        count: views an image.
+        count: views per image.
         seed: of the draws.
     """
     check_range("--crop-min", least, 0.0, 1.0, low_open=True)

@@ -1,6 +1,6 @@
 """Images that lie flat in one folder, with a file that holds their labels, as ImageNet's validation images do.
 
-The file has one line an image: its name and its label, by comma (LOC_val_solution.csv, whose boxes are ignored, and
+The file has one line per image: its name and its label, by comma (LOC_val_solution.csv, whose boxes are ignored, and
 any other two-column CSV) or by white space (``ILSVRC2012_val_00000001.JPEG n01751748``); or labels alone, in the order
 of the file names. A label is a class's name (a WordNet id), or its number in the list that ``--classes`` gives: a
 number alone does not say which list it counts in. ImageNet's own development kit counts from 1 in another order.
@@ -89,7 +89,7 @@ def _labels_of(stems: list[str], rows: list[tuple[int, list[str]]], root: Path, 
     if len(rows[0][1]) == 1:
         if len(rows) != len(stems):
             raise UserError(f"--labels {path}: {len(rows)} labels for the {len(stems)} images in {root}; without names "
-                            "there must be one a file, in the order of the file names")
+                            "there must be one per file, in the order of the file names")
         return [fields[0] for _, fields in rows]
     known, labels = set(stems), {}
     if Path(rows[0][1][0]).stem not in known and len(rows) > 1 and Path(rows[1][1][0]).stem in known:

@@ -114,7 +114,7 @@ def read_class_list(given: str | Path) -> list[str]:
 
     Args:
         given: ``imagenet-1k``; a folder, whose sub-folders in sorted order are the classes; or a text file with
-            one class a line, where anything after a WordNet id is ignored (``n01440764 tench, Tinca tinca``).
+            one class per line, where anything after a WordNet id is ignored (``n01440764 tench, Tinca tinca``).
 
     Raises:
         UserError: nothing is there, or a class stands there twice.
@@ -134,7 +134,7 @@ def read_class_list(given: str | Path) -> list[str]:
         classes = [first if is_wordnet_id(first) else line for first, line in zip(firsts, lines)]
     else:
         raise UserError(f"--classes {given}: no such file or folder; give {IMAGENET}, a folder of class folders, or "
-                        "a text file with one class a line")
+                        "a text file with one class per line")
     if not classes:
         raise UserError(f"--classes {given}: no classes in it")
     twice = [name for name, count in Counter(classes).items() if count > 1]
