@@ -140,8 +140,8 @@ def main(argv: Sequence[str]) -> dict[str, float]:
             write_images(Path(folder) / "images", args.count)
         settings = {"images": args.images or f"{folder}/images", "labels": args.labels, "preset": args.preset,
                     "size": args.image_size, "count": args.count, "out": f"{folder}/codes"}
-        print(f"{processor()}, 1 thread per process, torch {torch.__version__}; {args.preset}, {args.image_size} pixels, "
-              f"{args.count} images, 2 views each", flush=True)
+        print(f"{processor()}, 1 thread per process, torch {torch.__version__}; {args.preset}, "
+              f"{args.image_size} pixels, {args.count} images, 2 views each", flush=True)
         found = measure(settings, args.rounds)
     rates = {name: args.count / statistics.median(wall for wall, _ in times) for name, times in found.items()}
     print(f"{'variant':<24}{'images/s':>10}{'ratio to plain loop':>22}{'processor s an image':>23}")

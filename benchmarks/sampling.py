@@ -123,7 +123,7 @@ def main(argv: Sequence[str]) -> None:
     model = Transformer(config).to(device, DTYPES[args.dtype]).eval()
     nn.init.normal_(model.output.weight, std=0.02)
     print(f"{machine(device)}; torch {torch.__version__}, Python {platform.python_version()}")
-    print(f"{args.preset}, {args.dtype}, {config.length} codes, guidance {SCALE}; images per second, pixels not decoded")
+    print(f"{args.preset}, {args.dtype}, {config.length} codes, guidance {SCALE}; images per second, without decoding")
     print(f"{'batch':>6} {'plain loop':>11} {'ours':>9} {'ratio':>7}")
     for batch in map(int, args.batch_sizes.split(",")):
         plain, ours = compare(model, batch, args.rounds)

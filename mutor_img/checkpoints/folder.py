@@ -44,8 +44,8 @@ def write_checkpoint(run_dir: str | Path, step: int, tensors: dict[str, dict[str
     Args:
         run_dir: the run folder; with ``processes`` one that all of them see.
         step: updates done.
-        tensors: groups of named tensors, e.g. ``{"model": {...}, "ema": {...}}``; each becomes a file, or one per process
-            where some are slices.
+        tensors: groups of named tensors, e.g. ``{"model": {...}, "ema": {...}}``; each becomes a file, or one per
+            process where some are slices.
         meta: what else the JSON holds; plain JSON values only.
         processes: None: this process has everything. Else all of them call this, each with its slices; tensors that
             are whole are taken from rank 0.

@@ -49,8 +49,8 @@ class Slice:
 def write_groups(folder: Path, tensors: dict[str, dict[str, Tensor | Slice]], rank: int = 0, world: int = 1) -> Files:
     """Write this process's file of each group, flushed to disk; returns size and sha256 by file name.
 
-    A group in which some tensors are slices becomes one file per process; what is whole in it stands in rank 0's. Any other
-    group is one file, and rank 0's business.
+    A group in which some tensors are slices becomes one file per process; what is whole in it stands in rank 0's. Any
+    other group is one file, and rank 0's business.
     """
     files = {}
     for group, content in tensors.items():

@@ -107,7 +107,7 @@ def test_shares_of_micro_batches_sum_to_the_batch(command):
 def test_a_dry_run_prints_the_config_and_the_plan_and_needs_no_images(capsys):
     main(["--config", str(ROOT / "configs" / "mnist" / "tokenizer.yaml"), "--dry-run", "data.images=nowhere"])
     out = capsys.readouterr().out
-    assert "codes an image" in out and "FLOPs an update" in out and "nowhere" in out
+    assert "codes per image" in out and "FLOPs per update" in out and "nowhere" in out
 
 
 def test_mistakes_are_refused_in_one_line(command, refused, tmp_path):
