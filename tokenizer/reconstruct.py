@@ -8,7 +8,6 @@ if __name__ == "__main__":
     spin_briefly()  # before torch is loaded
 
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from mutor_img.common.cli import Parser, run
 from mutor_img.common.errors import UserError, check_range
-from mutor_img.common.files import write_json
+from mutor_img.common.files import clear, write_json
 from mutor_img.common.images import check_png, to_nhwc, write_png
 from mutor_img.common.locks import claim, file_lock
 from mutor_img.common.outputs import keep_apart
@@ -119,7 +118,7 @@ class Folder:
         self.aside = self.out.with_name(f".{self.out.name}.part")
         if self.out.exists():
             raise UserError(f"{out} exists; remove it, or give --samples another folder")
-        shutil.rmtree(self.aside, ignore_errors=True)
+        clear(self.aside)  # of a killed one
 
     def add(self, numbers: np.ndarray, images: np.ndarray) -> None:
         """Write images (B, H, W, 3) uint8 whose numbers in the source are ``numbers`` (B,)."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from mutor_img.checkpoints.folder import find_checkpoint, newest_checkpoint, rea
 from mutor_img.checkpoints.loading import Loaded, load_run
 from mutor_img.common.config import load_config
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import clear, read_json, write_json
+from mutor_img.common.files import clear, read_json, remove, write_json
 from mutor_img.common.locks import claim, file_lock
 from mutor_img.data.store import Codes
 from mutor_img.decoding.guidance import parse_schedule, schedule_text
@@ -102,7 +101,7 @@ def _reconstruct(config: StudyConfig) -> None:
     if all(kept.get(name) == value for name, value in key.items()):
         return
     decoded = Path(config.run_dir) / "reconstructions"
-    shutil.rmtree(decoded, ignore_errors=True)
+    clear(decoded)
     pixels, judged = (scores.with_name(f"reconstructions_{what}.json") for what in ("pixels", "judged"))
     command("-m", "tokenizer.reconstruct", "--tokenizer", tokenizer, "--images", images,
             "--out", reconstruction_picture(config), "--samples", decoded, "--json", pixels)
@@ -110,7 +109,7 @@ def _reconstruct(config: StudyConfig) -> None:
             "--features-weights", classifier_dir(config), "--json", judged)
     write_json(scores, read_json(judged) | read_json(pixels))
     for part in (pixels, judged):
-        part.unlink(missing_ok=True)
+        remove(part)
 
 
 def tokenizer_dir(config: StudyConfig) -> Path:
