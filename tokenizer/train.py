@@ -45,6 +45,7 @@ class TokenizerTask(Task):
 
     unit = "images"
     units_per_sample = 1
+    operation = "conv"
 
     def __init__(self, config: TokenizerConfig, runtime: Runtime):
         """List the images, read them where they are few, and build the model.

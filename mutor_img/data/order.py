@@ -1,7 +1,7 @@
 """A data order without a state: which item the n-th sample of a run is, and its codes.
 
 Time is counted in samples. The permutation of an epoch is a function of (seed, epoch), and a place in it a function of
-the sample number, so that a resume, another number of processes or another micro-batch changes nothing.
+the sample number, so that a resume, another number of processes or another micro-batch changes nothing of them.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def _record(trainer: Trainer) -> None:
 def _run(trainer: Trainer, log: RunLog | None, stop: StopRequest) -> None:
     """Update until done or stopped; log, save, validate and draw on the way."""
     train, task, alone = trainer.config.train, trainer.task, trainer.runtime.world == 1
-    peak = peak_flops(trainer.runtime.device, train.precision)
+    peak = peak_flops(trainer.runtime.device, train.precision, task.operation)
     bar = tqdm(total=train.steps, initial=trainer.step, desc=trainer.run_dir.name, unit="step", disable=not log,
                mininterval=1.0, dynamic_ncols=True)
     if log and train.compile:

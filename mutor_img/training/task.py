@@ -16,6 +16,7 @@ class Task:
         unit: what throughput counts, e.g. ``"tokens"``.
         units_per_sample: units a sample costs in one update.
         flops_per_sample: training FLOPs of one sample (forward and backward), for MFU.
+        operation: what most of them are of, "matmul" or "conv".
         headline: names of the logged values that a log line and the loss curve show, in order.
         score_every: steps between calls of :meth:`score`, and at the end; 0: never.
         shardable: FSDP2 may shard the model: the task touches its weights by calling it only.
@@ -25,6 +26,7 @@ class Task:
     unit: str
     units_per_sample: int
     flops_per_sample: float
+    operation: str = "matmul"
     headline: tuple[str, ...]
     score_every: int = 0
     shardable: bool = False

@@ -1,7 +1,9 @@
 """What a run consists of at one moment, and one update of it: the same on one CPU and on many GPUs.
 
-Random numbers are functions of (seed, step, sample) or, for dropout, of (seed, step, rank), and the data order is a
-function of the sample number. So "to resume, run the same command again" gives the bytes of an uninterrupted run.
+Random numbers are functions of (seed, step, sample) or, for dropout and stochastic depth, of (seed, step, rank,
+micro-batch), and the data order is a function of the sample number. So "to resume, run the same command again" gives
+the bytes of an uninterrupted run. Another number of processes, or another micro-batch, gives its loss curve only where
+dropout and stochastic depth are off.
 """
 
 from __future__ import annotations

@@ -64,6 +64,12 @@ def test_gradient_accumulation_changes_nothing_but_rounding(run_training, tmp_pa
         assert losses(cut.run_dir) == pytest.approx(losses(whole.run_dir), abs=1e-5)
 
 
+def test_with_dropout_another_micro_batch_draws_other_masks(run_training, tmp_path):
+    whole, cut = (run_training(f"run_dir={tmp_path}/{size}", f"train.micro_batch={size}", "model.dropout=0.3")
+                  for size in (4, 1))
+    assert losses(cut.run_dir) != pytest.approx(losses(whole.run_dir), abs=1e-4)
+
+
 def test_a_finished_run_is_left_alone(run_training, capsys):
     trainer = run_training()
     before = digest(find_checkpoint(trainer.run_dir))
