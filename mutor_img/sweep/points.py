@@ -115,7 +115,7 @@ def _at(source: SampleSource, point: SweepPoint) -> SampleSource:
 
 
 def _point(row: dict[str, Any]) -> SweepPoint:
-    return SweepPoint(**{name: row[name] for name in SweepPoint._fields})
+    return SweepPoint(**{name: row[name] for name in SweepPoint._fields if name in row})
 
 
 def _read(out: str | os.PathLike | None, key: dict[str, Any]) -> list[dict[str, Any]]:
