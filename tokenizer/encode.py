@@ -36,7 +36,7 @@ from tokenizer.images.source import IMAGENET, ImageSource
 from tokenizer.images.squares import Squares, readers
 from tokenizer.loading import load_tokenizer
 from tokenizer.network.quantizer import USED_SLOTS
-from tokenizer.network.vq import VQModel
+from tokenizer.network.vq import VQModel, rows_at_once
 from tokenizer.store import Recipe, StoreWriter
 
 VIEWS = {"plain": lambda squares: squares, "mirror": lambda squares: squares.flip(-1)}
@@ -123,9 +123,11 @@ def _encode(vq: VQModel, batches: Iterable[tuple[Tensor, Sequence[str]]], runtim
     """Yield the (views, N) uint16 codes of one image after another, with its reading error or an empty string."""
     with tqdm(total=total, desc="encode", unit="image", disable=not runtime.is_main, mininterval=1.0) as bar:
         for squares, errors in batches:  # (B, squares, C, H, W) uint8
-            pixels = to_float(squares.to(runtime.device))
-            seen = torch.cat([VIEWS[view](pixels) for view in views], dim=1)  # (B, views, C, H, W)
-            codes = vq.encode(seen.flatten(0, 1)).view(*seen.shape[:2], -1)  # (B, views, N)
+            pixels = squares.to(runtime.device)
+            seen = torch.cat([VIEWS[view](pixels) for view in views], dim=1)  # (B, views, C, H, W) uint8
+            # Whole as bytes and a pass at a time as fp32: a batch may have a thousand views of each image.
+            passes = seen.flatten(0, 1).split(rows_at_once(seen.device, *seen.shape[-2:]))
+            codes = torch.cat([vq.encode(to_float(part)) for part in passes]).view(*seen.shape[:2], -1)  # (B, views, N)
             yield from zip(codes.cpu().numpy().astype(np.uint16), errors)
             bar.update(len(squares))
 

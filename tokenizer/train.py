@@ -21,12 +21,12 @@ from mutor_img.common.streams import Stream, generator_seed, integers
 from mutor_img.training.command import parse_training, run_task
 from mutor_img.training.optimizer import learning_rate
 from mutor_img.training.runtime import Runtime
-from mutor_img.training.task import Task
+from mutor_img.training.task import Task, read_numbers
 from tokenizer.images.crops import to_float
 from tokenizer.images.folder import list_images
 from tokenizer.images.source import ImageSource
 from tokenizer.measures import psnr
-from tokenizer.network.quantizer import Quantised, perplexity
+from tokenizer.network.quantizer import Quantised, code_use, count_codes
 from tokenizer.network.vq import VQModel
 from tokenizer.pictures import before_after
 from tokenizer.store import files_hash
@@ -105,27 +105,26 @@ class TokenizerTask(Task):
         """Tell whether a discriminator has its say in update ``step``."""
         return self.adversary is not None and step >= self.config.loss.adversarial_start
 
-    def before_update(self, step: int) -> dict[str, float]:
+    def before_update(self, step: int) -> dict[str, Tensor]:
         """Make the discriminator's gradients; returns what :meth:`Adversary.learn` does, once it judges."""
         if not self._judged(step):
             return {}
         return self.adversary.learn(self.config.train.global_batch, self.config.train.precision)
 
     @torch.no_grad()
-    def after_update(self, model: nn.Module, step: int) -> dict[str, float]:
+    def after_update(self, model: nn.Module, step: int) -> dict[str, Tensor]:
         """Move the discriminator, count the use of each code, and move codes that went unused for too long."""
         if self._judged(step):
             self.adversary.step(learning_rate(self.config.optim, step, self.config.train.steps))
         quantizer, revival = model.quantize, self.config.revival
         indices = torch.cat([quantised.indices.flatten() for _, quantised in self.seen])
-        counts = self.runtime.sum(torch.bincount(indices, minlength=quantizer.vocabulary))
+        counts = self.runtime.sum(count_codes(indices, quantizer.vocabulary))
         quantizer.note_use(counts)
         if revival.after and step < revival.until * self.config.train.steps:
-            dead = quantizer.idle(revival.after)
-            if len(dead):
-                quantizer.reseed(dead, self._draw_latents(step, dead))
+            codes = torch.arange(quantizer.vocabulary, device=indices.device)
+            quantizer.reseed(quantizer.idle(revival.after), self._draw_latents(step, codes))
         self.seen.clear()
-        return {"codes_used": float((counts > 0).double().mean()), "perplexity": perplexity(counts)}
+        return code_use(counts)
 
     def _draw_latents(self, step: int, codes: Tensor) -> Tensor:
         """Return a unit latent of the global batch for each code: (n,) -> (n, code_dim), the same on all processes.
@@ -153,17 +152,16 @@ class TokenizerTask(Task):
             reconstruction, quantised = model(images)
             sums[0] += psnr(to_nhwc(images), to_nhwc(reconstruction)) * len(images)
             sums[1] += len(images)
-            counts += torch.bincount(quantised.indices.flatten(), minlength=model.vocabulary)
-        total, count = self.runtime.sum(sums).tolist()
-        counts = self.runtime.sum(counts)
-        return {"val_psnr": total / count, "val_codes_used": float((counts > 0).double().mean()),
-                "val_perplexity": perplexity(counts)}
+            counts += count_codes(quantised.indices, model.vocabulary)
+        total, count = self.runtime.sum(sums)
+        use = code_use(self.runtime.sum(counts))
+        return read_numbers({"val_psnr": total / count, **{f"val_{name}": value for name, value in use.items()}})
 
     def draw_pictures(self, model: nn.Module, folder: Path, step: int) -> None:
         if self.val_images is not None:
             images = to_float(self.val_images[:: -(-len(self.val_images) // _PICTURES)]).to(self.runtime.device)
         else:
-            images = self.images.batch(torch.arange(_PICTURES, device=self.runtime.device))
+            images = self.images.batch(torch.arange(_PICTURES), self.runtime.device)
         reconstruction, _ = model(images)
         write_png(folder / f"reconstructions_{step:08d}.png", before_after(to_nhwc(images), to_nhwc(reconstruction)))
 

@@ -17,7 +17,7 @@ from mutor_img.training.hardware import peak_flops
 from mutor_img.training.log import RunLog, log_line
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.stopping import Stopped, StopRequest
-from mutor_img.training.task import Task
+from mutor_img.training.task import Task, read_numbers
 from mutor_img.training.trainer import Trainer
 
 
@@ -101,7 +101,7 @@ def _run(trainer: Trainer, log: RunLog | None, stop: StopRequest) -> None:
         if log and (done or step % train.log_every == 0 or step == 1):
             elapsed = max(1e-9, trainer.seconds - mark_seconds)
             rate = (step - mark_step) * train.global_batch / elapsed  # samples a second
-            values["samples"] = step * train.global_batch
+            values = {**read_numbers(values), "samples": step * train.global_batch}
             values[f"{task.unit}_per_second"] = rate * task.units_per_sample
             if peak:
                 values["mfu"] = rate * task.flops_per_sample / peak / trainer.runtime.world

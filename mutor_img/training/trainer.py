@@ -26,7 +26,7 @@ from mutor_img.training import parallel
 from mutor_img.training.changes import check_changes, require_group
 from mutor_img.training.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from mutor_img.training.runtime import Runtime
-from mutor_img.training.task import Task
+from mutor_img.training.task import Task, read_numbers
 
 
 class Trainer:
@@ -128,7 +128,7 @@ class Trainer:
 
     def update(self) -> dict[str, float]:
         """Do one optimiser update over the global batch; returns the logged values, the same on all ranks."""
-        return self.apply(self.gradients())
+        return read_numbers(self.apply(self.gradients()))
 
     def gradients(self) -> dict[str, float]:
         """Make the clipped gradients of the global batch; returns what is logged of them. Nothing that is saved moves.
@@ -154,8 +154,8 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip or math.inf)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         sums = runtime.sum(torch.stack([totals[name].float() for name in totals]))
-        logged = dict(zip((*totals, "gradient_norm"), [*sums.tolist(), norm.item()]))
-        logged.update(self.task.before_update(self.step))
+        beside = self.task.before_update(self.step)
+        logged = read_numbers({**dict(zip(totals, sums)), "gradient_norm": norm, **beside})
         bad = [name for name, value in logged.items() if not math.isfinite(value)]
         if bad:
             raise UserError(f"step {self.step}: {bad[0]} is {logged[bad[0]]}; nothing was updated and "
@@ -163,8 +163,11 @@ class Trainer:
                             "lower optim.lr or use train.precision=fp32, then run the same command again")
         return logged
 
-    def apply(self, logged: dict[str, float]) -> dict[str, float]:
-        """Move the weights by their gradients, and the average after them; returns ``logged`` and more."""
+    def apply(self, logged: dict[str, float]) -> dict[str, float | Tensor]:
+        """Move the weights by their gradients, and the average after them; returns ``logged`` and more.
+
+        Nothing here waits for the device: what is more may still be on it.
+        """
         lr = learning_rate(self.config.optim, self.step, self.config.train.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
