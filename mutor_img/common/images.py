@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torch.nn import functional as F
 
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import write_atomic
@@ -36,6 +37,15 @@ def to_nhwc(images: Tensor) -> np.ndarray:
     """Turn (B, 1 or 3, H, W) pixels in [-1, 1] into a (B, H, W, 3) uint8 array; grey is repeated."""
     pixels = to_uint8(images).expand(-1, 3, -1, -1)  # (B, 3, H, W)
     return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def shrink(images: Tensor, side: int) -> Tensor:
+    """Resize (B, C, H, W) pixels in [-1, 1] to ``side`` pixels a side, before they are rounded; fp32.
+
+    Bicubic without antialiasing, as LlamaGen's sampler makes its 256-pixel images of 384-pixel ones (its
+    ``sample_c2i_ddp.py``, ``--image-size-eval``). Values may leave [-1, 1]; :func:`to_uint8` clamps them.
+    """
+    return F.interpolate(images.float(), size=(side, side), mode="bicubic", align_corners=False)
 
 
 def read_image(path: str | os.PathLike | BinaryIO, mode: str = "RGB", *, name: str | None = None) -> Image.Image:

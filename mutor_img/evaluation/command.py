@@ -19,6 +19,7 @@ from mutor_img.metrics.references import ROLES, open_reference
 from mutor_img.metrics.report import table
 from mutor_img.metrics.requirements import METRICS, OPTIONAL, check_names
 from mutor_img.metrics.samples import manifest_of, open_samples
+from mutor_img.metrics.views import Resized
 from mutor_img.sampling.options import add_sampling_flags, check_sampling_flags, open_source
 from mutor_img.sampling.source import GeneratedImages
 
@@ -41,8 +42,8 @@ def _parser() -> tuple[cli.Parser, list[str]]:
     add("--reference", metavar="PATH", help="ADM npz, statistics npz (ours, or mu and sigma), images npz or PNG folder")
     add("--metrics", metavar="LIST", help=f"some of {','.join((*METRICS, *OPTIONAL))}; all that the reference allows "
                                           f"of {','.join(METRICS)} if not given")
-    add("--num-samples", type=int, metavar="N", help="score the first N; fewer is an error; all if not given, or 50000 "
-                                                     "with --checkpoint")
+    add("--num-samples", type=int, metavar="N", help="score N, drawn by seed from all there are; fewer is an error; "
+                                                     "all if not given, or 50000 with --checkpoint")
     add("--held-out", metavar="PATH", help="real images outside the reference, scored at the same number beside it")
     add("--is-order", default="shuffle", metavar="ORDER", help=f"Inception Score chunks by {' or '.join(ORDERS)}")
     add("--role", metavar="ROLE", help=f"what is scored, or made a reference for: {' or '.join(ROLES)}; generation "
@@ -65,7 +66,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     args = parser.parse_args(argv)
     _check(args)
     if not args.checkpoint:
-        _check_unused(args, {name: parser.get_default(name) for name in sampling}, "has no use without --checkpoint")
+        taken = [name for name in sampling if name != "resize" or args.make_reference]
+        _check_unused(args, {name: parser.get_default(name) for name in taken}, "has no use without --checkpoint")
     outputs = {"--json": args.json, "--out": args.out}
     keep_apart(outputs, _inputs(args))
     runtime = start(args.device)
@@ -82,6 +84,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         samples = GeneratedImages(made, args.num_samples or SAMPLES, args.batch_size)
     else:
         samples = open_samples(args.samples)
+        samples = samples if args.resize is None else Resized(samples, args.resize)
     result = evaluate(
         samples, open_reference(args.reference), network, metrics=_metrics(args.metrics), num_samples=args.num_samples,
         held_out=None if args.held_out is None else open_samples(args.held_out), role=args.role or "generation",

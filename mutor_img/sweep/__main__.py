@@ -20,8 +20,9 @@ from mutor_img.sweep.points import best_point, grid, sweep
 from mutor_img.sweep.report import advice, draw, table
 
 SEED = 1  # not that of sample.py and evaluate_fid.py: a choice must not be made on the samples that are reported
-_REPEATED = ("checkpoint", "tokenizer", "weights", "classes", "labels", "cfg_schedule", "cfg_parameter", "top_k",
-             "top_p", "dtype", "reference", "features", "features_weights", "inception_weights")
+_REPEATED = ("checkpoint", "tokenizer", "grid_size", "resize", "weights", "classes", "labels", "cfg_schedule",
+             "cfg_parameter", "top_k", "top_p", "dtype", "reference", "features", "features_weights",
+             "inception_weights")
 
 
 def _parser() -> Parser:
