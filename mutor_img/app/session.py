@@ -138,7 +138,9 @@ def command_line(side: Side, source: SampleSource, count: int, out: str) -> str:
     flags = {"checkpoint": side.path, "tokenizer": side.tokenizer, "weights": source.loaded.which,
              "dtype": source.dtype,
              "classes": class_words(source.classes, source.names, source.run_names) if source.classes else None,
-             "labels": source.rule, "num-samples": count, **dataclasses.asdict(source.settings), "out": out}
+             **({} if source.loaded.meta else {"grid-size": "x".join(map(str, source.loaded.model.config.grid))}),
+             "resize": source.resize, "labels": source.rule, "num-samples": count,
+             **dataclasses.asdict(source.settings), "out": out}
     words = ["python", "sample.py"]
     for name, value in flags.items():
         if value is not None:

@@ -64,6 +64,18 @@ def _at_home(word: str) -> str:
     return (flag or "") + os.path.expanduser(value)
 
 
+def parse_grid(text: str, flag: str) -> tuple[int, int]:
+    """Return the rows and columns that ``24x24``, or ``24`` for a square, says.
+
+    Raises:
+        UserError: it says something else; ``flag`` is what is named.
+    """
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(re.fullmatch("[0-9]{1,4}", side) and 0 < int(side) <= 1024 for side in sides):
+        raise UserError(f"{flag} is {text!r}; give rows x columns of codes, as in 16x16")
+    return int(sides[0]), int(sides[-1])
+
+
 def run(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = None) -> None:
     """Run a command's ``main(argv)`` and exit: 0, or 2 with one line on stderr for a user's mistake.
 

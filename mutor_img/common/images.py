@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torch.nn import functional as F
 
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import write_atomic
@@ -59,6 +60,15 @@ def naming(name: str, given: object = None) -> Iterator[None]:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         reason = " ".join(reason.replace(repr(given), "").split()) or type(error).__name__
         raise UserError(f"{name}: not a readable image ({reason}); replace or remove the file") from None
+
+
+def shrink(images: Tensor, side: int) -> Tensor:
+    """Resize (B, C, H, W) pixels in [-1, 1] to ``side`` pixels a side, before they are rounded; fp32.
+
+    Bicubic without antialiasing, as LlamaGen's sampler makes its 256-pixel images of 384-pixel ones (its
+    ``sample_c2i_ddp.py``, ``--image-size-eval``). Values may leave [-1, 1]; :func:`to_uint8` clamps them.
+    """
+    return F.interpolate(images.float(), size=(side, side), mode="bicubic", align_corners=False)
 
 
 def read_image(path: str | os.PathLike | BinaryIO, mode: str = "RGB", *, name: str | None = None) -> Image.Image:

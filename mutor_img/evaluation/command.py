@@ -20,6 +20,7 @@ from mutor_img.metrics.references import ROLES, open_reference
 from mutor_img.metrics.report import table
 from mutor_img.metrics.requirements import METRICS, OPTIONAL, check_names
 from mutor_img.metrics.samples import manifest_of, open_samples
+from mutor_img.metrics.views import Resized
 from mutor_img.sampling.options import add_sampling_flags, check_sampling_flags, open_source
 from mutor_img.sampling.source import GeneratedImages
 from mutor_img.training.runtime import Runtime
@@ -45,8 +46,8 @@ def _parser() -> tuple[cli.Parser, list[str]]:
                                         "whose names tell several")
     add("--metrics", metavar="LIST", help=f"some of {','.join((*METRICS, *OPTIONAL))}; all that the reference allows "
                                           f"of {','.join(METRICS)} if not given")
-    add("--num-samples", type=int, metavar="N", help="score the first N; fewer is an error; all if not given, or 50000 "
-                                                     "with --checkpoint")
+    add("--num-samples", type=int, metavar="N", help="score N, drawn by seed from all there are; fewer is an error; "
+                                                     "all if not given, or 50000 with --checkpoint")
     add("--held-out", metavar="PATH", help="real images outside the reference, scored at the same number beside it")
     add("--is-order", default="shuffle", metavar="ORDER", help=f"Inception Score chunks by {' or '.join(ORDERS)}")
     add("--role", metavar="ROLE", help=f"what is scored, or made a reference for: {' or '.join(ROLES)}; generation "
@@ -69,7 +70,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     args = parser.parse_args(argv)
     _check(args)
     if not args.checkpoint:
-        _check_unused(args, {name: parser.get_default(name) for name in sampling}, "has no use without --checkpoint")
+        taken = [name for name in sampling if name != "resize" or args.make_reference]
+        _check_unused(args, {name: parser.get_default(name) for name in taken}, "has no use without --checkpoint")
     keep_apart(_outputs(args), _inputs(args))
     runtime = start(args.device)
     with runtime.one_voice(), runtime.claim(file_lock(args.json), file_lock(args.out)):
@@ -91,6 +93,7 @@ def _score(args: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
         samples = GeneratedImages(made, args.num_samples or SAMPLES, args.batch_size)
     else:
         samples = open_samples(args.samples)
+        samples = samples if args.resize is None else Resized(samples, args.resize)
     result = evaluate(
         samples, open_reference(args.reference, args.split), network, metrics=_metrics(args.metrics),
         num_samples=args.num_samples,

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mutor_img.common.errors import UserError
+from mutor_img.common.file_kinds import kind_of
 from mutor_img.common.folders import GONE, list_folder
 from mutor_img.common.images import naming, read_image
 
@@ -125,11 +126,17 @@ def npz_members(path: str | os.PathLike) -> set[str]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            return {name.removesuffix(".npy") for name in archive.namelist()}
+            names = archive.namelist()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:
+        if (kind := kind_of(path)) is not None:
+            raise UserError(f"{path}: {kind}; give an npz: numpy.savez(file, mu=..., sigma=...) of statistics, "
+                            "numpy.savez(file, arr_0=...) of uint8 images") from None
         raise UserError(f"{path}: not a whole npz file ({_reason(error)}); it may be cut off: write it again") from None
+    if any(name.endswith("/data.pkl") for name in names):
+        raise UserError(f"{path}: a file of torch.save, not an npz; save its arrays with numpy.savez")
+    return {name.removesuffix(".npy") for name in names}
 
 
 def read_npz_array(path: str | os.PathLike, name: str) -> np.ndarray:

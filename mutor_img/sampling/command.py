@@ -84,9 +84,10 @@ def _write(args: argparse.Namespace, runtime: Runtime) -> Path:
     archive = open_archive(args.out, {"format": FORMAT, **source.identity(count)})
     loaded = source.loaded
     about = {"checkpoint": str(loaded.path), "step": loaded.meta.get("step"), "tokenizer": source.tokenizer.path,
+             "grid": list(loaded.model.config.grid),
              "class_names": source.names, "versions": {name: version(name) for name in ("mutor_img", "torch", "numpy")}}
     write_samples(archive, loaded, source.tokenizer, source.labels(count), source.settings, about, runtime,
-                  args.batch_size)
+                  args.batch_size, source.resize)
     return archive.out
 
 
@@ -110,6 +111,8 @@ def _check(args: argparse.Namespace, given: set[str]) -> None:
         raise UserError(f"{name} does nothing for --show-steps, which makes one image; leave it out, or give --out")
     elif "labels" in given and not args.show_steps:
         raise UserError("--labels does nothing for --grid, whose rows are classes; leave it out, or give --out")
+    if args.resize is not None and not args.out:
+        raise UserError("--resize does nothing without --out: pictures show images as they are made; leave it out")
     check_sampling_flags(args)
     check_choice("--device", args.device, ("auto", "cpu", "cuda"))
     check_range("--batch-size", args.batch_size, 1, 100_000)
@@ -153,7 +156,8 @@ def _write_strip(path: str, source: SampleSource, label: int) -> None:
 
 
 def write_samples(archive: SampleArchive, loaded: Loaded, tokenizer: VQModel, labels: Tensor,
-                  settings: SamplingSettings, about: dict[str, Any], runtime: Runtime, batch_size: int) -> None:
+                  settings: SamplingSettings, about: dict[str, Any], runtime: Runtime, batch_size: int,
+                  resize: int | None = None) -> None:
     """Make a sample set, going on from what an earlier run left, on all processes that call this alike.
 
     Args:
@@ -162,6 +166,7 @@ def write_samples(archive: SampleArchive, loaded: Loaded, tokenizer: VQModel, la
         labels: (count,) int64 of all samples.
         about: what the manifest says beside ``archive.settings``.
         batch_size: images at a time on this device.
+        resize: pixels a side that images are shrunk to, or None.
 
     Raises:
         UserError: the archive holds a run of other settings, or the processes have other ones.
@@ -176,7 +181,7 @@ def write_samples(archive: SampleArchive, loaded: Loaded, tokenizer: VQModel, la
     with tqdm(total=archive.count, initial=archive.done(), desc="sample", unit="image", mininterval=1.0,
               disable=not runtime.is_main) as bar:
         numbers = torch.tensor([i for unit in mine for i in archive.samples(unit)], dtype=torch.int64)
-        images = _sample(loaded, tokenizer, labels, numbers, settings, batch_size)
+        images = _sample(loaded, tokenizer, labels, numbers, settings, batch_size, resize)
         ahead: list[np.ndarray] = []  # sampled, not yet a part
         for unit in mine:
             size = len(archive.samples(unit))
@@ -197,8 +202,8 @@ def write_samples(archive: SampleArchive, loaded: Loaded, tokenizer: VQModel, la
 
 
 def _sample(loaded: Loaded, tokenizer: VQModel, labels: Tensor, numbers: Tensor, settings: SamplingSettings,
-            batch_size: int) -> Iterator[np.ndarray]:
+            batch_size: int, resize: int | None) -> Iterator[np.ndarray]:
     """Yield (b, H, W, 3) uint8 images of the given sample numbers, a batch at a time."""
     sampler = Sampler(loaded.model, settings, min(batch_size, len(numbers)))
     for part in numbers.split(batch_size):
-        yield decode_images(tokenizer, sampler.generate(labels[part], part), loaded.model.config.grid)
+        yield decode_images(tokenizer, sampler.generate(labels[part], part), loaded.model.config.grid, resize)

@@ -78,14 +78,11 @@ def parse_classes(text: str, names: Sequence[str], class_names: Sequence[str] | 
 
 def class_words(labels: Sequence[int], names: Sequence[str], class_names: Sequence[str] | None = None) -> str:
     """Return the list that :func:`parse_classes` reads as these labels: numbers, which name no other class."""
-    words = []
-    for label in labels:
-        try:
-            plain = parse_classes(str(label), names, class_names) == [label]
-        except UserError:
-            plain = False
-        words.append(str(label) if plain else f"label:{label}")
-    return ",".join(words)
+    called: dict[int, set[int]] = {}  # the classes whose name is a number, by that
+    for label, known in enumerate(_aliases(names, class_names)):
+        for name in filter(_is_number, {_plain(names[label]), *known}):
+            called.setdefault(int(name), set()).add(label)
+    return ",".join(f"{'' if called.get(label, {label}) == {label} else 'label:'}{label}" for label in labels)
 
 
 def _find(word: str, names: Sequence[str], aliases: Sequence[set[str]]) -> int:

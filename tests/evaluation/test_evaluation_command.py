@@ -62,6 +62,16 @@ def test_the_folder_above_the_splits_is_refused_unless_one_is_named(samples, dig
             main([*arguments, *more])
 
 
+@pytest.mark.parametrize("names, doubt", [
+    (["0", "1", "2"], None), (["0", "2", "1"], "class 1 is '2' in the samples and '1' in the reference"),
+    (["0", "1"], "the samples have 2 classes and the reference 3"),
+])
+def test_labels_of_other_classes_are_doubted(samples, digit_folders, classifier, names, doubt):
+    samples.with_suffix(".json").write_text(json.dumps({"labels": "random", "class_names": names}))
+    warnings = main(digits(samples, digit_folders, classifier, "--metrics", "fid"))["warnings"]
+    assert any(doubt in line for line in warnings) if doubt else not any("class" in line[:6] for line in warnings)
+
+
 @pytest.mark.parametrize("count, name", [(50_000, "FID-50k"), (1000, "FID-1k"), (1234, "FID-1234")])
 def test_only_fifty_thousand_samples_make_an_fid_50k(count, name):
     result = {"fid": 2.0, "num_samples": count, "features": "inception-v3-compat", "weights_sha256": "0" * 64,

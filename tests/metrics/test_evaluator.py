@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
+from PIL import Image
 from projection import Projection
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -17,6 +18,7 @@ from mutor_img.metrics.inception_score import inception_score
 from mutor_img.metrics.precision_recall import precision_recall
 from mutor_img.metrics.references import as_reference, open_reference
 from mutor_img.metrics.report import class_table
+from mutor_img.metrics.samples import open_samples
 from mutor_img.metrics.subsets import choose
 
 
@@ -102,12 +104,35 @@ def test_what_makes_scores_not_comparable_is_said(change, reason, noise):
     assert any(reason in warning for warning in result["warnings"])
 
 
-def test_num_samples_takes_the_first_and_never_fewer(network, noise, reference):
+def test_num_samples_draws_from_the_whole_set_and_never_takes_fewer(network, noise, reference):
     result = evaluate(ArrayImages(noise(40)), reference, network, num_samples=30)
-    assert result["fd"] == pytest.approx(evaluate(ArrayImages(noise(40)[:30]), reference, network)["fd"], rel=1e-9)
-    assert "first 30 of the 40" in result["warnings"][0]
+    drawn = ArrayImages(noise(40)[choose(40, 30, seed=0)])
+    assert result["fd"] == pytest.approx(evaluate(drawn, reference, network)["fd"], rel=1e-9)
+    assert "30 of the 40 samples are scored, drawn from all of them by seed 0" in result["warnings"][0]
+    assert (result["subset"], result["num_samples"], result["samples"]["held"]) == ("30 of 40, drawn by seed 0", 30, 40)
     with pytest.raises(UserError, match="41 are asked for"):
         evaluate(ArrayImages(noise(40)), reference, network, num_samples=41)
+
+
+def test_the_whole_set_is_scored_as_it_always_was(network, noise, reference):
+    plain, asked = (evaluate(ArrayImages(noise(40)), reference, network, num_samples=n) for n in (None, 40))
+    assert plain | {"seconds": 0} == asked | {"seconds": 0} and plain["subset"] == "all" and not plain["warnings"]
+
+
+def test_part_of_a_set_in_class_order_is_of_all_its_classes(tmp_path, network, noise, reference):
+    """Each class of a shade of its own: its first images alone would lie far from the reference."""
+    shades = np.repeat([0, 60, 120, 180], 50)
+    images = (noise(200) // 8 + shades[:, None, None, None]).astype(np.uint8)
+    real = as_reference(ArrayImages(images), role="generation")
+    np.savez(tmp_path / "x.npz", arr_0=images, arr_1=shades // 60)
+    for number, image in enumerate(images):
+        path = tmp_path / "folder" / str(shades[number] // 60) / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    scores = [evaluate(open_samples(tmp_path / name), real, network, metrics=["fid"], num_samples=50)["fd"]
+              for name in ("x.npz", "folder")]
+    first = evaluate(ArrayImages(images[:50]), real, network, metrics=["fid"])["fd"]
+    assert scores[0] == scores[1] < first / 20
 
 
 def test_class_order_in_file_order_is_warned_of(network, noise, reference):

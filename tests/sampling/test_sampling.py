@@ -355,9 +355,10 @@ def test_a_word_that_is_a_name_and_another_classs_number_is_refused(names, word,
 
 
 def test_labels_are_told_by_words_that_mean_no_other_class():
-    for names in (numbered(12), numbered(12, 3), NAMES, readable_names(None, 1000)):
+    for names in (numbered(12), numbered(12, 3), NAMES, numbered(2)):
         labels = list(range(len(names)))[::-1]
         assert parse_classes(class_words(labels, names), names) == labels
+    assert class_words([999, 0], readable_names(None, 1000)) == "999,0"
     assert class_words([2, 0], NAMES) == "2,0" and class_words([0, 10], numbered(12)) == "0,label:10"
 
 
@@ -470,8 +471,63 @@ def test_a_released_file_needs_its_tokenizer_named(random_model, tmp_path):
     assert np.load(out)["arr_0"].shape == (2, 32, 32, 3)
 
 
+@pytest.fixture
+def released(random_model, tmp_path):
+    """A function (table) -> a file of weights in LlamaGen's layout, with or without a rotary table, and a tokenizer."""
+    write_tokenizer(tmp_path / "vq", image_channels=3)  # 2 x 2 pixels a code
+
+    def save(rows=None):
+        weights = random_model((6, 6), heads=1, register_offsets=None).state_dict()
+        table = {} if rows is None else {"freqs_cis": torch.zeros(rows, 16, 2)}
+        torch.save({"model": {**weights, **table}}, tmp_path / "c2i.pt")
+        return str(tmp_path / "c2i.pt"), "--tokenizer", str(tmp_path / "vq")
+
+    return save
+
+
+def test_a_files_own_grid_is_sampled_and_a_guess_is_said(released, tmp_path, capsys):
+    run, *flags = released(37)
+    assert np.load(sample(run, tmp_path / "own.npz", *flags, count=2))["arr_0"].shape == (2, 12, 12, 3)
+    assert "grid" not in capsys.readouterr().err
+    assert json.loads((tmp_path / "own.json").read_text())["grid"] == [6, 6]
+    with pytest.raises(UserError, match="is for 6 x 6 codes, but a grid of 4 x 4 was asked for"):
+        sample(run, tmp_path / "s.npz", *flags, "--grid-size", "4x4", count=2)
+    run, *flags = released()
+    assert np.load(sample(run, tmp_path / "guess.npz", *flags, count=2))["arr_0"].shape == (2, 32, 32, 3)
+    assert "c2i.pt does not say its grid of codes: 16 x 16 is assumed" in capsys.readouterr().err
+    for text, shape in (("6", (2, 12, 12, 3)), ("6x4", (2, 12, 8, 3))):
+        out = sample(run, tmp_path / f"{text}.npz", *flags, "--grid-size", text, count=2)
+        assert np.load(out)["arr_0"].shape == shape and "assumed" not in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"was made with grid \[6, 6\], now it is \[6, 4\]"):
+        sample(run, tmp_path / "6.npz", *flags, "--grid-size", "6x4", count=2)
+
+
+def test_images_are_shrunk_before_they_are_rounded(run_of, random_model, tmp_path):
+    run = run_of()
+    out = sample(run, tmp_path / "s.npz", "--resize", "6", count=70)
+    codes = generate(random_model((4, 4)), torch.from_numpy(np.load(out)["arr_1"]), seed=0)
+    pixels = load_tokenizer(tmp_path / "tokenizer").decode(codes)  # (70, 1, 8, 8)
+    small = torch.nn.functional.interpolate(pixels, size=(6, 6), mode="bicubic")
+    expected = torch.clamp(127.5 * small + 128.0, 0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(np.load(out)["arr_0"], expected.repeat(3, -1))
+    manifest = json.loads((tmp_path / "s.json").read_text())
+    assert manifest["resize"] == 6 and manifest["resize_rule"].startswith("bicubic")
+    again = sample(run, tmp_path / "b.npz", "--resize", "6", "--batch-size", "3", count=70)
+    assert again.read_bytes() == out.read_bytes()
+    plain = sample(run, tmp_path / "plain.npz", count=70)
+    assert sample(run, tmp_path / "same.npz", "--resize", "8", count=70).read_bytes() == plain.read_bytes()
+    with pytest.raises(UserError, match="made with resize 6, now it is 5"):
+        sample(run, out, "--resize", "5", count=70)
+
+
 @pytest.mark.parametrize(("flags", "words"), [
-    ([], "nothing to write; give --out"), (["--out", "s.zip"], "s.zip: must end in .npz, or in / for a folder"),
+    ([], "nothing to write; give --out"), (["--out", "s.npz", "--grid-size", "16by16"], "--grid-size is '16by16'"),
+    (["--out", "s.npz", "--grid-size", "8x8"], "grid (8, 8) was asked for, but the run has (4, 4)"),
+    (["--out", "s.npz", "--grid-size", "0"], "--grid-size is '0'"),
+    (["--out", "s.npz", "--resize", "0"], "--resize is 0"),
+    (["--out", "s.npz", "--resize", "9"], "--resize 9: the images are 8 pixels a side"),
+    (["--grid", "g.png", "--resize", "4"], "--resize does nothing without --out"),
+    (["--out", "s.zip"], "s.zip: must end in .npz, or in / for a folder"),
     (["--out", "./"], "./: has no name of its own"), (["--grid", "g.jpg"], "must end in .png"),
     (["--show-steps", "s.gif"], "s.gif: must end in .png"),
     (["--grid", "g.png", "--labels", "random"], "--labels does nothing for --grid"),
