@@ -125,6 +125,6 @@ class GeneratedImages(ModelImages):
 
     def __init__(self, source: SampleSource, count: int, batch: int):
         super().__init__(source.loaded.model, source.tokenizer, source.labels(count), source.settings, batch,
-                         str(source.loaded.path), source.resize)
+                         str(source.loaded.path), resize=source.resize)
         self.class_names = list(source.names)
         self.manifest = {"generated": True, **source.identity(count)}
