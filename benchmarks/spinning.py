@@ -33,7 +33,7 @@ from mutor_img.common.config import OptimConfig
 from mutor_img.common.errors import check_range
 from mutor_img.common.threads import CHOICES, SHORT
 from mutor_img.registers import RegisterLaw
-from mutor_img.training.hardware import keep_freed_memory
+from mutor_img.training.hardware import computes_in_bf16, keep_freed_memory
 from mutor_img.training.optimizer import build_optimizer
 from mutor_img.transformer import ModelConfig, Transformer
 from tokenizer.network.vq import VQModel, preset
@@ -68,13 +68,14 @@ def works() -> dict[str, Callable[[], object]]:
     model = Transformer(ModelConfig.preset("mnist", grid=(8, 8), vocabulary=256, classes=10)).eval()
     nn.init.normal_(model.output.weight, std=0.02)
     vq = VQModel(**preset("mnist")).eval().requires_grad_(False)
+    bf16 = computes_in_bf16(torch.device("cpu"))  # as train.precision=auto
     labels, images = torch.arange(16) % 10, torch.rand(256, 1, 32, 32).mul(2).sub(1)
     return {
         "demo: tokenizer updates": tokenizer_step(),
-        "demo: generator updates": make_step("mnist", DEMO, 16, True, True, vocabulary=256),
+        "demo: generator updates": make_step("mnist", DEMO, 16, bf16, True, vocabulary=256),
         "demo: 16 samples": lambda: generate(model, labels, cfg_scale=2.0),
         "demo: 256 images encoded": lambda: vq.encode(images),
-        "B: updates of 4": make_step("B", RegisterLaw("none", (16, 16)), 4, True, False),
+        "B: updates of 4": make_step("B", RegisterLaw("none", (16, 16)), 4, bf16, False),
     }
 
 
