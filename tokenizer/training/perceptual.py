@@ -43,7 +43,7 @@ class LPIPS(nn.Module):
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
         """Return the distance of each pair: (B, 3 or 1, H, W) in [-1, 1], twice -> (B,) fp32; grey is repeated."""
-        total = torch.zeros(len(images))
+        total = torch.zeros(len(images), device=images.device)
         for head, a, b in zip(self.heads, self._directions(images), self._directions(others)):
             squares = (a - b).square()  # (B, C, h, w)
             total = total + torch.einsum("bchw,c->b", squares, head.weight.flatten()) / squares[0, 0].numel()
