@@ -1,4 +1,4 @@
-"""How many images go through the network at a time on a GPU: as many as its memory holds, however many are asked for."""
+"""How many images go through the network at a time on a GPU: as many as memory holds, however many are asked for."""
 
 import math
 
