@@ -88,13 +88,8 @@ def test_cpu_tensors_keep_their_numbers_and_a_permission_that_nobody_needs_is_an
 
 
 def generator(run_file, *overrides):
-<<<<<<< HEAD
     settings = ["train.steps=2", "train.precision=bf16", "train.ema=0.9", *overrides]
     return load_config(GeneratorConfig, run_file, settings)
-=======
-    always = ["train.steps=2", "train.precision=bf16", "train.ema=0.9"]
-    return load_config(GeneratorConfig, run_file, [*always, *overrides])
->>>>>>> fake
 
 
 LAWS = [

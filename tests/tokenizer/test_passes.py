@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """How many images go through the network at a time on a GPU: as many as its memory holds, whatever is asked for."""
-=======
-"""How many images go through the network at a time on a GPU: as many as memory holds, however many are asked for."""
->>>>>>> fake
 
 import math
 
