@@ -94,8 +94,8 @@ def check_same_codes(first: Codes, other: Codes) -> None:
     a, b = first.info, other.info
     both = f"{other.folder} and {first.folder} cannot be mixed: "
     if a.tokenizer_hash != b.tokenizer_hash:
-        raise UserError(f"{both}made by the tokenizers {b.tokenizer_hash[:12]} and {a.tokenizer_hash[:12]}; encode one "
-                        "of them again")
+        raise UserError(f"{both}made by tokenizer {b.tokenizer_hash[:12]} and by tokenizer {a.tokenizer_hash[:12]}; "
+                        "encode one of them again")
     for name, mine, its in (("grid", tuple(a.grid), tuple(b.grid)), ("vocabulary", a.vocabulary, b.vocabulary),
                             ("number of classes", len(a.class_names), len(b.class_names)),
                             ("image_size", a.image_size, b.image_size)):
