@@ -22,10 +22,12 @@ class StudyConfig:
     baseline: str = "configs/mnist/ntp.yaml"  # next-token config that compare=true holds beside it
     compare: bool = False  # train the baseline too: for as many updates, and for as many seconds
     samples: int = 1000  # samples scored for the table
-    selection_samples: int = 500  # samples a guidance scale is judged by
+    selection_samples: int = 500  # samples that each choice of guidance and temperature is judged by
     selection_seed: int = 1  # of those samples; not seed, so that the choice is not made on what is reported
+    least_recognised: float = 0.0  # lowest fd is taken among choices of which this share of samples is recognised
     cfg_scales: list[float] = field(default_factory=lambda: [1.0, 1.5, 2.0, 2.5])  # guidance scales to choose from
     cfg_schedules: list[str] = field(default_factory=lambda: ["constant"])  # and schedules, as in power-cosine:2
+    temperatures: list[float] = field(default_factory=lambda: [1.0])  # and temperatures
 
     def inputs(self) -> dict[str, Any]:
         """Return every path that a study reads, and those of its own that runs read, by its key."""
@@ -42,6 +44,11 @@ class StudyConfig:
             raise UserError("cfg_schedules is empty; give at least one schedule, as in constant")
         for schedule in self.cfg_schedules:
             parse_schedule(schedule)
+        if not self.temperatures:
+            raise UserError("temperatures is empty; give at least one temperature, as in 1.0")
+        check_range("least_recognised", self.least_recognised, 0.0, 1.0)
+        for temperature in self.temperatures:
+            check_range("temperatures", temperature, 0.0, 1e6, low_open=True)
         for scale in self.cfg_scales:
             check_range("cfg_scales", scale, 1.0, 100.0)
         if self.selection_seed == self.seed:
