@@ -180,10 +180,8 @@ def build_parser() -> Parser:
     parser.add_argument("--classes", metavar="LIST", help=f"all classes in label order: {IMAGENET}, a folder of class "
                         "folders, or a file with a class a line (those found, sorted, unless given)")
     parser.add_argument("--crop", default="center", help=f"crop rule: {', '.join(CROPS)}")
-    parser.add_argument("--views", help="views of each crop, with --crop center or shift: plain, or plain,mirror (the "
-                        "default)")
-    parser.add_argument("--shift", type=int, metavar="PIXELS", help="shift: how far the centre crop moves to each side "
-                        "(1 unless given, which makes 9 views of each kind)")
+    parser.add_argument("--views", help="views of each image with --crop center: plain, or plain,mirror, which is what "
+                        "None means")
     parser.add_argument("--crop-scale", type=float, help="ten-crop: side of what the ten are cut from, in image sizes "
                         "(1.1 unless given; LlamaGen also has 1.05)")
     parser.add_argument("--crop-min", type=float, help="random: smallest share of the shorter side (0.8 unless given)")
@@ -203,7 +201,7 @@ def rule_of(options: Namespace) -> CropRule:
     Raises:
         UserError: a rule or a number out of range, or a flag of another rule.
     """
-    flags = {"pixels": "shift", "scale": "crop_scale", "least": "crop_min", "count": "num_views", "seed": "seed"}
+    flags = {"scale": "crop_scale", "least": "crop_min", "count": "num_views", "seed": "seed"}
     given = {name: getattr(options, flag) for name, flag in flags.items() if getattr(options, flag) is not None}
     if options.crop in CROPS:
         taken = signature(CROPS[options.crop]).parameters

@@ -79,22 +79,6 @@ def test_ten_crops_are_corners_and_middle_of_the_image_and_of_its_mirror_image()
     assert all(np.array_equal(a, b) for a, b in zip(cut, expected))
 
 
-def test_shifted_views_are_the_centre_crop_moved_with_its_edges_repeated():
-    image, side = ramp(50, 47), 20
-    still = np.asarray(center_crop(image, side))
-    rule = crop_rule("shift", pixels=2)
-    cut = dict(zip(rule.squares, (np.asarray(square) for square in rule.cut(image, side, 0)), strict=True))
-    assert len(cut) == 25 and not rule.mirrored and rule.squares[0] == "right+0-down+0"
-    rows = columns = range(side)
-    for right, down in ((0, 0), (2, -1), (-2, 2)):
-        expected = [[still[min(max(row - down, 0), side - 1), min(max(column - right, 0), side - 1)]
-                     for column in columns] for row in rows]
-        assert np.array_equal(cut[f"right{right:+d}-down{down:+d}"], expected)
-    assert len({square.tobytes() for square in cut.values()}) == 25
-    colours = crop_rule("shift").cut(image.convert("RGB"), side, 0)
-    assert [square.mode for square in colours] == ["RGB"] * 9 and np.asarray(colours[0]).shape == (side, side, 3)
-
-
 def test_random_crops_are_a_function_of_seed_image_and_view():
     image = ramp(60, 40)
 
@@ -112,7 +96,6 @@ def test_random_crops_are_a_function_of_seed_image_and_view():
 
 
 def test_options_of_crop_rules_have_a_range():
-    for name, options in (("ten-crop", {"scale": 0.9}), ("random", {"least": 1.1}), ("random", {"count": 0}),
-                          ("shift", {"pixels": 0}), ("shift", {"pixels": 17})):
+    for name, options in (("ten-crop", {"scale": 0.9}), ("random", {"least": 1.1}), ("random", {"count": 0})):
         with pytest.raises(UserError, match="give a value in"):
             crop_rule(name, **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -82,15 +82,6 @@ def _ten(image: Image.Image, side: int, number: int, *, scale: float) -> list[Im
     return list(ten_crop(center_crop(image, int(side * scale)), side))
 
 
-def _shifted(image: Image.Image, side: int, number: int, *, moves: Sequence[tuple[int, int]]) -> list[Image.Image]:
-    """Return the centre crop moved by each (right, down) of ``moves``; its edge pixels are repeated in the gap."""
-    square = np.asarray(center_crop(image, side))  # (H, W) or (H, W, C)
-    margin = max(max(abs(right), abs(down)) for right, down in moves)
-    padded = np.pad(square, [(margin, margin), (margin, margin)] + [(0, 0)] * (square.ndim - 2), mode="edge")
-    return [Image.fromarray(padded[margin - down:margin - down + side, margin - right:margin - right + side])
-            for right, down in moves]
-
-
 def _random(image: Image.Image, side: int, number: int, *, least: float, count: int, seed: int) -> list[Image.Image]:
     """Return ``count`` random crops, each mirrored or not: functions of (seed, image number, place in the list)."""
     squares = []
@@ -118,21 +109,6 @@ def ten_crop_rule(scale: float = 1.1) -> CropRule:
                     partial(_ten, scale=scale), mirrored=True)
 
 
-def shift_rule(pixels: int = 1) -> CropRule:
-    """Return the centre crop moved by -pixels .. pixels to the right and down: (2 pixels + 1)^2 views, unmoved first.
-
-    For small images of few training samples, whose objects may stand a little elsewhere but not mirrored: digits.
-
-    Args:
-        pixels: the largest move, 1 to 16.
-    """
-    check_range("--shift", pixels, 1, 16)
-    reach = sorted(range(-pixels, pixels + 1), key=lambda move: (abs(move), move))
-    moves = [(right, down) for down in reach for right in reach]
-    return CropRule(f"shift {pixels}", tuple(f"right{right:+d}-down{down:+d}" for right, down in moves),
-                    partial(_shifted, moves=moves))
-
-
 def random_rule(least: float = 0.8, count: int = 10, seed: int = 0) -> CropRule:
     """Return ``count`` random crops, mirrored by draw, as LlamaGen's tokenizer saw its training images.
 
@@ -147,8 +123,7 @@ def random_rule(least: float = 0.8, count: int = 10, seed: int = 0) -> CropRule:
                     partial(_random, least=least, count=count, seed=seed), mirrored=True)
 
 
-CROPS: dict[str, Callable[..., CropRule]] = {"center": center_rule, "shift": shift_rule, "ten-crop": ten_crop_rule,
-                                             "random": random_rule}
+CROPS: dict[str, Callable[..., CropRule]] = {"center": center_rule, "ten-crop": ten_crop_rule, "random": random_rule}
 
 
 def crop_rule(name: str, **options: float) -> CropRule:
