@@ -49,7 +49,7 @@ def reconstruct_folder(vq: VQModel, images: str | Path, *, split: str | None = N
             tokenizer.encode takes them.
         split: the split to take, where names tell several.
         num_images: how many, spread evenly over the folder; 0: all.
-        image_size: pixels a side; the tokenizer's own unless given.
+        image_size: pixels per side; the tokenizer's own unless given.
         batch_size: images at a time.
         workers: reading processes; 0 reads in this one.
         picture: where to write a PNG of 20 images before and after, or None.
@@ -172,7 +172,7 @@ def _parser() -> Parser:
     add("--images", required=True, help="folder of images, flat or by class; or of Parquet or tar files, as for encode")
     add("--split", metavar="NAME", help="the split to take where names of files or folders tell several, as for encode")
     add("--num-images", type=int, default=0, help="images, spread evenly over the folder; 0: all")
-    add("--image-size", type=int, help="pixels a side (the tokenizer's own unless given)")
+    add("--image-size", type=int, help="pixels per side (the tokenizer's own unless given)")
     add("--batch-size", type=int, default=32, help="images at a time")
     add("--workers", type=int, default=2, help="reading processes; 0: none")
     add("--metrics", metavar="LIST", help=f"some of {','.join(METRICS)}; psnr, ssim and those whose weights are at "

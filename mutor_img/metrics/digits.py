@@ -127,7 +127,7 @@ def train(images: FolderImages, val: FolderImages, out: str | os.PathLike, *, se
     """
     for one in (images, val):
         if one.class_names is None or len(one.class_names) < 2:
-            raise UserError(f"{one.path}: no class folders; an ImageFolder has one subfolder a class")
+            raise UserError(f"{one.path}: no class folders; an ImageFolder has one subfolder per class")
     if images.class_names != val.class_names:
         raise UserError(f"{val.path} has the classes {', '.join(val.class_names)}, {images.path} "
                         f"{', '.join(images.class_names)}; they must be the same")

@@ -44,7 +44,7 @@ class Reference:
         images: the image set, or None in a file of statistics only.
         network, weights_hash: what made the statistics, where the file says.
         stored_size: (H, W) of the images behind the statistics, where the file says.
-        computed: features of ``images`` already computed, one entry a network; filled by the evaluator.
+        computed: features of ``images`` already computed, one entry per network; filled by the evaluator.
     """
 
     name: str

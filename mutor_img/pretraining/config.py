@@ -57,11 +57,11 @@ class RegistersConfig:
     """MuToR (method sections 2 to 5)."""
 
     kind: str = "2d"  # none, 1d, 2d
-    count: int | None = None  # registers a sequence at random anchors; null: one after each input (dense)
+    count: int | None = None  # registers per sequence at random anchors; null: one after each input (dense)
     d_max: int = 4  # largest offset, per axis in 2D
     loss_weight: float = 0.5  # the registers' share a of the loss
     every: int | None = None  # one register after each so many inputs; null: off
-    mixed_offsets: bool = False  # one offset a register in place of one a sequence
+    mixed_offsets: bool = False  # one offset per register instead of one per sequence
     embedding: str = "shared"  # shared: one vector for all; per_offset: one for each offset
     wrap: bool = True  # a 2D offset past the right edge goes on in the next row; false: no target
 
@@ -107,7 +107,7 @@ class EvalConfig:
     """The scores computed while training; few samples stand for a trend, not for a figure to report."""
 
     every: int = 0  # steps between scores, and at the end; 0: never
-    samples: int = 2000  # samples a score; their Frechet distance stands above that of 50000
+    samples: int = 2000  # samples per score; their Frechet distance stands above that of 50000
     reference: str = ""  # what evaluate_fid.py --reference takes
     metrics: list[str] = field(default_factory=list)  # of fid, sfid, is, pr, kid; empty: all that the reference allows
     features: str = "inception"  # or mnist, or timm:NAME

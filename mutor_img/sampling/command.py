@@ -47,7 +47,7 @@ def _parser() -> Parser:
     add("--grid", metavar="FILE", help="png to write: a row for each class")
     add("--show-steps", metavar="FILE", help="png to write: the first image of --out as its codes arrive")
     add("--num-samples", type=int, help="images of --out (50000 unless given); with --grid alone, its images, rounded "
-                                        "up to full rows (8 a class unless given)")
+                                        "up to full rows (8 per class unless given)")
     add_sampling_flags(parser)
     add("--batch-size", type=int, default=64, help="images at a time on each device; decides memory, not results")
     add("--device", default="auto", metavar="NAME", help="cpu, cuda, or auto: CUDA when there is one")
@@ -166,7 +166,7 @@ def write_samples(archive: SampleArchive, loaded: Loaded, tokenizer: VQModel, la
         labels: (count,) int64 of all samples.
         about: what the manifest says beside ``archive.settings``.
         batch_size: images at a time on this device.
-        resize: pixels a side that images are shrunk to, or None.
+        resize: pixels per side that images are shrunk to, or None.
 
     Raises:
         UserError: the archive holds a run of other settings, or the processes have other ones.

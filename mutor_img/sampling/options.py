@@ -112,7 +112,7 @@ def _smaller(side: int, loaded: Loaded, tokenizer: VQModel) -> int | None:
         raise UserError(f"--resize {side}: the images are {width} x {height} pixels, and only square ones are shrunk; "
                         "leave it out")
     if side > height:
-        raise UserError(f"--resize {side}: the images are {height} pixels a side, and are not made larger; give fewer")
+        raise UserError(f"--resize {side}: the images are {height} pixels per side and are not made larger; give fewer")
     return side if side < height else None
 
 

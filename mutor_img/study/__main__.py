@@ -37,7 +37,7 @@ def plan(config: StudyConfig) -> dict[str, Any]:
     """Return what ``--dry-run`` prints: the runs, in order."""
     names = [f"{g.config} {' '.join(g.overrides)}".strip() for g in generators(config)]
     return {"tokenizer": config.tokenizer, **{f"generator {i + 1}": name for i, name in enumerate(names)},
-            "samples a guidance scale": config.selection_samples, "samples scored": config.samples}
+            "samples per guidance scale": config.selection_samples, "samples scored": config.samples}
 
 
 def main(argv: Sequence[str]) -> None:

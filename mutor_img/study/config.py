@@ -22,7 +22,7 @@ class StudyConfig:
     baseline: str = "configs/mnist/ntp.yaml"  # next-token config that compare=true holds beside it
     compare: bool = False  # train the baseline too: for as many updates, and for as many seconds
     samples: int = 1000  # samples scored for the table
-    selection_samples: int = 500  # samples a guidance scale is judged by
+    selection_samples: int = 500  # samples that judge a guidance scale
     selection_seed: int = 1  # of those samples; not seed, so that the choice is not made on what is reported
     cfg_scales: list[float] = field(default_factory=lambda: [1.0, 1.5, 2.0, 2.5])  # guidance scales to choose from
     cfg_schedules: list[str] = field(default_factory=lambda: ["constant"])  # and schedules, as in power-cosine:2

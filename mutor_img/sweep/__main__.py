@@ -36,7 +36,7 @@ _REPEATED = ("checkpoint", "tokenizer", "grid_size", "resize", "weights", "class
 def _parser() -> Parser:
     parser = Parser(
         prog="python -m mutor_img.sweep",
-        description="Score a checkpoint over guidance scales, schedules and temperatures with few samples a "
+        description="Score a checkpoint over guidance scales, schedules and temperatures with few samples per "
                     "point. A killed sweep goes on with the same command; more values are added to what is there.",
         example="torchrun --nproc-per-node 8 -m mutor_img.sweep --checkpoint runs/imagenet256/mutor2d_b_80 "
                 "--cfg-scales 1.5,1.75,2,2.25 --reference VIRTUAL_imagenet256_labeled.npz --num-samples 5000")
@@ -47,7 +47,7 @@ def _parser() -> Parser:
     add("--temperatures", default="1", metavar="LIST", help="temperatures, comma-separated")
     add("--cfg-schedules", metavar="LIST", help="guidance schedules to compare, as in constant,linear,power-cosine:2; "
                                                 "the one of --cfg-schedule unless given")
-    add("--num-samples", type=int, default=2000, help="samples a point")
+    add("--num-samples", type=int, default=2000, help="samples per point")
     add("--metrics", metavar="LIST", help=f"fid, and more of {','.join((*METRICS, *OPTIONAL))}; all that the reference "
                                           f"allows of {','.join(METRICS)} if not given")
     add("--out", metavar="FOLDER", help="for sweep.json and sweep.png; sweep in the run folder unless given")

@@ -23,7 +23,7 @@ IMAGENET = "imagenet-1k"  # as a class list: the 1000 WordNet ids in sorted orde
 
 @dataclass(frozen=True)
 class ImageSource(ABC):
-    """A list of labelled images in an order that depends on names alone; one sub-class a layout."""
+    """A list of labelled images in an order that depends on names alone; one sub-class per layout."""
 
     root: Path
     classes: list[str]  # in label order

@@ -22,7 +22,7 @@ class ImagesConfig:
     images: str = "imagenet/train"  # folder with one sub-folder of images for each class
     val_images: str | None = None  # held-out images, likewise; null: no validation
     val_count: int = 1000  # held-out images used, spread evenly over the folder
-    image_size: int = 256  # pixels a side
+    image_size: int = 256  # pixels per side
     mirror: bool = True  # flip every second sample, by draw
     crop_min: float = 0.8  # smallest share of the shorter side that a random crop keeps; 1: centre crop
     workers: int = 8  # reading threads per process
@@ -112,5 +112,5 @@ class TokenizerConfig:
             raise UserError(f"loss.discriminator_layers is {loss.discriminator_layers}, too many for images of {size} "
                             "pixels; take fewer")
         if loss.terms.get("lpips") and size < SMALLEST:
-            raise UserError(f"data.image_size is {size}, but LPIPS needs {SMALLEST} pixels a side; set "
+            raise UserError(f"data.image_size is {size}, but LPIPS needs {SMALLEST} pixels per side; set "
                             "loss.terms.lpips=0")
