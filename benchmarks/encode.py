@@ -126,11 +126,11 @@ def main(argv: Sequence[str]) -> dict[str, float]:
     parser = Parser(description="Images per second of tokenizer.encode, two views each, on this machine's CPU.",
                     example="python -m benchmarks.encode --count 32 --rounds 3")
     parser.add_argument("--images", help="images to encode, as tokenizer.encode takes them (random ones unless given)")
-    parser.add_argument("--labels", metavar="FILE", help="labels of images that lie in one folder")
+    parser.add_argument("--labels", metavar="FILE", help="labels of images that are in one folder")
     parser.add_argument("--preset", default="vq16", help="size of the tokenizer")
     parser.add_argument("--image-size", type=int, default=256, help="pixels per side")
     parser.add_argument("--count", type=int, default=16, help="images encoded by each variant, 4096 at most")
-    parser.add_argument("--rounds", type=int, default=2, help="times each variant is timed")
+    parser.add_argument("--rounds", type=int, default=2, help="how often each variant is timed")
     args = parser.parse_args(argv)
     check_range("--count", args.count, 2, 4096)
     check_range("--rounds", args.rounds, 1, 1000)

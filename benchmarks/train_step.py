@@ -88,7 +88,7 @@ def main(argv: Sequence[str]) -> dict[str, float]:
                     example="python -m benchmarks.train_step --rounds 5")
     parser.add_argument("--preset", default="B", help="size of the transformer")
     parser.add_argument("--batch", type=int, default=4, help="sequences per step")
-    parser.add_argument("--rounds", type=int, default=5, help="times each variant is timed")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each variant is timed")
     parser.add_argument("--dtype", default="bf16", help="bf16 (autocast over fp32 weights) or fp32")
     parser.add_argument("--compile", action="store_true", help="compile the blocks, as training does")
     parser.add_argument("--only", default="", metavar="TEXT", help="time only variants with this in their name")

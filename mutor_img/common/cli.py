@@ -54,8 +54,8 @@ class Parser(argparse.ArgumentParser):
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        """Say the default where there is one."""
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        """Add the default if there is one. 0 is a default too, though it equals False."""
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 def _at_home(word: str) -> str:
