@@ -156,7 +156,7 @@ def _report_unreadable(writer: StoreWriter, limit: int) -> None:
     print("\n".join(found.values()), file=sys.stderr)
     if len(found) > limit:
         raise UserError(f"{len(found)} of {len(writer.source)} images in {writer.source.root} cannot be read (listed "
-                        f"above and in {writer.out / 'unreadable.txt'}; first: {next(iter(found))}); mend them and run "
+                        f"above and in {writer.out / 'unreadable.txt'}; first: {next(iter(found))}); fix them and run "
                         f"the same command again, or leave them out with --max-unreadable {len(found)}")
 
 

@@ -199,7 +199,7 @@ def table(scores: dict[str, Any]) -> str:
     lines += [f"codes used   {scores['codes_used']:.1%}", f"perplexity   {scores['perplexity']:.1f}"]
     if scores["not_computed"]:
         names = ",".join(scores["not_computed"])
-        lines.append(f"not computed {names}   (no weights at hand; --metrics {names} says which)")
+        lines.append(f"not computed {names}   (weights are missing; --metrics {names} says which)")
     return "\n".join(lines)
 
 

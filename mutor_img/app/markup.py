@@ -102,5 +102,5 @@ def progress(done: int, total: int, seconds: float) -> str:
 
 
 def error(message: str) -> str:
-    """Return a message of what is wrong and how to mend it."""
+    """Return a message of what is wrong and how to fix it."""
     return f'<div class="mutor-error" role="alert">{escape(message)}</div>'

@@ -79,7 +79,7 @@ def evaluate(
     Under torch.distributed every process calls this alike; ranks other than 0 get an empty dictionary.
 
     Raises:
-        UserError: what the user can mend, see the modules of the single metrics.
+        UserError: what the user can fix, see the modules of the single metrics.
     """
     begin = time.perf_counter()
     reference = as_reference(reference)

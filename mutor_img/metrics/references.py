@@ -135,7 +135,7 @@ def check_role(reference: Reference, role: str, force: bool) -> list[str]:
     if reference.role != role:
         message = f"the reference {reference.name} is for {reference.role}, this evaluation for {role}"
         if not force:
-            raise UserError(f"{message}; give the other reference, or --force-role to go on all the same")
+            raise UserError(f"{message}; give the other reference, or --force-role to use it anyway")
         return [f"{message}: scores are not comparable with published ones"]
     return []
 

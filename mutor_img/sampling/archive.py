@@ -55,8 +55,8 @@ class SampleArchive:
                           "finish that run with its own settings, remove the folder")
         if not self._is_there():
             if self.manifest.is_file() and not _is_ours(read_json(self.manifest)):
-                raise UserError(f"{self.manifest}: the manifest of {self.out.name} would overwrite it, and it is none; "
-                                "choose another --out")
+                raise UserError(f"{self.manifest}: the manifest of {self.out.name} would overwrite it, but it is "
+                                "not a manifest; choose another --out")
             return False
         if self.manifest.is_file():
             self._compare(read_json(self.manifest), self.out, "remove it")
