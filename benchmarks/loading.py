@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> dict[str, float]:
         print(f"verify every block      {checked:.2f} s for {size / 1e9:.2f} GB, just written "
               f"({size / checked / 1e9:.2f} GB/s)")
         data = TrainingCodes([codes], seed=0)
-        print(f"an epoch's order        {1e3 * seconds(lambda: data.order.items(np.arange(1))):.1f} ms, once an epoch")
+        print(f"an epoch's order        {1e3 * seconds(lambda: data.order.items(np.arange(1))):.1f} ms, once per epoch")
         mixed = TrainingCodes([codes, Codes(codes.folder)], seed=0)
         whole, share = batch_seconds(data, BATCH, args.batches), batch_seconds(data, GPU_BATCH, args.batches)
         print(f"a batch of {BATCH}         {1e3 * whole:.2f} ms; from two stores "

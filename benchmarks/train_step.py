@@ -87,8 +87,8 @@ def main(argv: Sequence[str]) -> dict[str, float]:
     parser = Parser(description="Cost of registers in a training step, on this machine's CPU.",
                     example="python -m benchmarks.train_step --rounds 5")
     parser.add_argument("--preset", default="B", help="size of the transformer")
-    parser.add_argument("--batch", type=int, default=4, help="sequences a step")
-    parser.add_argument("--rounds", type=int, default=5, help="times each variant is timed")
+    parser.add_argument("--batch", type=int, default=4, help="sequences per step")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each variant is timed")
     parser.add_argument("--dtype", default="bf16", help="bf16 (autocast over fp32 weights) or fp32")
     parser.add_argument("--compile", action="store_true", help="compile the blocks, as training does")
     parser.add_argument("--only", default="", metavar="TEXT", help="time only variants with this in their name")
@@ -115,7 +115,7 @@ def main(argv: Sequence[str]) -> dict[str, float]:
                 times[name].append(time.perf_counter() - begun)
     base = times[names[0]]
     ratios = {name: statistics.median(t / b for t, b in zip(times[name], base)) for name in names}
-    print(f"{'variant':<28}{'s a step':>10}{'ratio':>8}{'tokens/s':>10}")
+    print(f"{'variant':<28}{'s per step':>10}{'ratio':>8}{'tokens/s':>10}")
     for name in names:
         median = statistics.median(times[name])
         print(f"{name:<28}{median:>10.3f}{ratios[name]:>8.2f}{args.batch * laws[name].length / median:>10.0f}")

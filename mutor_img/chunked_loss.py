@@ -12,10 +12,10 @@ from mutor_img.registers import IGNORE
 def chunked_cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
     """Return ``cross_entropy_sum(hidden @ weight.T, targets)`` with no more than ``rows`` rows of logits at a time.
 
-    A chunk's gradients are made while its logits are there, so that nothing is computed twice and only sums stay: one
-    row of ``hidden``'s size a row, and one matrix of the head's size in fp32. Logits have autocast's dtype, as a linear
-    layer's would; from there on everything is fp32 up to the gradient of the logits, which is rounded back, and the
-    head's gradient, a sum in fp32 over chunks.
+    A chunk's gradients are computed while its logits are in memory, so nothing is computed twice. Only the gradients
+    stay: one of ``hidden``'s size, and one matrix of the head's size in fp32. Logits have autocast's dtype, as those of
+    a linear layer would. From there on everything is fp32, up to the gradient of the logits, which is rounded back.
+    The head's gradient is a sum in fp32 over chunks.
 
     Args:
         hidden: (B, S, dim), what the head reads.

@@ -129,7 +129,7 @@ class RegisterLaw:
             raise UserError("registers.kind is 'none': there are no registers to draw; call the model without them")
         device, count = samples.device, self.registers
         table = _offset_table(self.offsets, device)  # (K,)
-        keys = (step, samples[:, None])  # broadcast to (B, 1), or with one key a register to (B, R)
+        keys = (step, samples[:, None])  # broadcast to (B, 1), or with one key per register to (B, R)
         if self.mixed:
             keys = (*keys, torch.arange(count, device=device))
         offsets = table[integers(len(self.offsets), seed, Stream.OFFSET, *keys)]  # (B, 1) or (B, R)

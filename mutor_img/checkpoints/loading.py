@@ -127,7 +127,7 @@ def _load_file(path: Path, ema: bool, grid: tuple[int, int] | None, heads: int |
         raise UserError(f"{path}: weights of a tokenizer, not of a generator; give the generator's file")
     if grid is not None and own is not None and tuple(grid) != own:
         raise UserError(f"{path}: its rotary table (freqs_cis) is for {own[0]} x {own[1]} codes, but a grid of "
-                        f"{grid[0]} x {grid[1]} was asked for; leave the grid out, or give the file of that one")
+                        f"{grid[0]} x {grid[1]} was asked for; leave the grid out, or give a file for that grid")
     chosen = own or (RELEASED_GRID if grid is None else tuple(grid))
     config = config_from_weights(weights, path, chosen, heads)
     model = _build(config).to(weights["output.weight"].dtype)

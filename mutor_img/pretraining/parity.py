@@ -119,7 +119,7 @@ def compare_attention(attend: Attend, anchors: Tensor, length: int, *, heads: in
         gradients: compare gradients of q, k and v too.
 
     Returns:
-        One :class:`Difference` a tensor.
+        One :class:`Difference` per tensor.
     """
     generator = torch.Generator().manual_seed(seed)
     shape = (4, len(anchors), heads, length + anchors.shape[1], head_dim)

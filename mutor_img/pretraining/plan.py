@@ -36,7 +36,7 @@ def plan_generator(config: GeneratorConfig) -> dict[str, dict[str, Any]]:
         **update_sections(config, model, share, micro_batch),
         **memory_sections(config, model.config, parameters, share, micro_batch),
         "a checkpoint, GiB": checkpoint_section(config, parameters),
-        "communication an update": communication_section(config, model.config, parameters, passes),
+        "communication per update": communication_section(config, model.config, parameters, passes),
     }
 
 
@@ -58,22 +58,22 @@ def update_sections(config: GeneratorConfig, model: Transformer, share: int, mic
     seconds = flops / (plan.devices * peak * 1e12 * plan.mfu)
     hours = seconds * config.train.steps / 3600
     return {
-        "an update": {
+        "per update": {
             "sequences": batch,
-            "sequences a device": share,
-            "sequences a forward pass": micro_batch,
+            "sequences per device": share,
+            "sequences per forward pass": micro_batch,
             "code tokens": batch * law.length,
             "registers": batch * law.registers,
             "tokens through the network": batch * (law.length + law.registers),
-            "FLOPs an update, forward and backward": flops,
+            "FLOPs per update, forward and backward": flops,
             "FLOPs in attention, %": 100 * attention / flops,
             # The rest grows with the length, attention with its square.
-            "codes an image at which attention takes half": round(law.length * (flops - attention) / attention),
+            "codes per image at which attention takes half": round(law.length * (flops - attention) / attention),
         },
         f"time at {plan.mfu:.0%} of {plan.devices} x {peak:g} TFLOP/s (assumed)": {
             "updates": config.train.steps,
             "FLOPs in all": flops * config.train.steps,
-            "seconds an update": seconds,
+            "seconds per update": seconds,
             "hours": hours,
             "GPU-hours": hours * plan.devices,
         },
@@ -90,13 +90,13 @@ def memory_sections(config: GeneratorConfig, model: ModelConfig, parameters: int
     fitting = max((n for n in range(1, largest + 1) if share % n == 0), default=0)
     fits = memory.total <= room
     advice = "yes" if fits else f"no: train.micro_batch={fitting}" if fitting else "no, not even one sequence at a time"
-    how = "compiled blocks" if step.compiled else "eager"
+    how = ("compiled blocks" if step.compiled else "eager") + (", checkpointed" if step.checkpointing else "")
     return {
-        f"memory a device, GiB (computed; {how}{', checkpointed' if step.checkpointing else ''})": memory_rows(memory),
+        f"memory per device, GiB (computed; {how})": memory_rows(memory),
         f"what fits {config.plan.device_gib:g} GiB ({config.plan.usable:.0%} of it for tensors)": {
             "this run": advice,
             "to spare, GiB": (room - memory.total) / GIB,
-            "sequences a forward pass, at most": largest,
+            "sequences per forward pass, at most": largest,
         },
     }
 
@@ -144,7 +144,7 @@ def communication_section(config: GeneratorConfig, model: ModelConfig, parameter
                           passes: int) -> dict[str, float]:
     """Return the GiB that a device sends in an update, over rings: of n devices each sends (n - 1) / n of a tensor.
 
-    DDP reduces fp32 gradients once: a reduce-scatter and an all-gather. FSDP2 gathers blocks twice a forward pass (in
+    DDP reduces fp32 gradients once: a reduce-scatter and an all-gather. FSDP2 gathers blocks twice per forward pass (in
     bf16 in a bf16 run), embeddings and head once in fp32, and scatters fp32 gradients once.
     """
     ring = (config.plan.devices - 1) / config.plan.devices / GIB

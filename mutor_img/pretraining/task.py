@@ -112,14 +112,14 @@ class GeneratorTask(Task):
         batch = self.config.train.global_batch
         if self.law.count is not None:
             return batch * self.law.count  # anchors are drawn among those with a target
-        if self._counted[0] != step:  # once an update, not once a micro-batch
+        if self._counted[0] != step:  # once per update, not once per micro-batch
             everyone = torch.arange(step * batch, (step + 1) * batch, device=device)
             drawn = self.law.draw(self.config.seed, step, everyone)
             self._counted = step, count_targets(*drawn, self.law.length).clamp(min=1)
         return self._counted[1]
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Return the next-token loss on the held-out codes, first view, in nats a token."""
+        """Return the next-token loss on the held-out codes, first view, in nats per token."""
         if self.val_codes is None:
             return {}
         count, size = len(self.val_codes), min(250, self.config.train.global_batch)

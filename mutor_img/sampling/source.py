@@ -32,7 +32,7 @@ class SampleSource:
         classes: labels to choose from; None: all.
         names: a readable name for each class.
         dtype: the generator's, "fp32" or "bf16".
-        resize: pixels a side that images are shrunk to before they are rounded; None: as they are decoded.
+        resize: pixels per side that images are shrunk to before they are rounded; None: as they are decoded.
     """
 
     loaded: Loaded
@@ -96,7 +96,7 @@ class ModelImages:
             settings: guidance, filtering and seed.
             batch, keep: see :class:`~mutor_img.decoding.sampler.Sampler`.
             name: for results.
-            resize: pixels a side that images are shrunk to, or None.
+            resize: pixels per side that images are shrunk to, or None.
         """
         self.model, self.tokenizer, self.settings, self.batch, self.name = model, tokenizer, settings, batch, name
         self.keep, self.resize = keep, resize

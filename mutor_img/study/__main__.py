@@ -44,7 +44,8 @@ def main(argv: Sequence[str]) -> None:
     """Run a study from its config; what is done already is reused."""
     config = parse_training(
         argv, StudyConfig, plan,
-        description="Train a tokenizer, encode images, train generators, sample and score them: one table at the end.",
+        description="Train a tokenizer, encode images, train generators, sample, and score the samples. Prints one "
+                    "table at the end.",
         example="python -m mutor_img.study --config configs/mnist/study.yaml compare=true",
         prog="python -m mutor_img.study",
     )

@@ -66,7 +66,7 @@ def command(*arguments: str | Path) -> None:
             process.wait()
             raise
     if status:
-        raise UserError(f"the step above ended with status {status}; mend what it says and run the same command again")
+        raise UserError(f"the step above ended with status {status}; fix what it says and run the same command again")
 
 
 def _end_with_parent() -> None:

@@ -19,7 +19,7 @@ SILENT = (  # change where, how fast or how long a run trains and what it shows,
 
 
 def check_changes(recorded: Mapping[str, Any], current: Mapping[str, Any], folder: str | os.PathLike) -> list[str]:
-    """Compare a checkpoint's record with how the run is to go on; returns what changed, a phrase each.
+    """Compare a checkpoint's record with how the run is to go on; returns what changed, one phrase each.
 
     Args:
         recorded: the checkpoint's metadata: ``config`` and, for a generator, ``codes``.

@@ -20,6 +20,12 @@ def test_a_value_that_begins_with_a_tilde_lies_in_the_home_folder(parser, monkey
     assert parser.parse_intermixed_args(["run_dir=~/x", "--out", "a~b", "~/c"]).words == ["run_dir=~/x", "/home/me/c"]
 
 
+def test_help_shows_a_default_of_0_but_not_an_absent_one(parser):
+    parser.add_argument("--seed", type=int, default=0, help="of all draws")
+    parser.add_argument("--quick", action="store_true", help="less")
+    assert "of all draws (default: 0)" in parser.format_help() and parser.format_help().count("default") == 1
+
+
 def test_a_name_that_is_too_long_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run(lambda argv: (tmp_path / ("x" * 300)).write_text(""), [])
