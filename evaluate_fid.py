@@ -1,7 +1,6 @@
 """Score generated images; see ``python evaluate_fid.py --help`` and docs/evaluation.md."""
 
-from mutor_img.common import cli
-from mutor_img.evaluation.command import main
+from mutor_img.common.doors import evaluate_fid
 
 if __name__ == "__main__":
-    cli.run(main)
+    evaluate_fid()

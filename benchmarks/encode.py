@@ -12,6 +12,11 @@ network: what the batched way must not be slower than.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from mutor_img.common.threads import spin_briefly
+
+    spin_briefly()  # before torch is loaded
+
 import multiprocessing
 import os
 import socket
@@ -117,7 +122,7 @@ def measure(settings: dict[str, Any], rounds: int) -> dict[str, list[tuple[float
 
 
 def main(argv: Sequence[str]) -> dict[str, float]:
-    """Time the variants and print a table; returns images a second by name."""
+    """Time the variants and print a table; returns images per second by name."""
     parser = Parser(description="Images a second of tokenizer.encode, two views each, on this machine's CPU.",
                     example="python -m benchmarks.encode --count 32 --rounds 3")
     parser.add_argument("--images", help="images to encode, as tokenizer.encode takes them (random ones unless given)")
@@ -135,8 +140,8 @@ def main(argv: Sequence[str]) -> dict[str, float]:
             write_images(Path(folder) / "images", args.count)
         settings = {"images": args.images or f"{folder}/images", "labels": args.labels, "preset": args.preset,
                     "size": args.image_size, "count": args.count, "out": f"{folder}/codes"}
-        print(f"{processor()}, 1 thread a process, torch {torch.__version__}; {args.preset}, {args.image_size} pixels, "
-              f"{args.count} images, 2 views each", flush=True)
+        print(f"{processor()}, 1 thread per process, torch {torch.__version__}; {args.preset}, "
+              f"{args.image_size} pixels, {args.count} images, 2 views each", flush=True)
         found = measure(settings, args.rounds)
     rates = {name: args.count / statistics.median(wall for wall, _ in times) for name, times in found.items()}
     print(f"{'variant':<24}{'images/s':>10}{'ratio to plain loop':>22}{'processor s an image':>23}")

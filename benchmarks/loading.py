@@ -10,6 +10,11 @@ is computed, from the loading time of 128 sequences.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from mutor_img.common.threads import spin_briefly
+
+    spin_briefly()  # before torch is loaded
+
 import statistics
 import tempfile
 import time
@@ -28,7 +33,7 @@ from mutor_img.data.store import BLOCK, Codes, CodesInfo, block_checksum
 from mutor_img.registers import RegisterLaw
 
 GRID, VOCABULARY, CLASSES, VIEWS = (16, 16), 16384, 1000, 2
-BATCH, GPU_BATCH, GPU_STEP = 1024, 128, 0.16  # the paper's global batch, its share of a GPU, seconds a step
+BATCH, GPU_BATCH, GPU_STEP = 1024, 128, 0.16  # the paper's global batch, its share of a GPU, seconds per step
 
 
 def write_store(folder: Path, images: int) -> Codes:
@@ -97,12 +102,13 @@ def main(argv: Sequence[str]) -> dict[str, float]:
               f"{1e3 * batch_seconds(mixed, BATCH, args.batches):.2f} ms")
         print(f"a batch of {GPU_BATCH}          {1e3 * share:.2f} ms")
     shares["gpu"] = share / GPU_STEP
-    print(f"share of a GPU's step   {shares['gpu']:.2%} of the paper's {GPU_STEP} s for {GPU_BATCH} sequences a GPU "
+    print(f"share of a GPU's step   {shares['gpu']:.2%} of the paper's {GPU_STEP} s for {GPU_BATCH} sequences per GPU "
           "(computed, not measured)")
     if args.steps:
-        step = make_step("B", RegisterLaw("2d", GRID, 4, 80), args.step_batch, bf16=True, compiled=False)
-        step()
-        measured = statistics.median(seconds(step) for _ in range(args.steps)) * BATCH / args.step_batch
+        with tempfile.TemporaryDirectory() as folder:
+            step = make_step(Path(folder), "B", RegisterLaw("2d", GRID, 4, 80), args.step_batch, "bf16", compiled=False)
+            step()
+            measured = statistics.median(seconds(step) for _ in range(args.steps)) * BATCH / args.step_batch
         shares["cpu"] = whole / measured
         print(f"share of the CPU's step {shares['cpu']:.5%} of {measured:.0f} s for {BATCH} sequences with 80 "
               f"registers (from {args.step_batch})")

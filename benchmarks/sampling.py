@@ -11,6 +11,11 @@ fp32 step by step, guidance, softmax and multinomial at each step, whose probabi
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from mutor_img.common.threads import spin_briefly
+
+    spin_briefly()  # before torch is loaded
+
 import platform
 import statistics
 import time
@@ -77,7 +82,7 @@ def seconds(sample: Callable[[], Tensor], device: torch.device) -> float:
 
 
 def compare(model: Transformer, batch: int, rounds: int) -> tuple[float, float]:
-    """Return the images a second of the plain loop and of :func:`generate`: medians of ``rounds``, taken in turn."""
+    """Return the images per second of the plain loop and of :func:`generate`: medians of ``rounds``, taken in turn."""
     device = model.output.weight.device
     labels = torch.arange(batch, device=device) % model.config.classes
     samplers = (lambda: plain_generate(model, labels), lambda: generate(model, labels, cfg_scale=SCALE))
@@ -118,7 +123,7 @@ def main(argv: Sequence[str]) -> None:
     model = Transformer(config).to(device, DTYPES[args.dtype]).eval()
     nn.init.normal_(model.output.weight, std=0.02)
     print(f"{machine(device)}; torch {torch.__version__}, Python {platform.python_version()}")
-    print(f"{args.preset}, {args.dtype}, {config.length} codes, guidance {SCALE}; images a second, pixels not decoded")
+    print(f"{args.preset}, {args.dtype}, {config.length} codes, guidance {SCALE}; images per second, without decoding")
     print(f"{'batch':>6} {'plain loop':>11} {'ours':>9} {'ratio':>7}")
     for batch in map(int, args.batch_sizes.split(",")):
         plain, ours = compare(model, batch, args.rounds)

@@ -1,6 +1,6 @@
 """What scoring costs: feature extraction beside torch-fidelity's own, and all metrics of a full-size evaluation.
 
-    python -m benchmarks.scoring extraction                    # images a second, ours and theirs in turns
+    python -m benchmarks.scoring extraction                    # images per second, ours and theirs in turns
     python -m benchmarks.scoring frechet                       # one Frechet distance of 2048 features
     python -m benchmarks.scoring metrics                       # FID, IS, precision and recall of 50 000 against 10 000
     python -m benchmarks.scoring metrics --samples 5000 --reference-images 2000 --threads 1
@@ -11,6 +11,11 @@ those of everything but the network.
 """
 
 from __future__ import annotations
+
+if __name__ == "__main__":
+    from mutor_img.common.threads import spin_briefly
+
+    spin_briefly()  # before torch is loaded
 
 import resource
 import statistics
@@ -104,7 +109,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def extraction(images: int, side: int, batch: int, rounds: int) -> None:
-    """Print images a second of both, the median over rounds in which they take turns."""
+    """Print images per second of both, the median over rounds in which they take turns."""
     pixels = np.random.default_rng(0).integers(0, 256, (images, side, side, 3), dtype=np.uint8)
     graph = InceptionGraph()
     with TemporaryDirectory() as folder:

@@ -9,6 +9,11 @@ learning rate. A few minutes of one core.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from mutor_img.common.threads import spin_briefly
+
+    spin_briefly()  # before torch is loaded
+
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -79,7 +84,7 @@ def train_all(folder: Path, weights: Sequence[float], start: int, steps: int, lr
 
 
 def compare(folder: Path, runs: dict[str, Path]) -> Image.Image:
-    """Print the runs' scores on the held-out crops; returns a picture of some, a row a run below the photographs'."""
+    """Print the runs' scores on the held-out crops; returns a picture of some, a row per run below the photographs'."""
     crops = list_images(folder / "val")
     with ThreadPoolExecutor(1) as pool:
         pixels = to_float(read_all(crops, range(len(crops)), 3, SIZE, pool))  # (n, 3, 32, 32)

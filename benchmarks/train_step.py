@@ -10,6 +10,11 @@ reading random codes, drawing registers, forward, backward, clipping and the opt
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from mutor_img.common.threads import spin_briefly
+
+    spin_briefly()  # before torch is loaded
+
 import platform
 import statistics
 import tempfile
@@ -44,10 +49,10 @@ def variants(grid: tuple[int, int]) -> dict[str, RegisterLaw]:
     return laws
 
 
-def make_step(folder: Path, preset: str, law: RegisterLaw, batch: int, precision: str,
-              compiled: bool) -> Callable[[], object]:
+def make_step(folder: Path, preset: str, law: RegisterLaw, batch: int, precision: str, compiled: bool,
+              vocabulary: int = VOCABULARY) -> Callable[[], object]:
     """Return a function that does one update of a run of ``batch`` random sequences, whose files are in ``folder``."""
-    config = random_run(folder, law, model={"preset": preset, "vocabulary": VOCABULARY, "classes": CLASSES},
+    config = random_run(folder, law, model={"preset": preset, "vocabulary": vocabulary, "classes": CLASSES},
                         train={"global_batch": batch, "precision": precision, "compile": compiled})
     runtime = Runtime(torch.device("cpu"))
     return Trainer(random_task(config, runtime), config, runtime).update

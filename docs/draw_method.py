@@ -37,7 +37,7 @@ def draw_mask(axes) -> None:
     axes.grid(which="minor", color="white", linewidth=0.8)
     axes.tick_params(which="both", length=0)
     axes.set(title=f"Who attends (row) to whom (column): {length} regular inputs, {COUNT} registers\n"
-                   f"at drawn anchors; one offset a sequence, here d = {int(offsets[0, 0])}", xlabel="key",
+                   f"at drawn anchors; one offset per sequence, here d = {int(offsets[0, 0])}", xlabel="key",
              ylabel="query")
     axes.title.set_fontsize(8)
     axes.legend(handles=[Patch(color=c, label=n) for n, c in list(COLOURS.items())[1:]], loc="upper right", fontsize=7)

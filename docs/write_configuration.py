@@ -26,8 +26,17 @@ HEAD = """# Configuration
 
 A config is a YAML file of the keys below; what it leaves out has its default. `extends: other.yaml` takes over another
 file, and `key=value` after `--config FILE` overrides both, as in `optim.lr=1e-4 registers.count=null`. An unknown key
-or a value of another type is an error that names the nearest key. `run_dir` is the config's own path with `configs/`
-read as `runs/` unless it is given. `--dry-run` prints the whole config and what it costs.
+or a value of another type is an error that names the nearest key; a key that stands twice in a file is an error, too.
+`run_dir` is the config's own path with `configs/` read as `runs/` unless it is given. `--dry-run` prints the whole
+config and what it costs.
+
+The shipped configs also go by their names, from any folder and after any kind of install: `--config
+imagenet256/mutor2d_b_80`, `extends: imagenet256/ntp_b`. A `configs/` in the current folder comes first. The run folder
+is then `runs/imagenet256/mutor2d_b_80` in the current folder.
+
+What is given to a text field stays as it was typed: `run_dir=0010` is the folder `0010`, and `run_dir=2024-01-01` no
+date. `~` at the beginning is the home folder, in files, in overrides and in every flag. A list is set as a whole:
+`optim.betas=[0.9,0.95]`.
 
 A variation of a run is a file of a few lines, or the same file with overrides and a `run_dir` of its own:
 

@@ -93,12 +93,12 @@ class FlexAttention:
             fixed_anchors: the anchors are the same for every sequence and step (dense or every k-th).
         """
         self.length = length
-        self.anchors = anchors.clone()
+        self.anchors = kept = anchors.clone()
         self.fixed = fixed_anchors
         last = anchors.shape[1] - 1
 
         def rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            anchor = self.anchors[batch, (query - length).clamp(0, last)]
+            anchor = kept[batch, (query - length).clamp(0, last)]
             return may_attend(query, key, anchor, length)
 
         total = length + anchors.shape[1]

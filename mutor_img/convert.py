@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from mutor_img.common.threads import spin_briefly
+
+    spin_briefly()  # before torch is loaded
+
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import mutor_img.common.own_tokenizer  # noqa: F401 (first: what follows imports tokenizer)
 from mutor_img.checkpoints.folder import find_checkpoint, read_meta, write_checkpoint
 from mutor_img.checkpoints.llamagen import read_pt
 from mutor_img.checkpoints.loading import load_run
-from mutor_img.common.cli import Parser, run
+from mutor_img.common.cli import Parser, parse_grid, run
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import write_atomic
+from mutor_img.common.locks import claim, file_lock
+from mutor_img.common.outputs import keep_apart
+from mutor_img.sampling.options import guess_of
+from mutor_img.transformer import ModelConfig, RotaryTable
 from tokenizer import load_tokenizer
 
 
@@ -35,12 +46,22 @@ def read_any(path: Path, ema: bool | None, grid: tuple[int, int] | None) -> tupl
     """
     if is_tokenizer(path):
         if ema is not None or grid is not None:
-            raise UserError(f"{path}: a tokenizer; --weights and --grid are for generators")
+            raise UserError(f"{path}: a tokenizer; --weights and --grid-size are for generators")
         vq = load_tokenizer(path)
         return vq.state_dict(), {"kind": "tokenizer", "model": vq.options, "image_size": vq.image_size}
     loaded = load_run(path, ema=ema, grid=grid)
+    if loaded.guessed_grid:
+        print(guess_of(loaded), file=sys.stderr)
     meta = {"kind": "generator", "model": loaded.model.config.to_json(), "codes": loaded.codes}
     return loaded.model.state_dict(), meta
+
+
+def rotary_table(meta: dict[str, Any]) -> dict[str, Tensor]:
+    """Return LlamaGen's ``freqs_cis``, (1 + N, head_dim / 2, 2): by its rows a ``.pt`` says the grid of its codes."""
+    config = ModelConfig.from_json(meta["model"])
+    if config.grid[0] != config.grid[1]:
+        return {}  # its rows would say another grid
+    return {"freqs_cis": RotaryTable(config.grid, config.dim // config.heads).table.transpose(1, 2).contiguous()}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -55,32 +76,28 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--source", required=True, metavar="PATH", help=".pt file, run folder or checkpoint folder")
     parser.add_argument("--out", required=True, metavar="PATH", help="run folder to write, or a path that ends in .pt")
     parser.add_argument("--weights", default="auto", metavar="WHICH", help="ema, raw, or auto: ema where there are any")
-    parser.add_argument("--grid", metavar="HxW", help="rows x columns of a .pt generator's codes (16x16)")
+    parser.add_argument("--grid-size", "--grid", metavar="HxW", help="rows x columns of a .pt generator's codes, where "
+                                                                   "the file does not say them (16x16)")
     args = parser.parse_args(argv)
     choices = {"auto": None, "ema": True, "raw": False}
     if args.weights not in choices:
         raise UserError(f"--weights is {args.weights!r}; give ema, raw or auto")
     out = Path(args.out)
-    if out.exists():
-        raise UserError(f"{out} exists already; give another --out or remove it")
-    weights, meta = read_any(Path(args.source), choices[args.weights], _grid(args.grid))
-    if out.suffix == ".pt":
-        write_atomic(out, lambda aside: torch.save({"model": weights}, aside))
-    else:
-        write_checkpoint(out, 0, {"model": weights}, {"seconds": 0.0, "samples": 0, **meta}, keep=1)
+    keep_apart({"--out": out}, {"--source": args.source})
+    grid = None if args.grid_size is None else parse_grid(args.grid_size, "--grid")
+    with claim(file_lock(out)):
+        if out.exists():
+            raise UserError(f"{out} exists already; give another --out or remove it")
+        weights, meta = read_any(Path(args.source), choices[args.weights], grid)
+        if out.suffix == ".pt":
+            table = rotary_table(meta) if meta["kind"] == "generator" else {}
+            write_atomic(out, lambda aside: torch.save({"model": {**weights, **table}}, aside))
+        else:
+            write_checkpoint(out, 0, {"model": weights}, {"seconds": 0.0, "samples": 0, **meta}, keep=1)
     for name, tensor in weights.items():
         print(f"{name:<60} {' x '.join(map(str, tensor.shape)):<24} {str(tensor.dtype).removeprefix('torch.')}")
     count = sum(t.numel() for t in weights.values())
     print(f"{meta['kind']}: {len(weights)} weights, {count:,} numbers, {args.source} -> {out}")
-
-
-def _grid(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    sides = text.split("x")
-    if len(sides) != 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
-        raise UserError(f"--grid is {text!r}; give rows x columns, as in 16x16")
-    return int(sides[0]), int(sides[1])
 
 
 if __name__ == "__main__":

@@ -32,9 +32,9 @@ class RegisterLaw:
             d = (d_h - 1) * w + (d_w - 1). ``"none"``: no registers.
         grid: rows h and columns w.
         d_max: the largest offset, per axis in 2D.
-        count: registers a sequence at anchors drawn without replacement; None: one after each input (dense).
+        count: registers per sequence at anchors drawn without replacement; None: one after each input (dense).
         every: one register after each ``every``-th input, from t = 0; None: off.
-        mixed: one offset a register, i.i.d.; else one offset a sequence.
+        mixed: one offset per register, i.i.d.; else one offset per sequence.
         wrap: a 2D offset that runs over the right edge goes on in the next row, as the raster formula says; else such
             a register has no target.
 
@@ -148,7 +148,7 @@ class RegisterLaw:
         Every place gets a random rank and the R lowest stand, which is a uniform subset.
         """
         places = torch.arange(self.length, device=samples.device)  # (N,)
-        # With one offset a register, anchors must fit the farthest: else the two draws would not be independent.
+        # With one offset per register, anchors must fit the farthest: else the two draws would not be independent.
         reach = torch.full_like(samples[:, None], self.farthest) if self.mixed else offsets  # (B, 1)
         fits = places + reach <= self.length  # (B, N)
         if not self.wrap:
@@ -177,7 +177,7 @@ def draw_registers(kind: str, count: int | None, d_max: int, grid: tuple[int, in
 
     Args:
         kind: ``"1d"`` or ``"2d"``.
-        count: registers a sequence, None for one after each input.
+        count: registers per sequence, None for one after each input.
         d_max: the largest offset, per axis in 2D.
         grid: rows and columns of the code grid.
         seed, step: keys of the draw.

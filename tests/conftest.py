@@ -1,11 +1,16 @@
 """What all tests share: one thread, `gpu` tests skipped without CUDA, small models, code stores, runs and images."""
 
+import gc
 import multiprocessing
 import sys
 from pathlib import Path
 
 # `tests/` is on the path and holds a folder `mutor_img` of its own: the package's folder must come first.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mutor_img.common.threads import spin_briefly
+
+spin_briefly()  # before torch is loaded: the tests' own threads, and their child processes'
 
 import numpy as np
 import pytest
@@ -87,6 +92,22 @@ def usual_limits():
                                     fail_on_recompile_limit_hit=False):
         yield
     torch._dynamo.reset()
+
+
+class _NoCollector:
+    """A context in which only what nobody refers to is freed: Python does not look for circles."""
+
+    def __enter__(self):
+        gc.collect()
+        gc.disable()
+
+    def __exit__(self, *error):
+        gc.enable()
+
+
+@pytest.fixture
+def no_collector():
+    return _NoCollector()
 
 
 def write_codes(folder: Path, seed: int = 0, images: int = 10, views: int = 2, tokenizer_hash: str = "a" * 64,

@@ -6,29 +6,37 @@ one number of rows: the files are the same bytes for any number of processes and
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from mutor_img.common.threads import spin_briefly
+
+    spin_briefly()  # before torch is loaded
+
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from inspect import signature
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor
 from tqdm import tqdm
 
 from mutor_img.common.cli import Parser, run
 from mutor_img.common.errors import UserError, check_range, suggest
+from mutor_img.common.files import wait_until_seen
+from mutor_img.common.locks import folder_lock
+from mutor_img.common.outputs import keep_apart
 from mutor_img.data.store import Codes
 from mutor_img.training.runtime import Runtime
 from tokenizer.images.crops import CROPS, CropRule, center_rule, crop_rule, to_float
 from tokenizer.images.layouts import open_images
 from tokenizer.images.source import IMAGENET, ImageSource
-from tokenizer.images.squares import Squares
+from tokenizer.images.squares import Squares, readers
 from tokenizer.loading import load_tokenizer
 from tokenizer.network.quantizer import USED_SLOTS
-from tokenizer.network.vq import VQModel
+from tokenizer.network.vq import VQModel, rows_at_once
 from tokenizer.store import Recipe, StoreWriter
 
 VIEWS = {"plain": lambda squares: squares, "mirror": lambda squares: squares.flip(-1)}
@@ -60,6 +68,7 @@ def parse_views(text: str | None, rule: CropRule) -> list[str]:
     return views
 
 
+@readers()
 def encode_images(vq: VQModel, source: ImageSource, out: str | Path, *, runtime: Runtime,
                   rule: CropRule | None = None, views: Sequence[str] = tuple(VIEWS), image_size: int | None = None,
                   batch_size: int = 64, workers: int = 0, max_unreadable: int = 0) -> Codes:
@@ -78,7 +87,8 @@ def encode_images(vq: VQModel, source: ImageSource, out: str | Path, *, runtime:
         max_unreadable: images that may be left out because they cannot be read.
 
     Raises:
-        UserError: images, tokenizer and an existing ``out`` that do not fit, or too many unreadable images.
+        UserError: images, tokenizer and an existing ``out`` that do not fit, too many unreadable images, or processes
+            that see other images or another tokenizer.
     """
     if vq.vocabulary > USED_SLOTS:
         raise UserError(f"the tokenizer has {vq.vocabulary} codes; codes are stored as uint16, {USED_SLOTS} at most")
@@ -87,35 +97,37 @@ def encode_images(vq: VQModel, source: ImageSource, out: str | Path, *, runtime:
         raise UserError("the tokenizer does not say its image size; give --image-size")
     grid, rule = vq.grid_for(image_size), rule or center_rule()
     writer = StoreWriter(out, source, Recipe(vq.hash, view_names(views, rule), rule.name, image_size))
-    if writer.finished():
+    runtime.agree({**writer.manifest, "classes": source.classes})
+    todo = runtime.from_main(writer.missing)
+    if todo is None:
         if runtime.is_main:
             print(f"{out}: these {len(source)} images are encoded already; nothing to do")
         return Codes(out)
-    todo = [part for part in range(writer.count()) if not writer.is_done(part)]
-    runtime.barrier()  # every process has listed the same parts before the first one is written
     mine = todo[runtime.rank:: runtime.world]
     numbers = [i for part in mine for i in writer.range(part)]
-    loader = DataLoader(Squares(source, numbers, vq.image_channels, image_size, rule), batch_size,
-                        num_workers=workers, pin_memory=runtime.device.type == "cuda")
-    rows = _encode(vq, loader, runtime, views, len(numbers))
+    batches = Squares(source, numbers, vq.image_channels, image_size, rule).batches(batch_size, workers)
+    rows = _encode(vq, batches, runtime, views, len(numbers))
     for part in mine:
         _write_part(writer, part, rows)
     runtime.barrier()
-    _report_unreadable(writer, max_unreadable, runtime)
+    runtime.from_main(lambda: _report_unreadable(writer, max_unreadable))
     if runtime.is_main:
         writer.merge(vq.path, grid, vq.vocabulary)
     runtime.barrier()
+    wait_until_seen(lambda: next((p for p in writer.files if not p.is_file()), None), "--out")
     return Codes(out)
 
 
-def _encode(vq: VQModel, loader: DataLoader, runtime: Runtime, views: Sequence[str],
+def _encode(vq: VQModel, batches: Iterable[tuple[Tensor, Sequence[str]]], runtime: Runtime, views: Sequence[str],
             total: int) -> Iterator[tuple[np.ndarray, str]]:
     """Yield the (views, N) uint16 codes of one image after another, with its reading error or an empty string."""
     with tqdm(total=total, desc="encode", unit="image", disable=not runtime.is_main, mininterval=1.0) as bar:
-        for squares, errors in loader:  # (B, squares, C, H, W) uint8
-            pixels = to_float(squares.to(runtime.device, non_blocking=True))
-            seen = torch.cat([VIEWS[view](pixels) for view in views], dim=1)  # (B, views, C, H, W)
-            codes = vq.encode(seen.flatten(0, 1)).view(*seen.shape[:2], -1)  # (B, views, N)
+        for squares, errors in batches:  # (B, squares, C, H, W) uint8
+            pixels = squares.to(runtime.device)
+            seen = torch.cat([VIEWS[view](pixels) for view in views], dim=1)  # (B, views, C, H, W) uint8
+            # Whole as bytes and a pass at a time as fp32: a batch may have a thousand views of each image.
+            passes = seen.flatten(0, 1).split(rows_at_once(seen.device, *seen.shape[-2:]))
+            codes = torch.cat([vq.encode(to_float(part)) for part in passes]).view(*seen.shape[:2], -1)  # (B, views, N)
             yield from zip(codes.cpu().numpy().astype(np.uint16), errors)
             bar.update(len(squares))
 
@@ -131,8 +143,8 @@ def _write_part(writer: StoreWriter, part: int, rows: Iterator[tuple[np.ndarray,
     writer.write(part, np.stack(codes) if codes else row[None][:0], unreadable)
 
 
-def _report_unreadable(writer: StoreWriter, limit: int, runtime: Runtime) -> None:
-    """List every unreadable image on stderr and in ``unreadable.txt``.
+def _report_unreadable(writer: StoreWriter, limit: int) -> None:
+    """List every unreadable image on stderr and in ``unreadable.txt``; one process calls this, once all parts are done.
 
     Raises:
         UserError: there are more than ``limit``.
@@ -140,9 +152,8 @@ def _report_unreadable(writer: StoreWriter, limit: int, runtime: Runtime) -> Non
     found = writer.unreadable()
     if not found:
         return
-    if runtime.is_main:
-        (writer.out / "unreadable.txt").write_text("".join(f"{name}\n" for name in found))
-        print("\n".join(found.values()), file=sys.stderr)
+    (writer.out / "unreadable.txt").write_text("".join(f"{name}\n" for name in found))
+    print("\n".join(found.values()), file=sys.stderr)
     if len(found) > limit:
         raise UserError(f"{len(found)} of {len(writer.source)} images in {writer.source.root} cannot be read (listed "
                         f"above and in {writer.out / 'unreadable.txt'}; first: {next(iter(found))}); mend them and run "
@@ -164,6 +175,8 @@ def build_parser() -> Parser:
     parser.add_argument("--out", required=True, help="folder of the code store to write")
     parser.add_argument("--labels", metavar="FILE", help="labels of images that lie in one folder: name and class a "
                         "line (LOC_val_solution.csv), or one class a line in the order of the file names")
+    parser.add_argument("--split", metavar="NAME", help="the split to encode where names of files or folders tell "
+                        "several: train takes imagenet-train-0000.tar and leaves imagenet-val-0000.tar")
     parser.add_argument("--classes", metavar="LIST", help=f"all classes in label order: {IMAGENET}, a folder of class "
                         "folders, or a file with a class a line (those found, sorted, unless given)")
     parser.add_argument("--crop", default="center", help=f"crop rule: {', '.join(CROPS)}")
@@ -208,9 +221,20 @@ def main(argv: Sequence[str]) -> None:
         check_range("--image-size", options.image_size, 1, 65536)
     rule = rule_of(options)
     views = parse_views(options.views, rule)
+    out = Path(options.out)
+    keep_apart({"--out": [out, out / "unreadable.txt"]},
+               {"--tokenizer": options.tokenizer, "--images": options.images, "--labels": options.labels,
+                "--classes": None if options.classes == IMAGENET else options.classes}, {"--out": out / "parts"})
     runtime = Runtime.start(timeout_minutes=24 * 60)  # at the end all wait for the one with the slowest disk
+    with runtime.one_voice(), runtime.claim(folder_lock(options.out)):
+        _encode_folder(options, rule, views, runtime)
+
+
+def _encode_folder(options: Namespace, rule: CropRule, views: Sequence[str], runtime: Runtime) -> None:
+    """Load what the flags name, encode, and say what came out."""
     vq = load_tokenizer(options.tokenizer, runtime.device)
-    source = open_images(options.images, labels=options.labels, classes=options.classes, progress=runtime.is_main)
+    source = open_images(options.images, labels=options.labels, classes=options.classes, split=options.split,
+                         progress=runtime.is_main)
     if runtime.is_main:
         names = source.class_names()
         print(f"{options.images}: {len(source)} images in {len(names)} classes: "

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from mutor_img.common.threads import spin_briefly
+
+    spin_briefly()  # before torch is loaded
+
+from argparse import Namespace
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +17,8 @@ from PIL import Image
 from mutor_img.common.cli import Parser, run
 from mutor_img.common.errors import UserError, check_range
 from mutor_img.common.images import check_png, grid_picture, to_nhwc, write_png
+from mutor_img.common.locks import claim, file_lock
+from mutor_img.common.outputs import keep_apart
 from mutor_img.data.store import Codes
 from tokenizer.images.source import spread
 from tokenizer.loading import load_tokenizer
@@ -41,7 +49,7 @@ def decoded_grid(codes: Codes, vq: VQModel, count: int) -> Image.Image:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parse, describe, verify and draw."""
+    """Parse, and show what the flags ask for."""
     parser = Parser(
         description="Show what a code store holds: its facts, and a grid of decoded codes with class names.",
         example="python -m tokenizer.inspect --codes codes/imagenet256 --out grid.png --verify",
@@ -55,8 +63,15 @@ def main(argv: Sequence[str]) -> None:
     options = parser.parse_args(argv)
     check_range("--num", options.num, 1, 10_000)
     check_png(options.out)
+    with claim(file_lock(options.out)):
+        _show(options)
+
+
+def _show(options: Namespace) -> None:
+    """Describe, verify where asked, and draw."""
     codes = Codes(options.codes)
     info = codes.info
+    keep_apart({"--out": options.out}, {"--codes": options.codes, "the tokenizer": options.tokenizer or info.tokenizer})
     names = ", ".join(info.class_names[:5]) + (", …" if len(info.class_names) > 5 else "")
     print(f"images       {len(codes)} in {len(info.class_names)} classes ({names})")
     print(f"views        {', '.join(info.views)}, crop {info.crop}, {info.image_size} pixels")

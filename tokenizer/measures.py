@@ -7,7 +7,7 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
-from tokenizer.network.quantizer import perplexity
+from tokenizer.network.quantizer import code_use, count_codes
 
 _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, PIL's
 
@@ -52,8 +52,8 @@ class CodeUse:
 
     def add(self, codes: Tensor) -> None:
         """Count codes of any shape."""
-        self.counts += torch.bincount(codes.flatten().cpu(), minlength=len(self.counts))
+        self.counts += count_codes(codes, len(self.counts)).cpu()
 
     def scores(self) -> dict[str, float]:
         """Return ``codes_used``, the share of the vocabulary that occurs at all, and ``perplexity``."""
-        return {"codes_used": float((self.counts > 0).double().mean()), "perplexity": perplexity(self.counts)}
+        return {name: value.item() for name, value in code_use(self.counts).items()}

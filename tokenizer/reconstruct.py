@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from mutor_img.common.threads import spin_briefly
+
+    spin_briefly()  # before torch is loaded
+
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from PIL import Image
 from tqdm import tqdm
 
 from mutor_img.common.cli import Parser, run
 from mutor_img.common.errors import UserError, check_range
-from mutor_img.common.files import write_json
+from mutor_img.common.files import clear, write_json
 from mutor_img.common.images import check_png, to_nhwc, write_png
+from mutor_img.common.locks import claim, file_lock
+from mutor_img.common.outputs import keep_apart
 from tokenizer.images.crops import crop_rule, to_float
 from tokenizer.images.layouts import open_unlabelled
-from tokenizer.images.source import spread
-from tokenizer.images.squares import Squares
+from tokenizer.images.source import ImageSource, spread
+from tokenizer.images.squares import Squares, readers
 from tokenizer.loading import load_tokenizer
 from tokenizer.network.vq import VQModel
 from tokenizer.pictures import before_after
@@ -27,20 +35,25 @@ from tokenizer.scores import METRICS, ReconstructionScores
 _PICTURES = 20
 
 
-def reconstruct_folder(vq: VQModel, images: str | Path, *, num_images: int = 0, image_size: int | None = None,
-                       batch_size: int = 32, workers: int = 0, picture: str | Path | None = None,
-                       metrics: Sequence[str] | None = None, inception_weights: str | None = None,
-                       lpips_weights: str | None = None) -> dict[str, Any]:
+@readers()
+def reconstruct_folder(vq: VQModel, images: str | Path, *, split: str | None = None, num_images: int = 0,
+                       image_size: int | None = None, batch_size: int = 32, workers: int = 0,
+                       picture: str | Path | None = None, samples: str | Path | None = None,
+                       metrics: Sequence[str] | None = None,
+                       inception_weights: str | None = None, lpips_weights: str | None = None) -> dict[str, Any]:
     """Reconstruct centre-cropped images and score them.
 
     Args:
         vq: the tokenizer.
-        images: folder of images, flat or with a sub-folder a class; or Parquet files, as tokenizer.encode takes them.
+        images: folder of images, flat or with a sub-folder for each class; or of Parquet or tar files, as
+            tokenizer.encode takes them.
+        split: the split to take, where names tell several.
         num_images: how many, spread evenly over the folder; 0: all.
         image_size: pixels a side; the tokenizer's own unless given.
         batch_size: images at a time.
         workers: reading processes; 0 reads in this one.
         picture: where to write a PNG of 20 images before and after, or None.
+        samples: a new folder for the reconstructions, as :class:`Folder` writes them, or None.
         metrics, inception_weights, lpips_weights: as in :class:`~tokenizer.scores.ReconstructionScores`.
 
     Returns:
@@ -50,37 +63,74 @@ def reconstruct_folder(vq: VQModel, images: str | Path, *, num_images: int = 0, 
 
     Raises:
         UserError: a folder without classes, an unreadable image, an image size that does not fit, or weights that
-            were asked for and are missing.
+            were asked for and are missing, or ``samples`` exists.
     """
     image_size = image_size or vq.image_size
     if image_size is None:
         raise UserError("the tokenizer does not say its image size; give --image-size")
     vq.grid_for(image_size)
     device = vq.quant_conv.weight.device
-    folder = open_unlabelled(images)
+    folder = open_unlabelled(images, split=split)
     numbers = folder.spread(num_images)
-    loader = DataLoader(Squares(folder, numbers, vq.image_channels, image_size, crop_rule("center")), batch_size,
-                        num_workers=workers)
+    written = Folder(samples, folder) if samples else None
+    squares = Squares(folder, numbers, vq.image_channels, image_size, crop_rule("center"))
     shown = set(spread(len(numbers), _PICTURES).tolist())
     scores = ReconstructionScores(vq.vocabulary, len(numbers), image_size, metrics, device=device,
                                   inception_weights=inception_weights, lpips_weights=lpips_weights)
     kept, place = [], 0
     with tqdm(total=len(numbers), desc="reconstruct", unit="image", mininterval=1.0) as bar:
-        for squares, errors in loader:  # (B, 1, C, H, W) uint8
+        for batch, errors in squares.batches(batch_size, workers):  # (B, 1, C, H, W) uint8
             for error in filter(None, errors):
                 raise UserError(error)
-            pixels = to_float(squares[:, 0].to(device))
+            pixels = to_float(batch[:, 0].to(device))
             codes = vq.encode(pixels)  # (B, N)
             before, after = to_nhwc(pixels), to_nhwc(vq.decode(codes))  # (B, H, W, 3) uint8
             scores.add(codes, before, after)
+            if written:
+                written.add(numbers[place : place + len(after)], after)
             kept += [(before[i], after[i]) for i in range(len(before)) if place + i in shown]
             place += len(before)
             bar.update(len(before))
+    if written:
+        written.finish()
     if picture:
         before, after = (np.stack(side) for side in zip(*kept))
         write_png(picture, before_after(before, after))
     return {**scores.result(), "num_images": len(numbers), "images": str(images), "image_size": image_size,
             "tokenizer": vq.path, "tokenizer_hash": vq.hash}
+
+
+class Folder:
+    """Reconstructions as PNGs, with a sub-folder per class where there are several: what ``evaluate_fid.py`` scores.
+
+    The folder appears under its name only once it is whole.
+
+    Args:
+        out: its path.
+        source: the images that are reconstructed.
+
+    Raises:
+        UserError: ``out`` exists.
+    """
+
+    def __init__(self, out: str | Path, source: ImageSource):
+        self.out, self.source = Path(out), source
+        self.aside = self.out.with_name(f".{self.out.name}.part")
+        if self.out.exists():
+            raise UserError(f"{out} exists; remove it, or give --samples another folder")
+        clear(self.aside)  # of a killed one
+
+    def add(self, numbers: np.ndarray, images: np.ndarray) -> None:
+        """Write images (B, H, W, 3) uint8 whose numbers in the source are ``numbers`` (B,)."""
+        for number, image in zip(numbers.tolist(), images):
+            name = self.source.classes[self.source.labels[number]] if len(self.source.classes) > 1 else ""
+            folder = self.aside / name.replace("/", "_")
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{number:08d}.png")
+
+    def finish(self) -> None:
+        """Give the folder its name."""
+        os.replace(self.aside, self.out)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -90,17 +140,24 @@ def main(argv: Sequence[str]) -> None:
     check_range("--batch-size", options.batch_size, 1, 65536)
     check_range("--workers", options.workers, 0, 256)
     check_png(options.out)
+    keep_apart({"--out": options.out, "--samples": options.samples, "--json": options.json},
+               {"--tokenizer": options.tokenizer, "--images": options.images,
+                "--inception-weights": options.inception_weights, "--lpips-weights": options.lpips_weights})
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    scores = reconstruct_folder(
-        load_tokenizer(options.tokenizer, device), options.images, num_images=options.num_images,
-        image_size=options.image_size, batch_size=options.batch_size, workers=options.workers, picture=options.out,
-        metrics=options.metrics.split(",") if options.metrics else None,
-        inception_weights=options.inception_weights, lpips_weights=options.lpips_weights)
-    print(table(scores))
-    if options.out:
-        print(f"picture      {options.out}")
-    if options.json:
-        write_json(options.json, scores)
+    with claim(*(file_lock(path) for path in (options.out, options.samples, options.json))):
+        scores = reconstruct_folder(
+            load_tokenizer(options.tokenizer, device), options.images, split=options.split,
+            num_images=options.num_images, image_size=options.image_size, batch_size=options.batch_size,
+            workers=options.workers, picture=options.out, samples=options.samples,
+            metrics=options.metrics.split(",") if options.metrics else None,
+            inception_weights=options.inception_weights, lpips_weights=options.lpips_weights)
+        print(table(scores))
+        if options.out:
+            print(f"picture      {options.out}")
+        if options.samples:
+            print(f"samples      {options.samples}")
+        if options.json:
+            write_json(options.json, scores)
 
 
 def _parser() -> Parser:
@@ -112,7 +169,8 @@ def _parser() -> Parser:
     )
     add = parser.add_argument
     add("--tokenizer", required=True, help="tokenizer run folder, or released LlamaGen .pt")
-    add("--images", required=True, help="folder of images, flat or by class; or of Parquet files, as for encode")
+    add("--images", required=True, help="folder of images, flat or by class; or of Parquet or tar files, as for encode")
+    add("--split", metavar="NAME", help="the split to take where names of files or folders tell several, as for encode")
     add("--num-images", type=int, default=0, help="images, spread evenly over the folder; 0: all")
     add("--image-size", type=int, help="pixels a side (the tokenizer's own unless given)")
     add("--batch-size", type=int, default=32, help="images at a time")
@@ -123,6 +181,8 @@ def _parser() -> Parser:
     add("--lpips-weights", metavar="FOLDER", help="vgg16-397923af.pth and vgg.pth elsewhere than in torch's hub folder "
                                                   "and the package lpips")
     add("--out", metavar="PNG", help="before/after picture to write")
+    add("--samples", metavar="FOLDER", help="write the reconstructions as PNGs into this new folder, a sub-folder per "
+                                            "class, for evaluate_fid.py --samples")
     add("--json", metavar="FILE", help="JSON file to write the scores to")
     return parser
 

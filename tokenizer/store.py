@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import read_json, write_atomic, write_json
+from mutor_img.common.files import clear, read_json, remove, wait_until_seen, write_atomic, write_json
 from mutor_img.data.store import BLOCK, Codes, CodesInfo, block_checksum
 from tokenizer.images.source import ImageSource
 
@@ -43,8 +42,9 @@ class StoreWriter:
     def __init__(self, out: str | Path, source: ImageSource, recipe: Recipe):
         self.out, self.source, self.recipe = Path(out), source, recipe
         self.parts = self.out / "parts"
+        self.files = [self.out / name for name in ("codes.npy", "labels.npy", "codes.json")]
         self.manifest = {"format": "mutor_img encode 1", **asdict(recipe), "views": list(recipe.views),
-                         "images": len(source), "files_hash": _digest(_listing(source, slice(None)))}
+                         "images": len(source), "files_hash": files_hash(source)}
 
     def finished(self) -> bool:
         """Tell whether ``out`` already holds these very codes, complete.
@@ -63,13 +63,17 @@ class StoreWriter:
         if codes.info.class_names != self.source.class_names():
             raise UserError(f"{self.out}: holds codes of {len(codes.info.class_names)} other classes than these "
                             f"{len(self.source.classes)}; give another --out, or remove that folder")
-        shutil.rmtree(self.parts, ignore_errors=True)  # left by a kill between the last file and this
+        remove(self.parts)  # left by a kill between the last file and this
         return True
 
     @property
     def part_size(self) -> int:
         """Images a part: a function of their number alone, so that any number of processes makes the same parts."""
         return min(PART, max(SMALLEST, -(-len(self.source) // PARTS)))
+
+    def missing(self) -> list[int] | None:
+        """Return the numbers of the parts that are yet to be written; None where all codes are there."""
+        return None if self.finished() else [part for part in range(self.count()) if not self.is_done(part)]
 
     def count(self) -> int:
         """Return the number of parts."""
@@ -81,12 +85,16 @@ class StoreWriter:
 
     def is_done(self, part: int) -> bool:
         """Tell whether a part is there, is of this recipe and these files, and had no unreadable image."""
+        return self._left_out(part) == {}
+
+    def _left_out(self, part: int) -> dict[str, str] | None:
+        """Return a part's unreadable images, reason by file name; None if it is not there, or of something else."""
         try:
             with safe_open(self._path(part), framework="numpy") as file:
                 meta = file.metadata()
         except (SafetensorError, OSError):
-            return False
-        return meta["fingerprint"] == self._fingerprint(part) and meta["unreadable"] == "{}"
+            return None
+        return json.loads(meta["unreadable"]) if meta["fingerprint"] == self._fingerprint(part) else None
 
     def write(self, part: int, codes: np.ndarray, unreadable: dict[str, str]) -> None:
         """Write one part, whole or not at all.
@@ -102,11 +110,16 @@ class StoreWriter:
         write_atomic(self._path(part), lambda aside: save_file({"codes": codes, "labels": labels}, aside, meta))
 
     def unreadable(self) -> dict[str, str]:
-        """Return the reason by file name of every image that could not be read, from all parts."""
+        """Return the reason by file name of every image that could not be read, from all parts, which must be written.
+
+        Raises:
+            UserError: a part that another process wrote is not seen from here.
+        """
+        parts = range(self.count())
+        wait_until_seen(lambda: next((self._path(p) for p in parts if self._left_out(p) is None), None), "--out")
         found = {}
-        for part in range(self.count()):
-            with safe_open(self._path(part), framework="numpy") as file:
-                found |= json.loads(file.metadata()["unreadable"])
+        for part in parts:
+            found |= self._left_out(part)
         return found
 
     def merge(self, tokenizer: str, grid: tuple[int, int], vocabulary: int) -> None:
@@ -115,6 +128,7 @@ class StoreWriter:
         count = len(self.source) - len(unreadable)
         shape = (count, len(self.recipe.views), grid[0] * grid[1])
         aside = self.parts / "codes.npy"  # a merge cut short leaves nothing beside the parts
+        clear(aside)
         codes = np.lib.format.open_memmap(aside, mode="w+", dtype=np.uint16, shape=shape)
         labels = np.empty(count, np.int64)
         place = 0
@@ -135,7 +149,7 @@ class StoreWriter:
         made = {**self.manifest, "classes": self.source.classes, "unreadable": unreadable}
         write_json(self.out / "encode.json", made)
         write_json(self.out / "codes.json", info.to_json())
-        shutil.rmtree(self.parts)
+        remove(self.parts)
 
     def _path(self, part: int) -> Path:
         return self.parts / f"part_{part:06d}.safetensors"
@@ -143,6 +157,11 @@ class StoreWriter:
     def _fingerprint(self, part: int) -> str:
         images = self.range(part)
         return _digest([asdict(self.recipe), _listing(self.source, slice(images.start, images.stop))])
+
+
+def files_hash(source: ImageSource) -> str:
+    """Return one sha256 of the names, sizes and labels of all images: another list of images has another."""
+    return _digest(_listing(source, slice(None)))
 
 
 def _listing(source: ImageSource, images: slice) -> list:

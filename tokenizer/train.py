@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from mutor_img.common.threads import spin_briefly
+
+    spin_briefly()  # before torch is loaded
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,18 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from mutor_img.common.cli import run
+from mutor_img.common.config import to_dict
 from mutor_img.common.images import to_nhwc, write_png
 from mutor_img.common.streams import Stream, generator_seed, integers
 from mutor_img.training.command import parse_training, run_task
 from mutor_img.training.optimizer import learning_rate
 from mutor_img.training.runtime import Runtime
-from mutor_img.training.task import Task
+from mutor_img.training.task import Task, read_numbers
 from tokenizer.images.crops import to_float
 from tokenizer.images.folder import list_images
+from tokenizer.images.source import ImageSource
 from tokenizer.measures import psnr
-from tokenizer.network.quantizer import Quantised, perplexity
+from tokenizer.network.quantizer import Quantised, code_use, count_codes
 from tokenizer.network.vq import VQModel
 from tokenizer.pictures import before_after
+from tokenizer.store import files_hash
 from tokenizer.training.adversary import Adversary
 from tokenizer.training.config import TokenizerConfig
 from tokenizer.training.images import TrainingImages, read_all
@@ -37,6 +45,7 @@ class TokenizerTask(Task):
 
     unit = "images"
     units_per_sample = 1
+    operation = "conv"
 
     def __init__(self, config: TokenizerConfig, runtime: Runtime):
         """List the images, read them where they are few, and build the model.
@@ -45,6 +54,7 @@ class TokenizerTask(Task):
             UserError: folders that are missing or hold no classes, unreadable images, or no weights for LPIPS.
         """
         self.config, self.runtime = config, runtime
+        runtime.agree(to_dict(config))
         data, loss = config.data, config.loss
         torch.manual_seed(generator_seed(config.seed, Stream.INIT))
         self.model = VQModel(**config.model.options())
@@ -53,11 +63,11 @@ class TokenizerTask(Task):
         if loss.adversarial_weight:
             self.adversary = Adversary(build_discriminator(config), config.optim, loss.adversarial_weight, runtime)
         self.images = TrainingImages(
-            list_images(data.images), self.model.image_channels, data.image_size, seed=config.seed,
+            self._listed(data.images), self.model.image_channels, data.image_size, seed=config.seed,
             mirror=data.mirror, crop_min=data.crop_min, workers=data.workers)
         self.val_images: Tensor | None = None
         if data.val_images:
-            held_out = list_images(data.val_images)
+            held_out = self._listed(data.val_images)
             self.val_images = read_all(held_out, held_out.spread(data.val_count), self.model.image_channels,
                                        data.image_size, self.images.pool)  # (n, C, H, W) uint8
         self.reconstruction = ReconstructionLoss(loss.terms, runtime.device, loss.lpips_weights)
@@ -65,16 +75,19 @@ class TokenizerTask(Task):
         self.flops_per_sample = 3 * forward_flops(config)
         self.seen: list[tuple[int, Quantised]] = []  # first sample number and codes of each micro-batch of an update
 
+    def _listed(self, folder: str) -> ImageSource:
+        """Return the images of a folder, once all processes see the same ones."""
+        images = list_images(folder)
+        self.runtime.agree({f"the list of images in {folder}": files_hash(images)})
+        return images
+
     def loss(self, model: nn.Module, step: int, samples: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return this micro-batch's share of the weighted sum of all terms, and of each term unweighted.
 
         The terms are ``config.loss.terms``, the quantiser's losses and, from ``adversarial_start`` on, ``adversarial``
         (LlamaGen, arXiv 2406.06525, section 2.1).
         """
-        # The layout of the fastest convolutions, which every activation inherits. Weights keep the default one: fused
-        # AdamW walks over weights and restored moments alike, whatever their strides.
-        images = self.images.batch(samples, self.runtime.device)
-        images = images.contiguous(memory_format=torch.channels_last)  # (b, C, H, W)
+        images = channels_last(self.images.batch(samples, self.runtime.device))  # (b, C, H, W)
         reconstruction, quantised = model(images)
         self.seen.append((int(samples[0]), quantised))
         total, values = self.reconstruction(reconstruction, images)
@@ -92,27 +105,26 @@ class TokenizerTask(Task):
         """Tell whether a discriminator has its say in update ``step``."""
         return self.adversary is not None and step >= self.config.loss.adversarial_start
 
-    def before_update(self, step: int) -> dict[str, float]:
+    def before_update(self, step: int) -> dict[str, Tensor]:
         """Make the discriminator's gradients; returns what :meth:`Adversary.learn` does, once it judges."""
         if not self._judged(step):
             return {}
         return self.adversary.learn(self.config.train.global_batch, self.config.train.precision)
 
     @torch.no_grad()
-    def after_update(self, model: nn.Module, step: int) -> dict[str, float]:
+    def after_update(self, model: nn.Module, step: int) -> dict[str, Tensor]:
         """Move the discriminator, count the use of each code, and move codes that went unused for too long."""
         if self._judged(step):
             self.adversary.step(learning_rate(self.config.optim, step, self.config.train.steps))
         quantizer, revival = model.quantize, self.config.revival
         indices = torch.cat([quantised.indices.flatten() for _, quantised in self.seen])
-        counts = self.runtime.sum(torch.bincount(indices, minlength=quantizer.vocabulary))
+        counts = self.runtime.sum(count_codes(indices, quantizer.vocabulary))
         quantizer.note_use(counts)
         if revival.after and step < revival.until * self.config.train.steps:
-            dead = quantizer.idle(revival.after)
-            if len(dead):
-                quantizer.reseed(dead, self._draw_latents(step, dead))
+            codes = torch.arange(quantizer.vocabulary, device=indices.device)
+            quantizer.reseed(quantizer.idle(revival.after), self._draw_latents(step, codes))
         self.seen.clear()
-        return {"codes_used": float((counts > 0).double().mean()), "perplexity": perplexity(counts)}
+        return code_use(counts)
 
     def _draw_latents(self, step: int, codes: Tensor) -> Tensor:
         """Return a unit latent of the global batch for each code: (n,) -> (n, code_dim), the same on all processes.
@@ -140,17 +152,16 @@ class TokenizerTask(Task):
             reconstruction, quantised = model(images)
             sums[0] += psnr(to_nhwc(images), to_nhwc(reconstruction)) * len(images)
             sums[1] += len(images)
-            counts += torch.bincount(quantised.indices.flatten(), minlength=model.vocabulary)
-        total, count = self.runtime.sum(sums).tolist()
-        counts = self.runtime.sum(counts)
-        return {"val_psnr": total / count, "val_codes_used": float((counts > 0).double().mean()),
-                "val_perplexity": perplexity(counts)}
+            counts += count_codes(quantised.indices, model.vocabulary)
+        total, count = self.runtime.sum(sums)
+        use = code_use(self.runtime.sum(counts))
+        return read_numbers({"val_psnr": total / count, **{f"val_{name}": value for name, value in use.items()}})
 
     def draw_pictures(self, model: nn.Module, folder: Path, step: int) -> None:
         if self.val_images is not None:
             images = to_float(self.val_images[:: -(-len(self.val_images) // _PICTURES)]).to(self.runtime.device)
         else:
-            images = self.images.batch(torch.arange(_PICTURES, device=self.runtime.device))
+            images = self.images.batch(torch.arange(_PICTURES), self.runtime.device)
         reconstruction, _ = model(images)
         write_png(folder / f"reconstructions_{step:08d}.png", before_after(to_nhwc(images), to_nhwc(reconstruction)))
 
@@ -166,6 +177,18 @@ class TokenizerTask(Task):
 
     def metadata(self) -> dict[str, Any]:
         return {"kind": "tokenizer", "model": self.model.options, "image_size": self.config.data.image_size}
+
+
+def channels_last(images: Tensor) -> Tensor:
+    """Return images (B, C, H, W) in the layout of the fastest convolutions, which every activation inherits.
+
+    Weights keep the default layout: fused AdamW walks over weights and restored moments alike, whatever their strides.
+    """
+    _, channels, height, width = images.shape
+    # With one channel both layouts are the same bytes, torch leaves the strides of the other one, and convolutions go
+    # by the strides: so they are set here.
+    return images.contiguous(memory_format=torch.channels_last).as_strided(
+        images.shape, (height * width * channels, 1, width * channels, channels))
 
 
 def main(argv: Sequence[str]) -> None:

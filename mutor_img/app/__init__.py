@@ -1,5 +1,1 @@
 """A page in the browser to look at samples: ``python -m mutor_img.app``. Gradio, an optional extra, draws it."""
-
-from mutor_img.app.command import main
-
-__all__ = ["main"]

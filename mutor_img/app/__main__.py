@@ -1,5 +1,10 @@
 """``python -m mutor_img.app``: a page to look at samples, and to compare two checkpoints."""
 
+if __name__ == "__main__":
+    from mutor_img.common.threads import spin_briefly
+
+    spin_briefly()  # before torch is loaded
+
 from mutor_img.app.command import main
 from mutor_img.common.cli import run
 

@@ -13,6 +13,7 @@ import numpy as np
 from mutor_img.app import markup
 from mutor_img.common.errors import UserError, check_range
 from mutor_img.decoding.sampler import CHUNK
+from mutor_img.sampling.labels import class_words
 from mutor_img.sampling.source import GeneratedImages, SampleSource
 
 MAX_IMAGES = 256  # a checkpoint; the page holds all of them
@@ -135,8 +136,11 @@ def sample_in_turn(sources: Sequence[SampleSource], count: int) -> Iterator[tupl
 def command_line(side: Side, source: SampleSource, count: int, out: str) -> str:
     """Return the ``sample.py`` command that writes the images of this source to ``out``."""
     flags = {"checkpoint": side.path, "tokenizer": side.tokenizer, "weights": source.loaded.which,
-             "dtype": source.dtype, "classes": ",".join(map(str, source.classes)) if source.classes else None,
-             "labels": source.rule, "num-samples": count, **dataclasses.asdict(source.settings), "out": out}
+             "dtype": source.dtype,
+             "classes": class_words(source.classes, source.names, source.run_names) if source.classes else None,
+             **({} if source.loaded.meta else {"grid-size": "x".join(map(str, source.loaded.model.config.grid))}),
+             "resize": source.resize, "labels": source.rule, "num-samples": count,
+             **dataclasses.asdict(source.settings), "out": out}
     words = ["python", "sample.py"]
     for name, value in flags.items():
         if value is not None:

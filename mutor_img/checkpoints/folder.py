@@ -6,30 +6,29 @@ again, and size and sha256 of every tensor file. A folder is written aside, flus
 named in ``checkpoints/latest``; older ones are pruned last. So a kill at any moment leaves the newest complete
 checkpoint in place.
 
-A sharded run writes ``model.00000-of-00008.safetensors`` and so on, one file a process (see ``tensor_files.py``).
+A run of several processes writes ``model.00000-of-00008.safetensors`` and so on, one file for each of them (see
+``tensor_files.py``).
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from mutor_img.checkpoints.tensor_files import Files, Slice, TensorGroup, flush, write_groups
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import read_json, write_atomic, write_json
+from mutor_img.common.files import clear, discard, read_json, remove, wait_until_seen, write_atomic, write_json
 
 FORMAT = "mutor_img checkpoint 1"
 
 
 class Processes(Protocol):
-    """Who writes a sharded checkpoint together."""
+    """Who writes a checkpoint together."""
 
     rank: int
     world: int
@@ -45,8 +44,8 @@ def write_checkpoint(run_dir: str | Path, step: int, tensors: dict[str, dict[str
     Args:
         run_dir: the run folder; with ``processes`` one that all of them see.
         step: updates done.
-        tensors: groups of named tensors, e.g. ``{"model": {...}, "ema": {...}}``; each becomes a file, or one a process
-            where some are slices.
+        tensors: groups of named tensors, e.g. ``{"model": {...}, "ema": {...}}``; each becomes a file, or one per
+            process where some are slices.
         meta: what else the JSON holds; plain JSON values only.
         processes: None: this process has everything. Else all of them call this, each with its slices; tensors that
             are whole are taken from rank 0.
@@ -61,10 +60,12 @@ def write_checkpoint(run_dir: str | Path, step: int, tensors: dict[str, dict[str
     final = root / f"step_{step:08d}"
     aside = root / f".step_{step:08d}.part"
     if rank == 0:
-        for old in root.glob(".step_*.part"):  # of this attempt or of a killed one
-            shutil.rmtree(old)
+        for old in root.glob(".step_*.part"):  # of this attempt, of a killed one, or could not be removed before
+            remove(old)
+        clear(aside)
         aside.mkdir(parents=True)
     barrier()
+    wait_until_seen(lambda: None if aside.is_dir() else aside, "run_dir", patience=0)  # asked for by nobody before
     try:
         files = write_groups(aside, tensors, rank, processes.world if processes else 1)
         if rank > 0:
@@ -74,20 +75,16 @@ def write_checkpoint(run_dir: str | Path, step: int, tensors: dict[str, dict[str
             for other in range(1, processes.world if processes else 1):
                 files.update(_files_of(aside / f"rank_{other:05d}.json"))
             write_json(aside / "checkpoint.json", {"format": FORMAT, "step": step, **meta, "files": files})
-            shutil.rmtree(final, ignore_errors=True)  # only ever an earlier, incomplete attempt at this step
+            clear(final)  # only ever an earlier, incomplete attempt at this step
             os.rename(aside, final)
-    except SafetensorError as error:
-        raise OSError(28, f"could not write ({error})", str(aside)) from None
     finally:
         if rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
+            remove(aside)
     if rank == 0:
         flush(root)
         write_atomic(root / "latest", lambda path: path.write_text(final.name + "\n"))
         for old in sorted(_complete(root))[:-keep]:
-            gone = root / f".{old.name}.part"  # what a kill leaves of it is no checkpoint, and removed next time
-            os.rename(old, gone)
-            shutil.rmtree(gone)
+            discard(old)  # what a kill leaves of it is no checkpoint, and removed next time
     barrier()
     return final
 
@@ -98,11 +95,9 @@ def _files_of(path: Path) -> Files:
     Raises:
         UserError: it is not there.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: this process does not see what another one wrote; run_dir must be on a file system "
-                        "that all nodes share")
+    wait_until_seen(lambda: None if path.is_file() else path, "run_dir", patience=0)  # asked for by nobody before
     files = read_json(path)
-    path.unlink()
+    remove(path)
     return files
 
 
@@ -120,6 +115,11 @@ def find_checkpoint(path: str | Path) -> Path:
         reason = "no such file or folder" if not path.exists() else "no complete checkpoint in it"
         raise UserError(f"{path}: {reason}; give a run folder, or a checkpoint folder that holds checkpoint.json")
     return found
+
+
+def newest_of(path: str | Path) -> Path:
+    """Return the newest complete checkpoint of a run folder, and any other path as it is."""
+    return newest_checkpoint(path) or Path(path)
 
 
 def newest_checkpoint(run_dir: str | Path) -> Path | None:
@@ -166,6 +166,21 @@ def load_strict(model: torch.nn.Module, tensors: dict[str, Tensor], origin: str 
     """
     check_shapes(model, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, origin)
     model.load_state_dict(tensors)
+
+
+def fill_blank(model: torch.nn.Module, tensors: dict[str, Tensor], device: torch.device | str) -> torch.nn.Module:
+    """Give a model without memory behind its tensors these ones: themselves, not copies. Returns it.
+
+    Args:
+        model: on the device ``meta``. What it holds beside weights it makes anew itself.
+        tensors: its whole state dict, of any dtype, on ``device``.
+        device: where the model is to be.
+    """
+    model.load_state_dict(tensors, assign=True)
+    for module in model.modules():
+        module._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor,
+                      recurse=False)
+    return model
 
 
 def check_shapes(model: torch.nn.Module, shapes: dict[str, tuple[int, ...]], origin: str | Path) -> None:

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from mutor_img.checkpoints.folder import find_checkpoint, load_strict, read_meta, read_tensors
-from mutor_img.checkpoints.llamagen import read_pt
+from mutor_img.checkpoints.llamagen import read_released
 from mutor_img.checkpoints.tensor_files import group_hash, has_group
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import file_hash
 from mutor_img.registers import RegisterLaw
 from mutor_img.transformer import PRESETS, ModelConfig, Transformer
 
-RELEASED_GRID = (16, 16)  # a bare state dict does not say its grid; this is 256 pixels at stride 16
+RELEASED_GRID = (16, 16)  # of a state dict that does not say its grid; this is 256 pixels at stride 16
 
 
 @dataclass
@@ -33,12 +33,14 @@ class Loaded:
         path: the checkpoint folder, or the ``.pt`` file.
         which: ``"ema"`` or ``"raw"`` weights.
         meta: the checkpoint's JSON; empty for a ``.pt`` file.
+        guessed_grid: the grid of codes is an assumption: neither the file nor the caller says it.
     """
 
     model: Transformer
     path: Path
     which: str
     meta: dict[str, Any]
+    guessed_grid: bool = False
 
     @property
     def codes(self) -> dict[str, Any]:
@@ -66,13 +68,14 @@ def load_checkpoint(path: str | Path, *, ema: bool | None = None, device: torch.
         ema: True: averaged weights; False: raw ones; None: averaged where a run has them, raw for a ``.pt``.
         device: where the weights go.
         dtype: what they are cast to; None: as stored. The rotary table stays fp32.
-        grid: rows and columns of codes, which a ``.pt`` does not say; 16 x 16 unless given.
+        grid: rows and columns of codes. A ``.pt`` says them only where it holds the rotary table ``freqs_cis``; 16 x 16
+            unless that or this does.
         heads: attention heads, which a ``.pt`` does not say; those of the preset with its layers and dim, else
             dim // 64.
 
     Raises:
         UserError: nothing is there, the file is damaged or of another kind of model, there are no EMA weights to
-            take, or ``grid`` or ``heads`` do not fit.
+            take, or ``grid`` or ``heads`` do not fit what the file says.
     """
     return load_run(path, ema=ema, device=device, dtype=dtype, grid=grid, heads=heads).model
 
@@ -119,13 +122,17 @@ def _group(which: str) -> str:
 def _load_file(path: Path, ema: bool, grid: tuple[int, int] | None, heads: int | None) -> Loaded:
     if (path.parent / "checkpoint.json").is_file():  # alone it would not say its grid, and a guess might be wrong
         raise UserError(f"{path}: is part of a checkpoint; give its folder, {path.parent}")
-    weights = read_pt(path, ema)
+    weights, own = read_released(path, ema)
     if "quantize.embedding.weight" in weights:
         raise UserError(f"{path}: weights of a tokenizer, not of a generator; give the generator's file")
-    config = config_from_weights(weights, path, RELEASED_GRID if grid is None else tuple(grid), heads)
+    if grid is not None and own is not None and tuple(grid) != own:
+        raise UserError(f"{path}: its rotary table (freqs_cis) is for {own[0]} x {own[1]} codes, but a grid of "
+                        f"{grid[0]} x {grid[1]} was asked for; leave the grid out, or give the file of that one")
+    chosen = own or (RELEASED_GRID if grid is None else tuple(grid))
+    config = config_from_weights(weights, path, chosen, heads)
     model = _build(config).to(weights["output.weight"].dtype)
     load_strict(model, weights, path)
-    return Loaded(model, path, "ema" if ema else "raw", {})
+    return Loaded(model, path, "ema" if ema else "raw", {}, guessed_grid=own is None and grid is None)
 
 
 def config_from_weights(weights: dict[str, Tensor], origin: str | Path, grid: tuple[int, int],

@@ -1,4 +1,4 @@
-"""Named tensors in safetensors files: whole in one file, or by rows in one file a process; never pickle.
+"""Named tensors in safetensors files: whole in one file, or by rows in one file per process; never pickle.
 
 The header of a sharded file holds, as JSON under ``rows``, the first row of each slice and the rows of the whole
 tensor. Whoever reads takes the rows that it needs from the files that have them, so that the number of processes may
@@ -17,13 +17,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import file_hash
 
 Files = dict[str, dict[str, Any]]  # size and sha256 by file name, as checkpoint.json holds them
+
+# safetensors' names, in the order in which its files hold them: the widest first, so that each stands aligned.
+DTYPES = {
+    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
+    torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,8 @@ class Slice:
 def write_groups(folder: Path, tensors: dict[str, dict[str, Tensor | Slice]], rank: int = 0, world: int = 1) -> Files:
     """Write this process's file of each group, flushed to disk; returns size and sha256 by file name.
 
-    A group in which some tensors are slices becomes a file a process; what is whole in it stands in rank 0's. Any other
-    group is one file, and rank 0's business.
+    A group in which some tensors are slices becomes one file per process; what is whole in it stands in rank 0's. Any
+    other group is one file, and rank 0's business.
     """
     files = {}
     for group, content in tensors.items():
@@ -60,12 +65,44 @@ def write_groups(folder: Path, tensors: dict[str, dict[str, Tensor | Slice]], ra
             elif rank == 0:
                 held[name] = value
         path = folder / (f"{group}.{rank:05d}-of-{world:05d}.safetensors" if sharded else f"{group}.safetensors")
-        save_file({name: value.detach().contiguous().cpu() for name, value in held.items()}, path,
-                  metadata={"rows": json.dumps(rows)} if sharded else None)
-        path.chmod(folder.stat().st_mode & 0o666)  # safetensors writes for the owner's eyes only
-        flush(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+        files[path.name] = save_file(held, path, metadata={"rows": json.dumps(rows)} if sharded else None)
     return files
+
+
+def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> dict[str, Any]:
+    """Write named tensors as a safetensors file, flushed to disk; returns ``bytes`` and ``sha256`` of what was written.
+
+    The bytes are those of the library's own writer. That takes a path and nothing else, so that a hash would read again
+    what may be gigabytes, and wants all tensors in host memory at once. Here they come one by one.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    order = list(DTYPES)
+    names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
+    header, end = {"__metadata__": metadata} if metadata else {}, 0
+    for name in names:
+        begin, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        header[name] = {"dtype": DTYPES[tensors[name].dtype], "shape": list(tensors[name].shape),
+                        "data_offsets": [begin, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    try:
+        with open(path, "wb") as file:
+            for piece in (len(text).to_bytes(8, "little"), text, *map(_bytes_of, map(tensors.__getitem__, names))):
+                digest.update(piece)
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # a write doesn't name its file
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    return {"bytes": 8 + len(text) + end, "sha256": digest.hexdigest()}
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """Return a tensor's numbers in row-major order, copied to the CPU where it is elsewhere."""
+    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def has_group(files: Files, group: str) -> bool:

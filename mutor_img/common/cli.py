@@ -6,19 +6,25 @@ import argparse
 import errno
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from mutor_img.common.errors import UserError, suggest
 
-# No permission, a read-only disk, and a file where a path needs a folder, or the other way round.
-_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+# No permission, a read-only disk, a file where a path needs a folder or the other way round, links in a circle, and a
+# name that is too long.
+_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP,
+           errno.ENAMETOOLONG)
 
 
 class Parser(argparse.ArgumentParser):
     """``ArgumentParser`` without prefix guessing, whose errors name the nearest valid option.
 
-    ``example`` is printed below the options of ``--help``.
+    ``example`` is printed below the options of ``--help``. A value that begins with ``~`` has the home folder in its
+    place, also after ``--flag=``, where shells leave it.
     """
 
     def __init__(self, *, description: str, example: str, **kwargs):
@@ -29,6 +35,11 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             **kwargs,
         )
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        """Parse as ``ArgumentParser`` does, once ``~`` is read as the home folder."""
+        given = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_at_home(word) for word in given], namespace)
 
     def error(self, message: str):
         """Raise :class:`UserError` in place of argparse's usage dump."""
@@ -47,17 +58,38 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
+def _at_home(word: str) -> str:
+    """Return an argument with the home folder in place of a ``~`` at the beginning of its value."""
+    flag, value = re.fullmatch(r"(--[\w-]+=)?(.*)", word, re.DOTALL).groups()
+    return (flag or "") + os.path.expanduser(value)
+
+
+def parse_grid(text: str, flag: str) -> tuple[int, int]:
+    """Return the rows and columns that ``24x24``, or ``24`` for a square, says.
+
+    Raises:
+        UserError: it says something else; ``flag`` is what is named.
+    """
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(re.fullmatch("[0-9]{1,4}", side) and 0 < int(side) <= 1024 for side in sides):
+        raise UserError(f"{flag} is {text!r}; give rows x columns of codes, as in 16x16")
+    return int(sides[0]), int(sides[-1])
+
+
 def run(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = None) -> None:
     """Run a command's ``main(argv)`` and exit: 0, or 2 with one line on stderr for a user's mistake.
 
     A full disk is a user's mistake too, and so is a path that may not be read or written. Under a launcher with several
     processes the mistake is the same in each, so that only rank 0 prints it, unless the error says of itself who
-    ``speaks``.
+    ``speaks``. SIGTERM unwinds as Ctrl-C does, so that locks and half-written files go; training saves first.
     """
     try:
-        main(sys.argv[1:] if argv is None else argv)
+        with _sigterm_unwinds():
+            main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         _fail(str(error), error)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except OSError as error:
         if error.errno in _CLOSED and error.filename:
             _fail(f"{error.filename}: {error.strerror}; give another path, or mend this one", error)
@@ -65,6 +97,19 @@ def run(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = No
             raise
         _fail(f"no space left on the device while writing {error.filename or 'a file'}; free some and run the "
               "same command again", error)
+
+
+@contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """Turn SIGTERM into :class:`SystemExit` with the status that a shell reports of it."""
+    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        yield
+        return
+    former = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 def _fail(message: str, error: Exception) -> None:

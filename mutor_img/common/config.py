@@ -1,25 +1,31 @@
 """Typed configuration: a YAML file, what it extends, dotted overrides, and errors that suggest.
 
 OmegaConf does the merging and the type checks. A file may begin with ``extends: other.yaml`` (relative to
-itself), so that shared values stand once. The sections here are shared by every training command.
+itself, or a shipped config's name), so that shared values stand once. Words become numbers by the type of their field
+and not by how they look: what is given to a text field stays as it was typed. The sections here are shared by every
+training command.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from mutor_img.common.errors import UserError, check_range, suggest
+from mutor_img.common.plain_yaml import Null, is_null, parse
+from mutor_img.common.shipped import PACKAGED, find_config
 
 C = TypeVar("C")
+_FORMS = {dict: "a mapping of keys to values", list: "a list", str: "one value"}
 
 
 @dataclass
@@ -53,9 +59,9 @@ class TrainConfig:
     """How long, how large, how precise, and what is written when."""
 
     steps: int = 360_000  # optimiser updates
-    global_batch: int = 1024  # sequences or images an update, over all processes
+    global_batch: int = 1024  # sequences or images per update, over all processes
     micro_batch: int = 0  # of a process and a forward pass, at most; 0: the whole share of the process
-    precision: str = "bf16"  # bf16: autocast over fp32 weights; fp32
+    precision: str = "bf16"  # bf16: autocast over fp32 weights; fp32; auto: bf16 where the device computes in it
     compile: bool = True  # torch.compile, block by block
     activation_checkpointing: bool = False  # compute each block's activations again in the backward pass: less memory
     parallel: str = "ddp"  # several processes: ddp: each holds all; fsdp: weights, gradients, optimiser and EMA sharded
@@ -75,7 +81,7 @@ class TrainConfig:
             check_range(f"train.{name}", getattr(self, name), 0, 10**9)
         check_range("train.ema", self.ema, 0.0, 0.999999)
         check_range("train.timeout_minutes", self.timeout_minutes, 0.0, 1e5, low_open=True)
-        check_choice("train.precision", self.precision, ("bf16", "fp32"))
+        check_choice("train.precision", self.precision, ("bf16", "fp32", "auto"))
         check_choice("train.parallel", self.parallel, ("ddp", "fsdp"))
 
 
@@ -88,38 +94,70 @@ def check_choice(name: str, value: str, known: Sequence[str]) -> None:
 def load_config(schema: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
     """Read ``path`` and what it extends, apply ``key.sub=value`` overrides, and check every value.
 
+    Text that begins with ``~`` has the home folder in its place.
+
     Args:
         schema: a dataclass of dataclasses with a ``run_dir`` field and, where it wants checks, ``validate()``.
-            An empty ``run_dir`` becomes the config's own path with ``configs/`` read as ``runs/``.
+            An empty ``run_dir`` becomes :func:`default_run_dir`.
+        path: a file, or the name of a shipped config (:func:`~mutor_img.common.shipped.find_config`).
+        overrides: for a text field everything after the ``=``, without quotes around it.
 
     Raises:
-        UserError: a missing file, broken YAML, an unknown key (the nearest is named), a value of another
-            type, or whatever ``validate`` refuses.
+        UserError: a missing file, broken YAML, a key that stands twice, an unknown key (the nearest is named), a value
+            of another type, or whatever ``validate`` refuses.
     """
     config = OmegaConf.structured(schema)
-    for layer, origin in _layers(Path(path)):
-        config = _merge(config, layer, schema, origin)
+    files = config_files(path)
+    for file, layer in files:
+        config = _merge(config, layer, schema, str(file))
     for text in overrides:
-        key, equals, _ = text.partition("=")
-        if not equals or key.startswith("-"):
-            raise UserError(f"override {text!r} is not of the form key=value, as in optim.lr=1e-4")
-        try:
-            layer = OmegaConf.from_dotlist([text])
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise UserError(f"override {text!r}: {_first_line(error)}") from None
-        config = _merge(config, layer, schema, f"override {text!r}")
-    if not config.run_dir:
-        config.run_dir = default_run_dir(path)
+        config = _merge(config, _override(text, schema), schema, f"override {text!r}")
     try:
         value = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {_first_line(error)}") from None
+    value.run_dir = value.run_dir or default_run_dir(files[-1][0])
     validate(value)
     return value
 
 
+def config_files(path: str | Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
+    """Return the files of a config, from the root of ``extends`` to ``path`` itself, and what each says.
+
+    Raises:
+        UserError: one is missing, is no YAML mapping, or extends itself.
+    """
+    path = find_config(os.path.expanduser(path))
+    if path.resolve() in seen:
+        raise UserError(f"{path}: extends itself")
+    try:
+        layer = parse(path.read_text(), str(path))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not valid YAML ({_first_line(error)})") from None
+    layer = {} if layer is None else layer
+    if not isinstance(layer, dict):
+        kind = "a list" if isinstance(layer, list) else "one value"
+        raise UserError(f"{path}: a config is a mapping of keys to values, not {kind}")
+    parent = layer.pop("extends", "")
+    if not isinstance(parent, str):
+        raise UserError(f"{path}: extends is {parent!r}; give the path of one YAML file")
+    if not parent:
+        return [(path, layer)]
+    beside = path.parent / os.path.expanduser(parent)
+    try:
+        below = config_files(beside if beside.is_file() else parent, (*seen, path.resolve()))
+    except UserError as error:
+        raise error if beside.is_file() else UserError(f"{path}: extends {parent}: {error}") from None
+    return [*below, (path, layer)]
+
+
 def default_run_dir(path: str | Path) -> str:
-    """Return the config's path without its ending, with its last ``configs`` folder read as ``runs``."""
+    """Return the config's path without its ending, with its last ``configs`` folder read as ``runs``.
+
+    A shipped config that lies in the installed package has its run folder below the current one.
+    """
+    if Path(path).is_relative_to(PACKAGED):
+        path = Path("configs") / Path(path).relative_to(PACKAGED)
     parts = list(Path(path).with_suffix("").parts)
     if "configs" in parts:
         parts[len(parts) - 1 - parts[::-1].index("configs")] = "runs"
@@ -160,36 +198,102 @@ def field_names(schema: type, prefix: str = "") -> list[str]:
     return names
 
 
-def _layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Any, str]]:
-    """Return the chain of YAML files from the root of ``extends`` to ``path``, each with its name."""
-    if path.resolve() in seen:
-        raise UserError(f"{path}: extends itself")
-    if not path.is_file():
-        what = "a folder, not a config file" if path.is_dir() else "no such config file"
-        raise UserError(f"{path}: {what}; give --config the path of a YAML file")
-    try:
-        layer = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML ({_first_line(error)})") from None
-    if not isinstance(layer, dict):
-        raise UserError(f"{path}: a config is a mapping of keys to values, not a {type(layer).__name__}")
-    parent = layer.pop("extends", None)
-    below = _layers(path.parent / parent, (*seen, path.resolve())) if parent else []
-    return [*below, (OmegaConf.create(layer), str(path))]
+def _override(text: str, schema: type) -> dict[str, Any]:
+    """Return a ``key.sub=value`` as the mapping that a file would hold."""
+    key, equals, raw = text.partition("=")
+    if not equals or not key or key.startswith("-"):
+        raise UserError(f"override {text!r} is not of the form key=value, as in optim.lr=1e-4")
+    parts = re.sub(r"\[([^\[\]]*)\]", r".\1", key).split(".")
+    hint = _type_of(parts, schema, text)
+    raw = raw.strip()
+    if _is_text(hint) and raw[:1] not in ("'", '"', "[", "{"):  # as typed, with all that YAML would take for a sign
+        value = Null(raw) if is_null(raw) else raw
+    else:
+        value = parse(raw, f"override {text!r}") if raw else Null("")
+    for part in reversed(parts):
+        value = {part: value}
+    return value
+
+
+def _type_of(parts: Sequence[str], schema: type, text: str) -> Any:
+    """Return the type of the field that an override names by the parts of its key."""
+    hint: Any = schema
+    for place, part in enumerate(parts):
+        if dataclasses.is_dataclass(hint):
+            hints = typing.get_type_hints(hint)
+            if part not in hints:
+                raise _unknown(f"override {text!r}", ".".join(parts), schema)
+            hint = hints[part]
+        elif typing.get_origin(hint) is dict:
+            hint = typing.get_args(hint)[1]
+        else:
+            name = ".".join(parts[:place])
+            form = f"{name}=[…], the whole list" if typing.get_origin(hint) in (list, tuple) else f"{name}=value"
+            raise UserError(f"override {text!r}: {name} is not set by its parts; give {form}")
+    return hint
+
+
+def _is_text(hint: Any) -> bool:
+    return hint in (Any, str, str | None)
+
+
+def _settle(value: Any, hint: Any, key: str = "") -> Any:
+    """Return a layer with what only the schema can decide: whether a word is text or nothing, and homes of paths.
+
+    Args:
+        value: what stands at ``key``.
+        hint: the type of that field; None: no field is known there.
+        key: its dotted name.
+
+    Raises:
+        UserError: nothing where something must stand, or a list, a mapping or a single value in place of another.
+    """
+    kind, inner = typing.get_origin(hint), typing.get_args(hint)
+    section = dataclasses.is_dataclass(hint)
+    wanted = dict if section or kind is dict else list if kind in (list, tuple) else str
+    if isinstance(value, Null):
+        if hint is str and value != "~":
+            return str(value)
+        if section and not value:
+            return {}  # a section without a line
+        if hint in (Any, None) or type(None) in inner:
+            return None
+        raise UserError(f"{key} is {str(value) or 'empty'}; give {_FORMS[wanted]}")
+    if hint not in (Any, None) and not isinstance(value, wanted):
+        raise UserError(f"{key} is {value!r}; give {_FORMS[wanted]}" + f": {key}=[{value}]" * (wanted is list))
+    if value == "???":  # OmegaConf's word for what is yet to come: it would pass over it
+        raise UserError(f"{key} is {value}; give a value")
+    if isinstance(value, dict):
+        hints = typing.get_type_hints(hint) if section else {}
+        among = inner[1] if kind is dict else None
+        return {name: _settle(item, hints.get(name, among), f"{key}.{name}".lstrip(".")) for name, item in
+                value.items()}
+    if isinstance(value, list):
+        if kind is tuple and len(value) != len(inner):
+            raise UserError(f"{key} has {len(value)} values; give {len(inner)}")
+        return [_settle(item, inner[0] if inner else None, key) for item in value]
+    return re.sub(r"(^|,\s*)(~[^/,]*)", lambda found: found[1] + os.path.expanduser(found[2]), value)
 
 
 def _merge(config: Any, layer: Any, schema: type, origin: str) -> Any:
     try:
-        return OmegaConf.merge(config, layer)
+        return OmegaConf.merge(config, OmegaConf.create(_settle(layer, schema)))
     except (ConfigKeyError, ConfigAttributeError) as error:
-        key = str(error.full_key or error.key)
-        raise UserError(f"{origin}: unknown key {key!r}{suggest(key, field_names(schema))}") from None
+        raise _unknown(origin, str(error.full_key or error.key), schema) from None
     except OmegaConfBaseException as error:
         where = f"{error.full_key}: " if error.full_key else ""
         raise UserError(f"{origin}: {where}{_first_line(error)}") from None
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from None
+
+
+def _unknown(origin: str, key: str, schema: type) -> UserError:
+    known = field_names(schema)
+    if key in known:  # in a file, where OmegaConf takes no dots
+        section, _, name = key.rpartition(".")
+        return UserError(f"{origin}: {key!r} is a key for the command line; in a file write {section}: {{{name}: …}}")
+    return UserError(f"{origin}: unknown key {key!r}{suggest(key, known)}")
 
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
-
-

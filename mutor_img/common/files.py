@@ -5,11 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+import sys
+import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from mutor_img.common.errors import UserError
+
+PATIENCE = 90.0  # seconds; a network file system may show another machine's file a minute late (NFS: acdirmax)
+_stuck: set[Path] = set()  # what could not be removed and has been said
 
 
 def write_atomic(path: str | os.PathLike, write: Callable[[Path], None]) -> Path:
@@ -23,7 +30,7 @@ def write_atomic(path: str | os.PathLike, write: Callable[[Path], None]) -> Path
             os.fsync(file.fileno())
         os.replace(aside, path)
     finally:
-        aside.unlink(missing_ok=True)
+        remove(aside)
     return path
 
 
@@ -51,3 +58,75 @@ def file_hash(path: str | os.PathLike) -> str:
     """Return the sha256 of a file as hexadecimal digits, reading in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remove(path: str | os.PathLike) -> bool:
+    """Remove a file or a folder with all in it, as far as that is possible; returns whether nothing is there any more.
+
+    What is old must not end what goes on: a folder that another machine still reads (NFS answers "busy"), or that may
+    not be removed, is said once and left. Whoever comes by later tries again.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except FileNotFoundError:  # somebody else removes it, too
+        return not os.path.lexists(path)
+    except OSError as error:
+        _say_stuck(path, error)
+        return False
+    return True
+
+
+def clear(path: str | os.PathLike) -> None:
+    """Make a name free: remove what is there; what cannot be removed gets a hidden name beside.
+
+    Raises:
+        OSError: it can be neither removed nor renamed.
+    """
+    if not remove(path):
+        _set_aside(Path(path))
+
+
+def discard(path: str | os.PathLike) -> None:
+    """Take a folder from its name at once, so that nobody finds half of it there, then :func:`remove` it."""
+    try:
+        remove(_set_aside(Path(path)))
+    except OSError as error:
+        _say_stuck(Path(path), error)
+
+
+def wait_until_seen(unseen: Callable[[], Path | None], name: str, patience: float | None = None) -> None:
+    """Wait until what other processes wrote is seen here.
+
+    Args:
+        unseen: returns a file that is not seen yet, or None.
+        name: the setting that says where the files are.
+        patience: seconds to wait at most; ``PATIENCE`` unless given.
+
+    Raises:
+        UserError: it is not seen by then.
+    """
+    deadline = time.monotonic() + (PATIENCE if patience is None else patience)
+    while (path := unseen()) is not None:
+        if time.monotonic() > deadline:
+            raise UserError(f"{path}: this process does not see what another one wrote; {name} must be on a file "
+                            "system that all nodes share")
+        time.sleep(0.2)
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename to the first free name of the form ``.name.0.part``; returns it."""
+    stem = path.name.removesuffix(".part").removeprefix(".")
+    free = next(name for n in count() if not os.path.lexists(name := path.with_name(f".{stem}.{n}.part")))
+    os.rename(path, free)
+    return free
+
+
+def _say_stuck(path: Path, error: OSError) -> None:
+    if path not in _stuck:
+        _stuck.add(path)
+        print(f"warning: {path} cannot be removed ({error.strerror or error}); it is left there", file=sys.stderr,
+              flush=True)

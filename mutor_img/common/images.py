@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import struct
-import zlib
-from collections.abc import Sequence
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,14 +14,17 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torch.nn import functional as F
 
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import write_atomic
 
-# What Pillow's decoders raise for a file that is damaged or no image.
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error,
-           Image.DecompressionBombError)
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+# By their content, whatever the name: photographs named .jpg are often something else. The rest of Pillow's formats are
+# no photographs, and some start other programs.
+_FORMATS = ("PNG", "JPEG", "BMP", "DIB", "WEBP", "PPM", "TIFF", "GIF", "AVIF", "JPEG2000")
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
+_WHITE_IS_ZERO, _SIGNED = 0, 2  # values of the second and the third
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -38,23 +42,100 @@ def to_nhwc(images: Tensor) -> np.ndarray:
     return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
+@contextmanager
+def naming(name: str, given: object = None) -> Iterator[None]:
+    """Turn whatever is raised while one image is read into a :class:`UserError` that names it.
+
+    Decoders raise errors of every kind for damaged files, which no list of kinds has held for long.
+
+    Args:
+        name: what messages call the image.
+        given: what Pillow was given, which its messages repeat: a path, or a file in memory by its address.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = " ".join(reason.replace(repr(given), "").split()) or type(error).__name__
+        raise UserError(f"{name}: not a readable image ({reason}); replace or remove the file") from None
+
+
+def shrink(images: Tensor, side: int) -> Tensor:
+    """Resize (B, C, H, W) pixels in [-1, 1] to ``side`` pixels a side, before they are rounded; fp32.
+
+    Bicubic without antialiasing, as LlamaGen's sampler makes its 256-pixel images of 384-pixel ones (its
+    ``sample_c2i_ddp.py``, ``--image-size-eval``). Values may leave [-1, 1]; :func:`to_uint8` clamps them.
+    """
+    return F.interpolate(images.float(), size=(side, side), mode="bicubic", align_corners=False)
+
+
 def read_image(path: str | os.PathLike | BinaryIO, mode: str = "RGB", *, name: str | None = None) -> Image.Image:
     """Open and fully decode one image in PIL ``mode``; ``name`` is what messages call it, its path unless given.
 
+    Transparency is dropped. Pixels of more than 8 bits are scaled by their range (:func:`to_eight_bits`).
+
     Raises:
-        UserError: the file is missing, is no image, or ends early.
+        UserError: the file is missing, is no image, ends early, or has pixels of an unknown range.
     """
     name = name or str(path)
-    try:
-        with Image.open(path) as image:
+    with naming(name, path if hasattr(path, "read") else os.fspath(path)):
+        if not hasattr(path, "read"):
+            _check_file(path, name)
+        with Image.open(path, formats=_formats()) as image:
+            image.load()
+            image.info.pop("transparency", None)  # Pillow would look for a colour to keep it in, and warn
+            image = to_eight_bits(image)
+            if image.mode in ("La", "RGBa"):  # colours multiplied by their opacity
+                image = image.convert("LA" if image.mode == "La" else "RGBA")
+            elif image.mode == "LAB":
+                image = image.convert("RGB")
             return image.convert(mode)
+
+
+def _check_file(path: str | os.PathLike, name: str) -> None:
+    try:
+        status = os.stat(path)
     except FileNotFoundError:
-        raise UserError(f"{name}: no such image file") from None
-    except _BROKEN as error:
-        # Pillow names the path once more, or the address of a file in memory, which differs from run to run.
-        given = path if hasattr(path, "read") else os.fspath(path)
-        reason = " ".join(str(error).replace(repr(given), "").split()) or type(error).__name__
-        raise UserError(f"{name}: not a readable image ({reason}); replace or remove the file") from None
+        link = f" (a link to {os.readlink(path)})" if os.path.islink(path) else ""
+        raise UserError(f"{name}: no such image file{link}") from None
+    if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
+        raise UserError(f"{name}: not a plain file; replace or remove it")
+
+
+@cache
+def _formats() -> list[str]:
+    """Return those of the formats that this Pillow reads."""
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
+
+
+def to_eight_bits(image: Image.Image) -> Image.Image:
+    """Return an image whose pixels have more than 8 bits in mode L, scaled by their range; others as they are.
+
+    Whole numbers range over their bits: 16, or what a TIFF says of itself. Floats must lie in [0, 1]. Pillow's own
+    conversion clips at 255 instead, which makes almost all pixels white, or black.
+
+    Raises:
+        ValueError: whole numbers that are signed or have 32 bits, whose range nothing tells, or floats outside of
+            [0, 1].
+    """
+    tags = getattr(image, "tag_v2", {})
+    if _SIGNED in tags.get(_SAMPLE_FORMAT, ()) or (image.mode == "I" and image.format == "TIFF"):
+        raise ValueError("its whole numbers are signed or have 32 bits, and nothing tells their range; save them as 8 "
+                         "or 16 bits without a sign")
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    values, top = np.asarray(image), 1  # (H, W)
+    if image.mode != "F":
+        top = 2 ** tags.get(_BITS, (16,))[0] - 1
+    elif not (values.min() >= 0 and values.max() <= 1):  # NaN too
+        raise ValueError(f"its floats run from {values.min():g} to {values.max():g}; they must lie in [0, 1]")
+    share = values.astype(np.float64) / top
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow sees to this for 8 bits only
+        share = 1 - share
+    return Image.fromarray(np.floor(share * 255 + 0.5).astype(np.uint8))
 
 
 def check_png(path: str | os.PathLike | None) -> None:

@@ -1,7 +1,7 @@
 """A data order without a state: which item the n-th sample of a run is, and its codes.
 
 Time is counted in samples. The permutation of an epoch is a function of (seed, epoch), and a place in it a function of
-the sample number, so that a resume, another number of processes or another micro-batch changes nothing.
+the sample number, so that a resume, another number of processes or another micro-batch changes nothing of them.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class TrainingCodes:
     def __init__(self, stores: Sequence[Codes], seed: int):
         self.stores, self.seed = list(stores), seed
         for store in self.stores[1:]:
-            _check_alike(self.stores[0], store)
+            _check_same_images(self.stores[0], store)
         self.order = StatelessOrder(len(self.stores[0]), seed)
 
     def __len__(self) -> int:
@@ -85,18 +85,34 @@ class TrainingCodes:
         return integers(len(store.info.views), self.seed, Stream.VIEW, numbers).numpy()
 
 
-def _check_alike(first: Codes, other: Codes) -> None:
-    """Raise :class:`UserError` unless two stores hold the same images as codes of the same tokenizer."""
+def check_same_codes(first: Codes, other: Codes) -> None:
+    """Check that codes and labels of two stores mean the same: tokenizer, grid, vocabulary, and classes in their order.
+
+    Raises:
+        UserError: naming both stores and the first thing that differs.
+    """
     a, b = first.info, other.info
     both = f"{other.folder} and {first.folder} cannot be mixed: "
     if a.tokenizer_hash != b.tokenizer_hash:
-        raise UserError(f"{both}made by the tokenizers {b.tokenizer_hash[:12]} and {a.tokenizer_hash[:12]}; encode one "
-                        "of them again")
+        raise UserError(f"{both}made by tokenizer {b.tokenizer_hash[:12]} and by tokenizer {a.tokenizer_hash[:12]}; "
+                        "encode one of them again")
     for name, mine, its in (("grid", tuple(a.grid), tuple(b.grid)), ("vocabulary", a.vocabulary, b.vocabulary),
                             ("number of classes", len(a.class_names), len(b.class_names)),
-                            ("image_size", a.image_size, b.image_size), ("images", len(first), len(other))):
+                            ("image_size", a.image_size, b.image_size)):
         if mine != its:
             raise UserError(f"{both}{name} {its} and {mine}")
-    different_names = a.images_hash and b.images_hash and a.images_hash != b.images_hash
-    if a.class_names != b.class_names or different_names or not np.array_equal(first.labels, other.labels):
+    for label, (mine, its) in enumerate(zip(a.class_names, b.class_names)):
+        if mine != its:
+            raise UserError(f"{both}class {label} is {its!r} in the first and {mine!r} in the second; encode one of "
+                            "them again with the other's list of classes (tokenizer.encode --classes)")
+
+
+def _check_same_images(first: Codes, other: Codes) -> None:
+    """Raise :class:`UserError` unless two stores hold codes of the same images that mean the same."""
+    check_same_codes(first, other)
+    both = f"{other.folder} and {first.folder} cannot be mixed: "
+    if len(first) != len(other):
+        raise UserError(f"{both}images {len(other)} and {len(first)}")
+    a, b = first.info.images_hash, other.info.images_hash
+    if (a and b and a != b) or not np.array_equal(first.labels, other.labels):
         raise UserError(f"{both}they hold other images, or the same in another order; encode both from one folder")

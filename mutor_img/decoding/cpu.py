@@ -34,7 +34,8 @@ class PrefixCache:
     def __init__(self, layers: int, rows: int, heads: int, length: int, head_dim: int, like: Tensor):
         self.fused = _fuses(like.dtype)
         dtype = like.dtype if self.fused else torch.promote_types(like.dtype, torch.float32)
-        self.store = torch.zeros(layers, 2, rows, heads, length, head_dim, device=like.device, dtype=dtype)
+        # One place too many: a slice that were all of the cache would be compiled for anew, being contiguous.
+        self.store = torch.zeros(layers, 2, rows, heads, length + 1, head_dim, device=like.device, dtype=dtype)
 
     def attend(self, layer: int, position: int, qkv: Tensor) -> Tensor:
         """Keep this position's keys and values and attend to all so far.
@@ -50,8 +51,9 @@ class PrefixCache:
         if not position:
             return qkv[:, 2]  # itself alone
         keys, values = store[:, :, :, : position + 1].unbind(0)  # (R, H, seen, head dim) each
-        if self.fused:
-            return _compiled_attention()(qkv[:, 0], keys, values)
+        if self.fused:  # R * H, not R and H: a kernel would be compiled anew where one of them is 1
+            queries, keys, values = (x.flatten(0, 1) for x in (qkv[:, 0], keys, values))
+            return _compiled_attention()(queries, keys, values).unflatten(0, qkv.shape[:1] + qkv.shape[2:3])
         scores = torch.matmul(qkv[:, 0, :, None].to(keys.dtype), keys.transpose(2, 3))  # (R, H, 1, seen)
         return torch.matmul(scores.softmax(-1), values)[:, :, 0]
 
@@ -68,12 +70,12 @@ def _compiled_attention() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def _attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attention of one query a head (R, H, D) over keys and values (R, H, seen, D), with fp32 sums: (R, H, D) fp32.
+    """Attention of one query per head (.., D) over keys and values (.., seen, D), with fp32 sums: (.., D) fp32.
 
     Written as products and sums, which the compiler turns into loops without temporaries.
     """
-    scores = (queries[:, :, None].float() * keys.float()).sum(-1)  # (R, H, seen)
-    return (scores.softmax(-1)[..., None] * values.float()).sum(2)
+    scores = (queries[..., None, :].float() * keys.float()).sum(-1)  # (.., seen)
+    return (scores.softmax(-1)[..., None] * values.float()).sum(-2)
 
 
 class Packed:
@@ -192,7 +194,7 @@ class PackedDecoder:
 
     Attributes:
         weights: the packed weights.
-        rows: most sequences a step takes.
+        rows: the most sequences that a step takes.
         cache: what attention has seen.
     """
 

@@ -1,6 +1,6 @@
 """Classifier-free guidance: how strongly each token of an image is pushed towards its class.
 
-A schedule is a list of N scales, one a token. A scale of 1 means the conditional logits as they are; above 1 the
+A schedule is a list of N scales, one per token. A scale of 1 means the conditional logits as they are; above 1 the
 logits are ``uncond + s (cond - uncond)`` (LlamaGen, arXiv 2406.06525; the paper's images use a constant 2.0).
 """
 
@@ -18,6 +18,26 @@ _PARAMETERS = {  # what a schedule's one number means
     "interval": "the step n > -1 after which guidance ends; the first n + 2 tokens are guided",
     "power-cosine": "the power > 0; above 1 guidance sets in later",
 }
+
+
+def parse_schedule(text: str) -> tuple[str, float | None]:
+    """Return the name and the parameter, or None, of a schedule in one word: ``linear``, ``power-cosine:2``.
+
+    Raises:
+        UserError: an unknown name, or a parameter that is no number, missing, out of range, or of no use.
+    """
+    name, colon, number = text.partition(":")
+    try:
+        parameter = float(number) if colon else None
+    except ValueError:
+        raise UserError(f"schedule {text!r}: {number!r} is no number; write it as in power-cosine:2") from None
+    guidance_scales(name, 1.0, parameter, 1)
+    return name, parameter
+
+
+def schedule_text(name: str, parameter: float | None) -> str:
+    """Return what :func:`parse_schedule` reads."""
+    return name if parameter is None else f"{name}:{parameter:g}"
 
 
 def guidance_scales(schedule: str, scale: float, parameter: float | None, length: int) -> list[float]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from mutor_img.common.errors import UserError, check_range
 from mutor_img.common.streams import Stream, uniform
 from mutor_img.decoding.cpu import PackedDecoder, PackedTransformer, pack
-from mutor_img.decoding.gpu import StaticDecoder, static_decoder
+from mutor_img.decoding.gpu import MOST_ROWS, StaticDecoder, static_decoder
 from mutor_img.decoding.guidance import guidance_scales, guide
 from mutor_img.transformer import Transformer
 
@@ -105,8 +105,9 @@ class Sampler:
         Args:
             model: the transformer.
             settings: what decides the samples.
-            batch: sequences at a time where the number is free, that is anywhere but on CPUs in fp32.
-            keep: False: nothing is compiled or kept beside the model; for a few images amid training.
+            batch: sequences at a time where the number is free, that is anywhere but on CPUs in fp32; on GPUs at most
+                ``MOST_ROWS``, with guidance half of it.
+            keep: False: nothing is compiled or kept beside the model; amid training.
 
         Raises:
             UserError: settings out of range.
@@ -114,14 +115,15 @@ class Sampler:
         config, weight = model.config, model.output.weight
         settings.validate(config.vocabulary)
         self.model, self.config, self.settings, self.device = model, config, settings, weight.device
-        self.fixed = weight.device.type == "cpu" and weight.dtype == torch.float32
-        self.count = CHUNK if self.fixed else batch
+        self.static = _replays(weight.device)
+        self.fixed = not self.static and weight.dtype == torch.float32
         self.scales = guidance_scales(settings.cfg_schedule, settings.cfg_scale, settings.cfg_parameter, config.length)
         # After the last guided token, or without any, there is no second half of the batch.
         self.guided_until = max((token + 1 for token, scale in enumerate(self.scales) if scale > 1), default=0)
         self.halves = 2 if self.guided_until else 1
+        most = MOST_ROWS // self.halves if self.static else batch
+        self.count = CHUNK if self.fixed else min(batch, most)
         rows = self.halves * self.count
-        self.static = weight.device.type != "cpu"
         with torch.no_grad():
             if self.static:
                 self.decoder = static_decoder(model, rows) if keep else StaticDecoder(model, rows, eager=True)
@@ -179,6 +181,11 @@ class Sampler:
         codes = codes.clamp(min=0)  # not finite: go on with anything, and say so at the end
         halves = self.halves if self.static or position < self.guided_until else 1
         return self.decoder.next(codes.repeat(halves), position)
+
+
+def _replays(device: torch.device) -> bool:
+    """Tell whether decoding there replays one graph of fixed shapes."""
+    return device.type != "cpu"
 
 
 @contextmanager

@@ -11,15 +11,19 @@ from typing import Any
 from mutor_img.common import cli
 from mutor_img.common.errors import UserError, check_range, suggest
 from mutor_img.common.files import write_json
-from mutor_img.evaluation.networks import add_network_flags, check_network_flags, load_network, start
+from mutor_img.common.locks import file_lock
+from mutor_img.common.outputs import keep_apart
+from mutor_img.evaluation.networks import add_network_flags, check_network_flags, load_network, network_files, start
 from mutor_img.metrics.evaluator import evaluate, make_reference
 from mutor_img.metrics.inception_score import ORDERS
 from mutor_img.metrics.references import ROLES, open_reference
 from mutor_img.metrics.report import table
 from mutor_img.metrics.requirements import METRICS, OPTIONAL, check_names
-from mutor_img.metrics.samples import open_samples
+from mutor_img.metrics.samples import manifest_of, open_samples
+from mutor_img.metrics.views import Resized
 from mutor_img.sampling.options import add_sampling_flags, check_sampling_flags, open_source
 from mutor_img.sampling.source import GeneratedImages
+from mutor_img.training.runtime import Runtime
 
 SAMPLES = 50_000  # of --checkpoint, unless --num-samples is given
 
@@ -38,10 +42,12 @@ def _parser() -> tuple[cli.Parser, list[str]]:
     add("--checkpoint", metavar="PATH", help="run folder, checkpoint folder or LlamaGen .pt: generate the images of "
                                              "sample.py and score them as they come, nothing is stored")
     add("--reference", metavar="PATH", help="ADM npz, statistics npz (ours, or mu and sigma), images npz or PNG folder")
+    add("--split", metavar="NAME", help="the split of --reference or --make-reference to take, where that is a folder "
+                                        "whose names tell several")
     add("--metrics", metavar="LIST", help=f"some of {','.join((*METRICS, *OPTIONAL))}; all that the reference allows "
                                           f"of {','.join(METRICS)} if not given")
-    add("--num-samples", type=int, metavar="N", help="score the first N; fewer is an error; all if not given, or 50000 "
-                                                     "with --checkpoint")
+    add("--num-samples", type=int, metavar="N", help="score N, drawn by seed from all there are; fewer is an error; "
+                                                     "all if not given, or 50000 with --checkpoint")
     add("--held-out", metavar="PATH", help="real images outside the reference, scored at the same number beside it")
     add("--is-order", default="shuffle", metavar="ORDER", help=f"Inception Score chunks by {' or '.join(ORDERS)}")
     add("--role", metavar="ROLE", help=f"what is scored, or made a reference for: {' or '.join(ROLES)}; generation "
@@ -64,21 +70,33 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     args = parser.parse_args(argv)
     _check(args)
     if not args.checkpoint:
-        _check_unused(args, {name: parser.get_default(name) for name in sampling}, "has no use without --checkpoint")
+        taken = [name for name in sampling if name != "resize" or args.make_reference]
+        _check_unused(args, {name: parser.get_default(name) for name in taken}, "has no use without --checkpoint")
+    keep_apart(_outputs(args), _inputs(args))
     runtime = start(args.device)
+    with runtime.one_voice(), runtime.claim(file_lock(args.json), file_lock(args.out)):
+        return _score(args, runtime)
+
+
+def _score(args: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
+    """Make the reference or the scores that the flags ask for; returns what the JSON file holds."""
     options = {"batch_size": args.batch_size, "progress": True}
     network = load_network(args, runtime)
     if args.make_reference:
-        source = open_reference(args.make_reference)
+        source = open_reference(args.make_reference, args.split)
         if make_reference(source, network, args.role, args.out, **options) is not None:
             print(f"reference of {args.make_reference} for {args.role} -> {args.out}")
         return {}
     if args.checkpoint:
-        samples = GeneratedImages(open_source(args, runtime), args.num_samples or SAMPLES, args.batch_size)
+        made = open_source(args, runtime)
+        keep_apart(_outputs(args), {"the tokenizer": made.tokenizer.path})
+        samples = GeneratedImages(made, args.num_samples or SAMPLES, args.batch_size)
     else:
         samples = open_samples(args.samples)
+        samples = samples if args.resize is None else Resized(samples, args.resize)
     result = evaluate(
-        samples, open_reference(args.reference), network, metrics=_metrics(args.metrics), num_samples=args.num_samples,
+        samples, open_reference(args.reference, args.split), network, metrics=_metrics(args.metrics),
+        num_samples=args.num_samples,
         held_out=None if args.held_out is None else open_samples(args.held_out), role=args.role or "generation",
         force_role=args.force_role, is_order=args.is_order, **options)
     if result:
@@ -88,11 +106,6 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         if args.json:
             write_json(args.json, result)
     return result
-
-
-def entry() -> None:
-    """Console entry."""
-    cli.run(main)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -121,6 +134,20 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--reference is missing (see --help)")
     if args.json and Path(args.json).is_dir():
         raise UserError(f"--json {args.json} is a folder; give a file name")
+
+
+def _outputs(args: argparse.Namespace) -> dict[str, str | None]:
+    return {"--json": args.json, "--out": args.out}
+
+
+def _inputs(args: argparse.Namespace) -> dict[str, Any]:
+    """Return every path that is read, by its flag."""
+    paths = {f"--{name.replace('_', '-')}": getattr(args, name)
+             for name in ("samples", "held_out", "checkpoint", "tokenizer", "reference", "make_reference")}
+    for name in ("--samples", "--held-out"):
+        if paths[name]:
+            paths[f"the manifest of {name}"] = manifest_of(paths[name])
+    return {**paths, **network_files(args)}
 
 
 def _check_unused(args: argparse.Namespace, defaults: dict[str, Any], reason: str) -> None:

@@ -23,7 +23,7 @@ def add_network_flags(parser: Parser) -> None:
     add("--features-weights", metavar="PATH", help=f"folder of the digit classifier ({DEFAULT_FOLDER} unless given), "
                                                    "or weights file of the timm model")
     add("--inception-weights", metavar="FILE", help="Inception weights elsewhere than in torch's hub folder")
-    add("--batch-size", type=int, default=64, help="images a process at once")
+    add("--batch-size", type=int, default=64, help="images per process at once")
     add("--device", help="cpu, cuda or cuda:N; CUDA if there is one, else the CPU")
 
 
@@ -31,6 +31,12 @@ def check_network_flags(args: argparse.Namespace) -> None:
     """Raise :class:`UserError` for what cannot be meant."""
     check_features(args.features, args.features_weights, args.inception_weights)
     check_range("--batch-size", args.batch_size, 1, 100_000)
+
+
+def network_files(args: argparse.Namespace) -> dict[str, str | None]:
+    """Return the paths of the network's weights, by flag."""
+    weights = args.features_weights or (str(DEFAULT_FOLDER) if args.features == "mnist" else None)
+    return {"--features-weights": weights, "--inception-weights": args.inception_weights}
 
 
 def load_network(args: argparse.Namespace, runtime: Runtime) -> FeatureNetwork:

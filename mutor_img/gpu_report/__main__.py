@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from mutor_img.common.threads import spin_briefly
+
+    spin_briefly()  # before torch is loaded
+
 import sys
 from collections.abc import Sequence
 
@@ -10,6 +15,7 @@ import torch
 from mutor_img.common.cli import Parser, run
 from mutor_img.common.errors import UserError, check_range
 from mutor_img.common.files import write_atomic
+from mutor_img.common.locks import claim, file_lock
 from mutor_img.gpu_report.checks import all_checks
 from mutor_img.gpu_report.report import Outcome, Worker, run_checks, to_markdown
 
@@ -33,7 +39,8 @@ def main(argv: Sequence[str]) -> None:
                         "a GPU look at what nvidia-smi says and whether torch was installed with CUDA")
     names = list(all_checks(args.quick))
     # This process leaves the GPU alone: one in exclusive mode has room for the checks' process only.
-    with Worker({"device": "cuda:0", "backend": "inductor", "batch": args.batch}) as worker:
+    question = {"device": "cuda:0", "backend": "inductor", "batch": args.batch}
+    with claim(file_lock(args.out)), Worker(question) as worker:
         facts = worker.environment()
 
         def write(outcomes: list[Outcome]) -> None:

@@ -7,6 +7,11 @@ Such a distance compares runs scored by one classifier; it is no FID.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from mutor_img.common.threads import spin_briefly
+
+    spin_briefly()  # before torch is loaded
+
 import os
 import time
 from collections.abc import Sequence
@@ -26,6 +31,8 @@ from mutor_img.common import cli
 from mutor_img.common.errors import UserError, check_range
 from mutor_img.common.files import file_hash, read_json, write_atomic, write_json
 from mutor_img.common.full_precision import full_precision
+from mutor_img.common.locks import claim, folder_lock
+from mutor_img.common.outputs import keep_apart
 from mutor_img.common.streams import Stream, bits, generator_seed, integers
 from mutor_img.metrics.features import to_nchw
 from mutor_img.metrics.image_sets import FolderImages, read_all
@@ -200,7 +207,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--seed", type=int, default=0, help="of the weights, the order and the shifts")
     parser.add_argument("--epochs", type=int, default=8, help="passes over the images")
     args = parser.parse_args(argv)
-    about = train(FolderImages(args.images), FolderImages(args.val), args.out, seed=args.seed, epochs=args.epochs)
+    keep_apart({"--out": args.out}, {"--images": args.images, "--val": args.val})
+    with claim(folder_lock(args.out)):
+        about = train(FolderImages(args.images), FolderImages(args.val), args.out, seed=args.seed, epochs=args.epochs)
     print(f"digit classifier: {about['accuracy']:.2%} of {about['val_images']} held-out digits recognised, "
           f"trained in {about['seconds']:.0f} s -> {args.out}")
     return about

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from mutor_img.common.errors import UserError, check_range, suggest
@@ -20,12 +21,14 @@ from mutor_img.metrics.image_sets import ImageSet, read_all
 from mutor_img.metrics.inception_score import ORDERS, inception_score
 from mutor_img.metrics.kernel_distance import kernel_distance
 from mutor_img.metrics.memorisation import Repetition
+from mutor_img.metrics.pieces import count_pieces
 from mutor_img.metrics.precision_recall import precision_recall
 from mutor_img.metrics.provenance import provenance
 from mutor_img.metrics.references import Reference, as_reference, check_role, save_reference
 from mutor_img.metrics.requirements import (
     METRICS,
     check_size,
+    class_doubts,
     frechet_key,
     kernel_key,
     lack,
@@ -35,6 +38,7 @@ from mutor_img.metrics.requirements import (
 )
 from mutor_img.metrics.samples import class_sorted, label_rule
 from mutor_img.metrics.subsets import choose, match
+from mutor_img.metrics.views import Subset
 
 REFERENCE_ROWS = 10_000  # reference images for precision and recall, as many as ADM's
 
@@ -62,7 +66,7 @@ def evaluate(
             that a second evaluation against it costs nothing.
         network: the feature network.
         metrics: some of "fid", "sfid", "is", "pr", "kid"; None for all but the last that network and reference allow.
-        num_samples: how many to score, from the first on; None for all.
+        num_samples: how many to score, drawn from all of them by the seed; None for all.
         held_out: real images that are not in the reference: they, and as many samples of the same classes, get
             the same scores.
         role: "generation" or "reconstruction"; a reference for the other one is refused.
@@ -85,16 +89,20 @@ def evaluate(
     if is_order not in ORDERS:
         raise UserError(f"unknown Inception Score order {is_order!r}{suggest(is_order, ORDERS)}")
     check_size(samples, reference)
-    count = _count(samples, num_samples, notes)
+    held, samples = len(samples), _draw(samples, num_samples, seed, notes)
+    count = len(samples)
     if is_order == "file" and "is" in metrics and class_sorted(samples, count):
         doubts.append("the samples lie in class order and are scored in file order: the Inception Score is far too low")
+    if held_out is not None or getattr(network, "class_names", None):
+        doubts += class_doubts({"samples": samples, "held-out images": held_out, "reference": reference.images,
+                                "classifier": network})
     judge = _Judge(reference, network, metrics, is_order=is_order, seed=seed, progress=progress)
-    options = {"batch_size": batch_size, "progress": progress, "pixels": judge.compares,
+    options = {"batch_size": batch_size, "progress": progress, "pixels": judge.classifier,
                **judge.outputs(subset=held_out is not None)}
     if held_out is not None:
         check_size(held_out, reference, "held-out images")
     known = _reference_features(reference, network, metrics, seed, batch_size, progress)  # first: samples take longer
-    found = extract(samples, network, count=count, title="samples", **options)
+    found = extract(samples, network, title="samples", **options)
     real = None if held_out is None else extract(held_out, network, title="held-out", **options)
     if found is None:
         return {}
@@ -107,8 +115,9 @@ def evaluate(
         result["samples_at_same_n"] = judge.scores(found.subset(ours), _part(labels, ours))
         result["real_against_real"] = {"name": getattr(held_out, "name", "memory")} | judge.scores(
             real.subset(theirs), _part(getattr(held_out, "labels", None), theirs))
-    return result | provenance(samples, reference, network, known) | {
+    return result | provenance(samples, reference, network, known, held) | {
         "comparable": not doubts,
+        "subset": "all" if count == held else f"{count} of {held}, drawn by seed {seed}",
         "is_order": f"shuffle, seed {seed}" if is_order == "shuffle" else "file",
         "labels": label_rule(samples, count),
         "role": role,
@@ -173,10 +182,31 @@ class _Judge:
         result["num_samples"] = found.count
         if self.classifier and labels is not None:
             asked = torch.as_tensor(labels)[: found.count]
-            result["recognised"] = (found.rows["logits"].argmax(1) == asked).double().mean().item()
+            right = found.rows["logits"].argmax(1) == asked  # (n,)
+            result["recognised"] = right.double().mean().item()
+            result["per_class"] = _per_class(self.network.class_names, asked, right, found.pixels)
         if self.repetition:
             result |= self.repetition.scores(found.pixels)
         return result
+
+
+def _per_class(names: Sequence[str], asked: torch.Tensor, right: torch.Tensor,
+               images: np.ndarray) -> dict[str, dict[str, float]]:
+    """Return by class name how many images there are, and the shares recognised and in more than one piece.
+
+    Args:
+        names: of the network's classes.
+        asked, right: (n,) labels, and whether the network agrees.
+        images: (n, H, W, C) uint8.
+    """
+    broken = torch.from_numpy(count_pieces(images) > 1)  # (n,)
+    table = {}
+    for label in asked.unique().tolist():
+        own = asked == label
+        table[names[label] if label < len(names) else str(label)] = {
+            "num_samples": int(own.sum()), "recognised": right[own].double().mean().item(),
+            "in_pieces": broken[own].double().mean().item()}
+    return table
 
 
 def _part(labels: Any, chosen: torch.Tensor) -> torch.Tensor | None:
@@ -191,17 +221,20 @@ def _too_few(samples: int, reference: int | None, network: FeatureNetwork) -> li
             for what, n in (("samples", samples), ("reference images", reference)) if n and n < size]
 
 
-def _count(samples: ImageSet, wanted: int | None, notes: list[str]) -> int:
-    """How many samples are scored; fewer than asked for is an error."""
+def _draw(samples: ImageSet, wanted: int | None, seed: int, notes: list[str]) -> ImageSet:
+    """Return the samples that are scored: all, or as many as are wanted, drawn by the seed from the whole set.
+
+    The first ones of a folder or of a file in class order would be those of the first classes. Fewer than wanted is an
+    error.
+    """
     held, name = len(samples), getattr(samples, "name", "memory")
-    if wanted is None:
-        return held
+    if wanted is None or wanted == held:
+        return samples
     check_range("num-samples", wanted, 2, float("inf"))
     if held < wanted:
         raise UserError(f"{name} holds {held} samples, {wanted} are asked for; sample more, or lower --num-samples")
-    if held > wanted:
-        notes.append(f"the first {wanted} of the {held} samples are scored")
-    return wanted
+    notes.append(f"{wanted} of the {held} samples are scored, drawn from all of them by seed {seed}")
+    return Subset(samples, choose(held, wanted, seed))
 
 
 def _reference_features(reference: Reference, network: FeatureNetwork, metrics: Sequence[str], seed: int,

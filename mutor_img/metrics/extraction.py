@@ -17,9 +17,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mutor_img.common.errors import UserError
+from mutor_img.common.processes import agree, place, share_mistake
 from mutor_img.metrics.features import FeatureNetwork
 from mutor_img.metrics.frechet import Moments, Statistics
-from mutor_img.metrics.image_sets import ImageSet, shares
+from mutor_img.metrics.image_sets import ImageSet, content, shares
 
 
 @dataclass
@@ -63,15 +64,20 @@ def extract(
         rows: outputs to keep image by image.
         chosen: ascending numbers (n,) int64 of the images whose rows are kept; None: all.
         pixels: keep the images too, for small ones.
-        batch_size: images a process and round.
+        batch_size: images per process and round.
         progress: a bar with an ETA, on a terminal.
         title: of the bar.
 
     Raises:
-        UserError: the set yields fewer images than its length, or they cannot be read; on every process alike.
+        UserError: the set yields fewer images than its length, they cannot be read, or processes have other ones; on
+            every process alike.
     """
     count = len(images) if count is None else count
-    rank, world = _processes()
+    rank, world = place()
+    if world > 1:
+        agree({f"of the {title}, {what}": value for what, value in (
+            ("the number", count), ("the content", content(images)), ("the feature network", network.weights_hash),
+            ("the statistics", sorted(statistics)), ("the rows", sorted(rows)))})
     outputs = [name for name in network.dimensions if name in {*statistics, *rows}]
     moments = {name: Moments(network.dimensions[name]) for name in statistics}
     chosen = torch.arange(count) if chosen is None else chosen
@@ -106,13 +112,6 @@ def _moments(rows: Tensor) -> Moments:
     return moments
 
 
-def _processes() -> tuple[int, int]:
-    """Return (rank, number of processes)."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
 def _round(own: Iterator[np.ndarray | None], network: FeatureNetwork, outputs: list[str], sizes: list[int],
            pixels: bool, rank: int, world: int) -> Iterator[tuple[int, dict[str, Tensor], np.ndarray | None]]:
     """Yield number, features (on the CPU) and images, where wanted, of each batch of a round, in index order."""
@@ -131,20 +130,10 @@ def _round(own: Iterator[np.ndarray | None], network: FeatureNetwork, outputs: l
             mine[: len(batch)] = torch.cat([features[name] for name in outputs], 1)
     except UserError as mistake:
         error = str(mistake)
-    _share_error(error, network.device, world)
+    share_mistake(error)
     parts, images = [torch.empty_like(mine) for _ in range(world)], [None] * world
     dist.all_gather(parts, mine)
     if pixels:
         dist.all_gather_object(images, batch)
     for size, part, image in zip(sizes, parts, images):
         yield size, dict(zip(outputs, part[:size].cpu().split(widths, 1))), image
-
-
-def _share_error(error: str | None, device: torch.device, world: int) -> None:
-    """Raise on every process what one of them met: the others would wait for it for ever."""
-    failed = torch.tensor([error is not None], dtype=torch.int32, device=device)
-    dist.all_reduce(failed, op=dist.ReduceOp.MAX)
-    if failed.item():
-        errors: list[str | None] = [None] * world
-        dist.all_gather_object(errors, error)
-        raise UserError(next(text for text in errors if text is not None))

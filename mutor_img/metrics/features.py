@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import urllib.error
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import file_hash
+from mutor_img.common.files import file_hash, remove
 from mutor_img.common.full_precision import full_precision
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -36,7 +37,7 @@ class FeatureNetwork(Protocol):
     Attributes:
         name: written into every result and every statistics file.
         weights_hash: sha256 of the weights file, hexadecimal.
-        dimensions: numbers an image for each output, e.g. ``{"pool": 2048, "spatial": 2023, "logits": 1008}``.
+        dimensions: numbers per image for each output, e.g. ``{"pool": 2048, "spatial": 2023, "logits": 1008}``.
             "pool" feeds the Frechet distance, precision and recall; "spatial" sFID; "logits" the Inception Score.
         warnings: why scores made with it are not comparable with published ones; empty if they are.
         device: where it runs.
@@ -81,16 +82,12 @@ class InceptionGraph(FeatureExtractorInceptionV3):
         nothing.seek(0)
         # The constructor unpickles the weights file itself. It is handed an empty one; ours are loaded safely after.
         super().__init__("inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=nothing)
-        self.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
+        self.kept: dict[str, Tensor] = {}
+        self.Mixed_6d.branch1x1.register_forward_hook(partial(_keep_spatial, self.kept))
 
     def load_state_dict(self, state_dict, *args, **kwargs):
         """Load strictly; the empty dictionary of the constructor is passed over."""
         return super().load_state_dict(state_dict, *args, **kwargs) if state_dict else None
-
-    def _keep_spatial(self, module, inputs, output: Tensor) -> None:
-        maps = output[:, :SPATIAL_CHANNELS]  # (B, 7, 17, 17), after ReLU
-        # Row, column, channel: the order of the TensorFlow graph. sFID in another order is another number.
-        self.spatial = maps.permute(0, 2, 3, 1).flatten(1).contiguous()  # (B, 2023)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) uint8 -> pool (B, 2048), spatial (B, 2023), logits without bias (B, 1008), float32."""
@@ -99,13 +96,20 @@ class InceptionGraph(FeatureExtractorInceptionV3):
         for name in _TRUNK:
             x = getattr(self, name)(x)
         pool = x.flatten(1)  # (B, 2048)
-        return {"pool": pool, "spatial": self.spatial, "logits": pool @ self.fc.weight.T}
+        return {"pool": pool, "spatial": self.kept.pop("spatial"), "logits": pool @ self.fc.weight.T}
 
     def fold_norms(self) -> None:
         """Make each normalisation part of the convolution before it, for evaluation: a tenth of the time."""
         for module in self.modules():
             if isinstance(getattr(module, "bn", None), nn.BatchNorm2d):
                 module.conv, module.bn = fuse_conv_bn_eval(module.conv, module.bn), nn.Identity()
+
+
+def _keep_spatial(kept: dict[str, Tensor], module: nn.Module, inputs: tuple, output: Tensor) -> None:
+    """Note the features of sFID; a hook that is no method, so that the graph does not hold itself."""
+    maps = output[:, :SPATIAL_CHANNELS]  # (B, 7, 17, 17), after ReLU
+    # Row, column, channel: the order of the TensorFlow graph. sFID in another order is another number.
+    kept["spatial"] = maps.permute(0, 2, 3, 1).flatten(1).contiguous()  # (B, 2023)
 
 
 def resize_like_tensorflow(images: Tensor, size: int) -> Tensor:
@@ -202,5 +206,5 @@ def _download(path: Path) -> None:
                         f"({error}); put the file there, name it with --inception-weights FILE, or choose other "
                         "features (--features mnist, timm:NAME)") from None
     finally:
-        aside.unlink(missing_ok=True)
+        remove(aside)
 

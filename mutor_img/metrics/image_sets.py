@@ -9,19 +9,21 @@ which returns images start to stop - 1: of a set that has it, each of several pr
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from mutor_img.common.errors import UserError
-from mutor_img.common.images import IMAGE_SUFFIXES, read_image
+from mutor_img.common.file_kinds import kind_of
+from mutor_img.common.folders import GONE, list_folder
+from mutor_img.common.images import naming, read_image
 
 _CHUNK = 64  # images read at once
 
@@ -106,8 +108,14 @@ class NpzImages:
                     if len(raw) < count * size:
                         raise EOFError(f"{start + len(raw) // size} of {len(self)} images")
                     yield np.frombuffer(raw, dtype=np.uint8).reshape(count, *self.shape[1:])
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
-            raise UserError(f"{self.path}: damaged or cut off ({error}); write it again") from None
+        except Exception as error:  # damage shows in errors of many kinds
+            raise UserError(f"{self.path}: damaged or cut off ({_reason(error)}); write it again") from None
+
+
+    def content(self) -> str:
+        """Return a hash of names, sizes and checksums as the zip lists them: no image is read."""
+        with zipfile.ZipFile(self.path) as archive:
+            return _digest([[i.filename, i.file_size, i.CRC] for i in archive.infolist()])
 
 
 def npz_members(path: str | os.PathLike) -> set[str]:
@@ -118,11 +126,17 @@ def npz_members(path: str | os.PathLike) -> set[str]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            return {name.removesuffix(".npy") for name in archive.namelist()}
+            names = archive.namelist()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (zipfile.BadZipFile, OSError) as error:
-        raise UserError(f"{path}: not a whole npz file ({error}); it may be cut off: write it again") from None
+    except Exception as error:
+        if (kind := kind_of(path)) is not None:
+            raise UserError(f"{path}: {kind}; give an npz: numpy.savez(file, mu=..., sigma=...) of statistics, "
+                            "numpy.savez(file, arr_0=...) of uint8 images") from None
+        raise UserError(f"{path}: not a whole npz file ({_reason(error)}); it may be cut off: write it again") from None
+    if any(name.endswith("/data.pkl") for name in names):
+        raise UserError(f"{path}: a file of torch.save, not an npz; save its arrays with numpy.savez")
+    return {name.removesuffix(".npy") for name in names}
 
 
 def read_npz_array(path: str | os.PathLike, name: str) -> np.ndarray:
@@ -130,8 +144,12 @@ def read_npz_array(path: str | os.PathLike, name: str) -> np.ndarray:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return archive[name]
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
-        raise UserError(f"{path}: the array {name} cannot be read ({error})") from None
+    except Exception as error:
+        raise UserError(f"{path}: the array {name} cannot be read ({_reason(error)})") from None
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 def _image_shape(path: Path, name: str) -> tuple[int, ...]:
@@ -147,10 +165,10 @@ def _image_shape(path: Path, name: str) -> tuple[int, ...]:
                 raise UserError(f"{path}: {name} announces {shape[0]} images and holds {held} bytes, "
                                 f"not {int(np.prod(shape))}; it is damaged or cut off")
             return shape
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: {name} cannot be read ({error})") from None
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path}: {name} cannot be read ({_reason(error)})") from None
 
 
 def _read_header(stream):
@@ -172,32 +190,33 @@ def _check_layout(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
 
 
 class FolderImages(_Indexed):
-    """The PNG images of a folder, or of an ImageFolder tree, whose subfolders in alphabetical order are classes.
+    """The PNG images of a folder, or of an ImageFolder tree, whose sub-folders in alphabetical order are classes.
 
-    Order: that of the sorted relative paths. ``labels`` and ``class_names`` are None where images lie in the
-    folder itself.
+    The files and their order are those of :mod:`mutor_img.common.folders`, as in every command. ``labels`` and
+    ``class_names`` are None where images lie in the folder itself.
+
+    Args:
+        folder: the folder.
+        split: take the images of this split only, where names tell several.
 
     Raises:
-        UserError: no folder, no images, JPEGs; while reading, an unreadable image or one of another size.
+        UserError: no folder, no images, JPEGs, or a folder that is refused there; while reading, an unreadable image
+            or one of another size.
     """
 
-    def __init__(self, folder: str | os.PathLike):
-        self.path = Path(folder)
+    def __init__(self, folder: str | os.PathLike, split: str | None = None):
+        found = list_folder(folder, split)
+        self.path, self.files = found.root, [Path(file) for file in found.files]
         self.name = self.path.name if self.path.name not in ("", "..") else str(self.path.resolve())
-        if not self.path.is_dir():
-            raise UserError(f"{folder}: no such folder")
-        files = sorted(p.relative_to(self.path) for p in self.path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        jpeg = next((p for p in files if p.suffix.lower() in (".jpg", ".jpeg", ".webp")), None)
+        self.name += f", {found.split}" if found.split else ""
+        jpeg = next((file for file in self.files if file.suffix.lower() in (".jpg", ".jpeg", ".webp")), None)
         if jpeg is not None:
             raise UserError(f"{self.path / jpeg}: JPEG compression moves features by 5e-3 and with them every score; "
                             "give PNGs or an npz written without compression loss")
-        self.files = [p for p in files if not any(part.startswith(".") for part in p.parts)]
-        if not self.files:
-            raise UserError(f"{folder}: no PNG images in it or below it")
-        folders = sorted({p.parts[0] for p in self.files if len(p.parts) > 1})
-        tree = all(len(p.parts) > 1 for p in self.files)
-        self.class_names = folders if tree else None
-        self.labels = np.array([folders.index(p.parts[0]) for p in self.files], np.int64) if tree else None
+        if GONE in found.sizes:
+            self._image(found.sizes.index(GONE))  # says what is wrong with it
+        self.class_names = found.folders
+        self.labels = None if found.folders is None else np.array(found.places, np.int64)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -215,6 +234,10 @@ class FolderImages(_Indexed):
                                 f"{self.size[1]} x {self.size[0]}; all must be of one size")
         return np.stack(images)
 
+    def content(self) -> str:
+        """Return a hash of the relative paths; no image is read."""
+        return _digest([file.as_posix() for file in self.files])
+
     def _image(self, index: int) -> np.ndarray:
         return np.asarray(read_image(self.path / self.files[index]))  # (H, W, 3)
 
@@ -222,8 +245,19 @@ class FolderImages(_Indexed):
         """Return one hash over the relative paths and the bytes of all files."""
         digest = hashlib.sha256()
         for file in self.files:
-            digest.update(file.as_posix().encode() + b"\0" + hashlib.sha256((self.path / file).read_bytes()).digest())
+            with naming(str(self.path / file)):
+                content = (self.path / file).read_bytes()
+            digest.update(os.fsencode(file.as_posix()) + b"\0" + hashlib.sha256(content).digest())
         return digest.hexdigest()
+
+
+def content(images: ImageSet) -> Any:
+    """Return as a JSON value what tells an image set from another, as far as that is known without reading images."""
+    return images.content() if hasattr(images, "content") else getattr(images, "manifest", None)
+
+
+def _digest(value: list) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def rebatch(images: Iterable[np.ndarray], size: int, limit: int) -> Iterator[np.ndarray]:

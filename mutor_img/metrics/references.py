@@ -13,6 +13,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +21,9 @@ from torch import Tensor
 
 from mutor_img.common.errors import UserError, suggest
 from mutor_img.common.files import file_hash, write_atomic
+from mutor_img.common.folders import means_split
 from mutor_img.metrics.frechet import Statistics
-from mutor_img.metrics.image_sets import FolderImages, ImageSet, NpzImages, npz_members, read_npz_array
+from mutor_img.metrics.image_sets import FolderImages, ImageSet, NpzImages, content, npz_members, read_npz_array
 
 ROLES = ("generation", "reconstruction")
 _ADM = {"mu", "sigma", "mu_s", "sigma_s", "arr_0"}
@@ -76,15 +78,22 @@ class Reference:
         return self.stored_size if self.images is None else getattr(self.images, "size", None)
 
 
-def open_reference(path: str | os.PathLike) -> Reference:
+def open_reference(path: str | os.PathLike, split: str | None = None) -> Reference:
     """Open a reference: our statistics file, ADM's npz, ``mu`` and ``sigma`` alone, or images (npz or PNG folder).
+
+    Args:
+        path: the file or folder.
+        split: of a folder, the split to take where names tell several.
 
     Raises:
         UserError: none of these, or one that cannot be read.
     """
     path = Path(path)
-    if path.is_dir():
-        return Reference(path.name, "folder", images=FolderImages(path))
+    if path.is_dir() or means_split(path):
+        images = FolderImages(path, split)
+        return Reference(images.name, "folder", images=images)
+    if split is not None:
+        raise UserError(f"--split {split}: {path} is no folder, and has no splits; leave --split out")
     if not path.exists():
         raise UserError(f"{path}: no such reference file or folder")
     members, digest = npz_members(path), file_hash(path)
@@ -98,6 +107,11 @@ def open_reference(path: str | os.PathLike) -> Reference:
     adm = members >= _ADM
     kind = "adm" if adm else "images" if pool is None else "statistics"
     return Reference(path.name, kind, digest, "generation" if adm else None, pool, spatial, images=images)
+
+
+def identity(reference: Reference) -> Any:
+    """Return as a JSON value what tells a reference from another, as far as that is known without reading images."""
+    return reference.digest or content(reference.images)
 
 
 def as_reference(images: ImageSet | Reference, role: str | None = None) -> Reference:

@@ -35,7 +35,22 @@ def table(result: dict[str, Any]) -> str:
         f"(role {reference['role'] or 'undeclared'}; {reference['statistics']}), "
         f"labels {result['labels'] or 'unknown'}, "
         f"{'' if result['comparable'] else 'not '}comparable with published scores",
+        *(["", *class_table(columns)] if "per_class" in result else []),
     ])
+
+
+def class_table(columns: dict[str, dict[str, Any]]) -> list[str]:
+    """Return one line per class: the share recognised, and the share in more than one piece, in each column.
+
+    Args:
+        columns: scores with ``per_class`` by the column's name; a column without is left out.
+    """
+    parts = {name: scores["per_class"] for name, scores in columns.items() if "per_class" in scores}
+    rows = [["class", *(f"{title}: {name}" for title in ("recognised", "in pieces") for name in parts)]]
+    for label in dict.fromkeys(label for part in parts.values() for label in part):
+        rows.append([label, *(f"{part[label][key]:.1%}" if label in part else "-"
+                              for key in ("recognised", "in_pieces") for part in parts.values())])
+    return aligned(rows)
 
 
 def aligned(rows: list[list[str]]) -> list[str]:

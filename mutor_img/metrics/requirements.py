@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -89,6 +90,37 @@ def _check_network(reference: Reference, network: FeatureNetwork) -> None:
         if given is not None and dimension is not None and len(given.mu) != dimension:
             raise UserError(f"the reference {reference.name} holds statistics of {len(given.mu)} features, the network "
                             f"{network.name} has {dimension}; give a reference made with this network")
+
+
+def class_doubts(sets: dict[str, Any]) -> list[str]:
+    """Return a warning where labels are compared that do not mean the same classes, one for each set.
+
+    Args:
+        sets: what has labels, by what a message calls it. Its names are those of its manifest, of its class folders, or
+            of a classifier's training; one without names is passed over.
+    """
+    named = {what: names for what, one in sets.items() if (names := _class_names(one))}
+    doubts: list[str] = []
+    for what, names in list(named.items())[1:]:
+        first, known = next(iter(named.items()))
+        if len(names) != len(known):
+            doubts.append(f"the {first} have {len(known)} classes and the {what} {len(names)}: their labels are not "
+                          "numbered alike, and scores that go by class compare them all the same")
+        elif names != known and _are_ids(names) == _are_ids(known):  # words for ids would be no other classes
+            label = next(i for i, (a, b) in enumerate(zip(known, names)) if a != b)
+            doubts.append(f"class {label} is {known[label]!r} in the {first} and {names[label]!r} in the {what}: "
+                          "scores that go by class compare them all the same")
+    return doubts
+
+
+def _are_ids(names: Sequence[str]) -> bool:
+    return any(re.fullmatch(r"n\d{8}", name) for name in names)
+
+
+def _class_names(one: Any) -> list[str] | None:
+    manifest = getattr(one, "manifest", None)
+    written = manifest.get("class_names") if isinstance(manifest, dict) else None
+    return written if isinstance(written, list) else getattr(one, "class_names", None)
 
 
 def check_size(samples: Any, reference: Reference, what: str = "samples") -> None:

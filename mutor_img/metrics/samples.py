@@ -10,6 +10,7 @@ import numpy as np
 
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import read_json
+from mutor_img.common.folders import means_split
 from mutor_img.metrics.image_sets import FolderImages, NpzImages
 
 
@@ -23,12 +24,16 @@ def open_samples(path: str | os.PathLike) -> NpzImages | FolderImages:
         UserError: whatever keeps the images from being read as they are.
     """
     path = Path(path)
-    if path.is_dir():
+    if path.is_dir() or means_split(path):
         images = FolderImages(path)
-        beside = path / "manifest.json"
-        images.manifest, images.warnings = read_json(beside) if beside.exists() else None, []
-        if images.labels is None and (path / "labels.json").exists():
-            images.labels = _labels(path / "labels.json", len(images))
+        images.manifest, images.warnings = _manifest(images.path), []
+        listed = images.path / "labels.json"
+        if listed.exists():
+            labels = _labels(listed, len(images))
+            if images.labels is not None and not np.array_equal(labels, images.labels):
+                raise UserError(f"{listed}: its labels are others than those of the class folders beside it; remove "
+                                "the file, or put the images into one folder")
+            images.labels = labels
         return images
     if not path.exists():
         raise UserError(f"{path}: no such file or folder of samples")
@@ -37,9 +42,20 @@ def open_samples(path: str | os.PathLike) -> NpzImages | FolderImages:
     if "mu" in images.members:
         images.warnings.append(f"{path} holds statistics (mu) beside its samples; they are ignored, and the images "
                                "scored")
-    beside = path.with_suffix(".json")
-    images.manifest = read_json(beside) if beside.exists() else None
+    images.manifest = _manifest(path)
     return images
+
+
+def _manifest(path: Path) -> Any:
+    """Return what the manifest of a sample set holds; None: there is none."""
+    beside = manifest_of(path)
+    return read_json(beside) if beside.exists() else None
+
+
+def manifest_of(path: str | os.PathLike) -> Path:
+    """Return where the manifest of a sample set stands, if it has one: ``x.json`` of ``x.npz``, or in the folder."""
+    path = Path(path)
+    return path / "manifest.json" if path.is_dir() else path.with_suffix(".json")
 
 
 def _labels(path: Path, count: int) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mutor_img.common.cli import run
 from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.pretraining.plan import plan_generator
 from mutor_img.pretraining.task import GeneratorTask
@@ -22,8 +21,3 @@ def main(argv: Sequence[str]) -> None:
     )
     if config is not None:
         run_task(GeneratorTask, config)
-
-
-def entry() -> None:
-    """Console entry."""
-    run(main)

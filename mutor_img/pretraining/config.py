@@ -90,14 +90,15 @@ class PlanConfig:
     devices: int = 1  # how many
     device_gib: float = 80.0  # memory of one, GiB
     usable: float = 0.9  # share of it for tensors; the rest: CUDA's and NCCL's own, and fragmentation
-    peak_tflops: float = 989.0  # of one, dense, in train.precision (989: H100 SXM in bf16)
+    peak_tflops: float | None = None  # of one, dense, in train.precision; null: H100 SXM's, 989 in bf16, 67 in fp32
     mfu: float = 0.4  # share of the peak that the model's FLOPs are expected to reach
 
     def validate(self) -> None:
         check_range("plan.devices", self.devices, 1, 10**6)
         check_range("plan.device_gib", self.device_gib, 0.0, 1e5, low_open=True)
         check_range("plan.usable", self.usable, 0.0, 1.0, low_open=True)
-        check_range("plan.peak_tflops", self.peak_tflops, 0.0, 1e6, low_open=True)
+        if self.peak_tflops is not None:
+            check_range("plan.peak_tflops", self.peak_tflops, 0.0, 1e6, low_open=True)
         check_range("plan.mfu", self.mfu, 0.0, 1.0, low_open=True)
 
 
@@ -145,6 +146,11 @@ class GeneratorConfig:
         self.law()
         if self.model.preset not in PRESETS:
             self.model_config()  # raises, naming the nearest
+
+    def inputs(self) -> dict[str, Any]:
+        """Return every path that a run reads, by its key."""
+        return {"init_from": self.init_from, "data.codes": self.data.folders(), "data.val_codes": self.data.val_codes,
+                "eval.reference": self.eval.reference or None, "eval.features_weights": self.eval.features_weights}
 
     def law(self) -> RegisterLaw:
         """Return the registers' law; raises :class:`UserError` where it cannot be drawn."""

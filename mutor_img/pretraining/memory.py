@@ -21,7 +21,7 @@ class Step:
 
     Attributes:
         sequences: sequences of one forward pass on the device.
-        registers: R, registers a sequence.
+        registers: R, registers per sequence.
         precision: ``"bf16"`` or ``"fp32"``.
         compiled: blocks are compiled.
         checkpointing: only a block's input is kept, and its activations are computed again.
@@ -87,7 +87,7 @@ def step_memory(config: ModelConfig, parameters: int, step: Step) -> Memory:
 
 
 def block_bytes(config: ModelConfig, step: Step) -> float:
-    """Return the bytes a token that one block keeps."""
+    """Return the bytes per token that one block keeps."""
     d, h, w = config.dim, config.hidden, step.width
     masks = 2 * d if config.dropout > 0 and config.drop_path == 0 else 0  # bool: after attention, after feed-forward
     statistics = 2 * FP32 + FP32 * config.heads  # of two norms; log-sum-exp of each head
@@ -100,7 +100,7 @@ def block_bytes(config: ModelConfig, step: Step) -> float:
 
 
 def attention_bytes(config: ModelConfig, step: Step) -> float:
-    """Return the bytes a token that attention keeps: q, k, v, its result, and what the output projection reads."""
+    """Return the bytes per token that attention keeps: q, k, v, its result, and what the output projection reads."""
     d, w = config.dim, step.width
     head = d // config.heads
     if step.registers and step.flex:  # copies in plain order, up to a power of two; the result is reordered
@@ -113,7 +113,7 @@ def attention_bytes(config: ModelConfig, step: Step) -> float:
 
 
 def outer_bytes(config: ModelConfig, step: Step) -> float:
-    """Return the bytes a token kept outside of the blocks.
+    """Return the bytes per token kept outside of the blocks.
 
     The first dropout's mask; the last norm's input and what it normalised; the head's input, or with a chunked loss its
     gradient; the turns of the rotary positions, which all blocks share.

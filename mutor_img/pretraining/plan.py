@@ -11,6 +11,7 @@ from mutor_img.common.errors import UserError
 from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.pretraining.memory import FP32, Memory, Step, step_memory
 from mutor_img.registers import RegisterLaw
+from mutor_img.training.hardware import gpu_peak
 from mutor_img.transformer import ModelConfig, Transformer
 
 GIB = 2.0**30
@@ -53,7 +54,8 @@ def update_sections(config: GeneratorConfig, model: Transformer, share: int, mic
     pairs = attended_pairs(law, config.seed)
     flops = 3 * batch * model.forward_flops(law.length, law.registers, pairs)
     attention = flops - 3 * batch * model.forward_flops(law.length, law.registers, 0.0)
-    seconds = flops / (plan.devices * plan.peak_tflops * 1e12 * plan.mfu)
+    peak = plan.peak_tflops or gpu_peak("H100", "fp32" if config.train.precision == "fp32" else "bf16") / 1e12
+    seconds = flops / (plan.devices * peak * 1e12 * plan.mfu)
     hours = seconds * config.train.steps / 3600
     return {
         "an update": {
@@ -68,7 +70,7 @@ def update_sections(config: GeneratorConfig, model: Transformer, share: int, mic
             # The rest grows with the length, attention with its square.
             "codes an image at which attention takes half": round(law.length * (flops - attention) / attention),
         },
-        f"time at {plan.mfu:.0%} of {plan.devices} x {plan.peak_tflops:g} TFLOP/s (assumed)": {
+        f"time at {plan.mfu:.0%} of {plan.devices} x {peak:g} TFLOP/s (assumed)": {
             "updates": config.train.steps,
             "FLOPs in all": flops * config.train.steps,
             "seconds an update": seconds,

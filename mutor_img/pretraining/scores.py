@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
+from mutor_img.checkpoints.folder import fill_blank
 from mutor_img.decoding.sampler import SamplingSettings
 from mutor_img.metrics.evaluator import evaluate
 from mutor_img.metrics.networks import load_features
-from mutor_img.metrics.references import open_reference
+from mutor_img.metrics.references import identity, open_reference
 from mutor_img.metrics.requirements import SCORES, check_size, resolve
 from mutor_img.pretraining.config import EvalConfig
 from mutor_img.sampling.labels import make_labels
@@ -18,7 +19,7 @@ from mutor_img.sampling.source import ModelImages
 from mutor_img.training.runtime import Runtime
 from mutor_img.transformer import Transformer
 
-BATCH = 64  # images a process at once
+BATCH = 64  # images per process at once
 
 
 class RunScores:
@@ -45,12 +46,15 @@ class RunScores:
         with runtime.main_first():
             self.network = load_features(config.features, *weights, runtime.device)
         self.reference = open_reference(config.reference)
+        runtime.agree({"the feature network": self.network.weights_hash,
+                       f"the content of eval.reference={config.reference}": identity(self.reference)})
         self.metrics = resolve(config.metrics or None, self.reference, self.network)
         check_size(self._images(model), self.reference)
 
     def _images(self, model: Transformer) -> ModelImages:
         labels = make_labels("random", range(self.classes), self.config.samples, self.settings.seed)
-        return ModelImages(model, self.tokenizer, labels, self.settings, BATCH, "the run")
+        # Nothing is compiled or kept: weights move before the next score, and training needs the memory.
+        return ModelImages(model, self.tokenizer, labels, self.settings, BATCH, "the run", keep=False)
 
     def __call__(self, model: Transformer) -> dict[str, float]:
         """Return the scores by name ("eval_fid", ...); {} on ranks other than 0, all of which must call.
@@ -66,7 +70,7 @@ class RunScores:
 
 def as_sampled(model: Transformer) -> Transformer:
     """Return a copy in bf16, the precision in which ``sample.py`` runs on a GPU."""
-    with torch.random.fork_rng(devices=[]), torch.device(model.output.weight.device):
+    with torch.device("meta"):
         copy = Transformer(model.config)
-    copy.load_state_dict(model.state_dict())
-    return copy.to(torch.bfloat16).eval()
+    weights = {name: weight.to(torch.bfloat16) for name, weight in model.state_dict().items()}
+    return fill_blank(copy, weights, model.output.weight.device).eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from tqdm import tqdm
 
 from mutor_img.checkpoints.folder import load_strict
 from mutor_img.checkpoints.loading import load_run
+from mutor_img.common.config import to_dict
 from mutor_img.common.errors import UserError
 from mutor_img.common.streams import Stream, generator_seed, uniform
-from mutor_img.data.order import TrainingCodes
+from mutor_img.data.order import TrainingCodes, check_same_codes
 from mutor_img.data.store import Codes
 from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.pretraining.plan import attended_pairs
@@ -40,20 +42,21 @@ class GeneratorTask(Task):
             UserError: missing or damaged codes, or codes that do not fit the config.
         """
         self.config, self.runtime = config, runtime
+        runtime.agree(to_dict(config))
         self.preflight: Preflight | None = None
         self.law = config.law()
         self._counted: tuple[int, Tensor | None] = -1, None  # a step, and its registers with a target
         self.data = TrainingCodes([open_codes(f, config, runtime) for f in config.data.folders()], config.seed)
         self.codes = self.data.stores[0]
         self.val_codes = open_codes(config.data.val_codes, config, runtime) if config.data.val_codes else None
-        if self.val_codes and self.val_codes.info.tokenizer_hash != self.codes.info.tokenizer_hash:
-            hashes = [store.info.tokenizer_hash[:12] for store in (self.val_codes, self.codes)]
-            raise UserError(f"{config.data.val_codes}: made by tokenizer {hashes[0]}, but {self.codes.folder} by "
-                            f"{hashes[1]}; encode one of them again")
+        if self.val_codes:
+            check_same_codes(self.codes, self.val_codes)
         torch.manual_seed(generator_seed(config.seed, Stream.INIT))
         self.model = Transformer(config.model_config())
         if config.init_from:
-            start_from(self.model, config.init_from)
+            names = self.codes.info.class_names if runtime.is_main else None
+            taken = start_from(self.model, config.init_from, names)
+            runtime.agree({f"the content of init_from={config.init_from}": taken})
         self.units_per_sample = self.law.length  # code tokens; registers are method, not data
         self.flops_per_sample = 3 * self.model.forward_flops(
             self.law.length, self.law.registers, attended_pairs(self.law, config.seed))
@@ -158,8 +161,10 @@ class GeneratorTask(Task):
                  "views": store.info.views} for store in stores]}}
 
 
-def start_from(model: Transformer, path: str) -> None:
-    """Take a checkpoint's weights; a register embedding that it lacks stays as drawn.
+def start_from(model: Transformer, path: str, class_names: list[str] | None = None) -> str:
+    """Take a checkpoint's weights; a register embedding that it lacks stays as drawn. Returns the weights' hash.
+
+    Where its classes have other names than ``class_names``, a line says so: another data set may be meant.
 
     Args:
         model: takes the weights; every other name and shape must fit.
@@ -168,17 +173,25 @@ def start_from(model: Transformer, path: str) -> None:
     Raises:
         UserError: nothing readable is there, or a weight does not fit.
     """
-    weights = load_run(path, grid=model.config.grid).model.state_dict()
+    loaded = load_run(path, grid=model.config.grid)
+    weights = loaded.model.state_dict()
+    for label, (theirs, ours) in enumerate(zip(loaded.codes.get("class_names") or (), class_names or ())):
+        if theirs != ours:
+            print(f"note: class {label} is {theirs!r} in init_from={path}, and {ours!r} in data.codes: its weights "
+                  "begin as those of another class", file=sys.stderr)
+            break
     if model.config.register_offsets is not None:
         weights.setdefault("register_embedding.weight", model.register_embedding.weight.detach())
     load_strict(model, weights, path)
+    return loaded.weights_hash
 
 
 def open_codes(folder: str, config: GeneratorConfig, runtime: Runtime) -> Codes:
     """Open a code store, check that it fits the model of ``config``, and verify it, each process its share of blocks.
 
     Raises:
-        UserError: naming the key of the config that differs from the store, or the block that is damaged.
+        UserError: naming the key of the config that differs from the store, or the block that is damaged; or other
+            processes see other codes there.
     """
     codes = Codes(folder)
     found = {"grid": tuple(codes.info.grid), "vocabulary": codes.info.vocabulary,
@@ -190,6 +203,7 @@ def open_codes(folder: str, config: GeneratorConfig, runtime: Runtime) -> Codes:
             raise UserError(f"{folder}: the codes have {name} {value}, the config says model.{name}={wanted}")
     if len(codes) == 0:
         raise UserError(f"{folder}: holds no images")
+    runtime.agree({f"the content of {folder}": codes.content_hash()})
     faults = codes.faults(range(runtime.rank, codes.blocks, runtime.world))
     codes.refuse(runtime.sum(torch.from_numpy(faults).to(runtime.device)).cpu().numpy())
     return codes

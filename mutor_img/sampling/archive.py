@@ -8,7 +8,6 @@ go. A folder grows alike, and holds its manifest. Nothing half-written ever has 
 from __future__ import annotations
 
 import os
-import shutil
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import read_json, write_atomic, write_json
+from mutor_img.common.files import clear, read_json, remove, wait_until_seen, write_atomic, write_json
 
 FORMAT = "mutor_img samples 1"
 UNIT = 64  # samples a part; fixed, so that parts are the same for any number of processes and batch size
@@ -55,6 +54,9 @@ class SampleArchive:
             self._compare(read_json(self.parts / "settings.json"), self.parts,
                           "finish that run with its own settings, remove the folder")
         if not self._is_there():
+            if self.manifest.is_file() and not _is_ours(read_json(self.manifest)):
+                raise UserError(f"{self.manifest}: the manifest of {self.out.name} would overwrite it, and it is none; "
+                                "choose another --out")
             return False
         if self.manifest.is_file():
             self._compare(read_json(self.manifest), self.out, "remove it")
@@ -68,16 +70,26 @@ class SampleArchive:
         return self.out.exists()
 
     def _compare(self, found: Any, path: Path, fix: str) -> None:
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
+        if not _is_ours(found):
             raise UserError(f"{path}: was not made by this program; {fix}, or choose another --out")
         for key, wanted in self.settings.items():
             if found.get(key) != wanted:
                 raise UserError(f"{path}: was made with {key} {_short(found.get(key))}, now it is {_short(wanted)}; "
                                 f"{fix}, or choose another --out")
 
-    def start(self) -> None:
-        """Begin, or go on: note the settings in the parts' folder. One process calls this."""
+    def start(self) -> list[int] | None:
+        """Begin, or go on; returns the numbers of the parts yet to be written, None where the samples are there.
+
+        The settings are noted in the parts' folder. One process calls this.
+
+        Raises:
+            UserError: as :meth:`is_finished`.
+        """
+        if self.is_finished():
+            self.remove_parts()
+            return None
         write_json(self.parts / "settings.json", self.settings)
+        return [unit for unit in self.units() if not self.is_done(unit)]
 
     def units(self) -> range:
         """Return the numbers of all parts."""
@@ -109,7 +121,11 @@ class SampleArchive:
         Args:
             labels: (count,) int64.
             about: what the manifest says beside the settings.
+
+        Raises:
+            UserError: a part that another process wrote is not seen from here.
         """
+        wait_until_seen(lambda: next((self._part(u) for u in self.units() if not self.is_done(u)), None), "--out")
         self._publish(labels, {**self.settings, **about})
         self.remove_parts()
 
@@ -126,7 +142,7 @@ class SampleArchive:
     def _aside(self) -> Path:
         """Return where the whole is put together, with nothing there."""
         aside = self.parts / "whole"
-        shutil.rmtree(aside) if aside.is_dir() else aside.unlink(missing_ok=True)
+        clear(aside)
         return aside
 
     def _images(self) -> Iterator[np.ndarray]:
@@ -135,7 +151,7 @@ class SampleArchive:
 
     def remove_parts(self) -> None:
         """Remove what an unfinished run leaves."""
-        shutil.rmtree(self.parts, ignore_errors=True)
+        remove(self.parts)
 
     def _part(self, unit: int) -> Path:
         return self.parts / f"part_{unit:06d}.npy"
@@ -181,6 +197,10 @@ def open_archive(out: str | Path, settings: dict[str, Any]) -> SampleArchive:
     if Path(out).suffix != ".npz":
         raise UserError(f"{out}: must end in .npz, or in {os.sep} for a folder of PNGs")
     return SampleArchive(out, settings)
+
+
+def _is_ours(manifest: Any) -> bool:
+    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
 
 
 def _flush(path: Path) -> None:

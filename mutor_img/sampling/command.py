@@ -15,10 +15,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mutor_img.checkpoints.loading import Loaded
-from mutor_img.common.cli import Parser, run
+from mutor_img.common.cli import Parser
 from mutor_img.common.config import check_choice
 from mutor_img.common.errors import UserError, check_range
 from mutor_img.common.images import check_png, write_png
+from mutor_img.common.locks import file_lock
+from mutor_img.common.outputs import keep_apart
 from mutor_img.decoding.sampler import Sampler, SamplingSettings
 from mutor_img.sampling.archive import FORMAT, SampleArchive, open_archive
 from mutor_img.sampling.options import add_sampling_flags, check_sampling_flags, open_source
@@ -61,8 +63,17 @@ def main(argv: Sequence[str]) -> Path:
     parser = _parser()
     args = parser.parse_args(argv)
     _check(args, _given(parser, argv))
+    _keep_apart(args, {"--checkpoint": args.checkpoint, "--tokenizer": args.tokenizer})
     runtime = _runtime(args.device)
+    outputs = [file_lock(path) for path in (args.out, args.grid, args.show_steps)]
+    with runtime.one_voice(), runtime.claim(*outputs):
+        return _write(args, runtime)
+
+
+def _write(args: argparse.Namespace, runtime: Runtime) -> Path:
+    """Write all that the flags ask for; returns what ``--out`` names, or else a picture."""
     source = open_source(args, runtime)
+    _keep_apart(args, {"the tokenizer": source.tokenizer.path})
     count = 50_000 if args.num_samples is None else args.num_samples
     if args.grid and runtime.is_main:
         _write_grid(args, source)
@@ -73,15 +84,11 @@ def main(argv: Sequence[str]) -> Path:
     archive = open_archive(args.out, {"format": FORMAT, **source.identity(count)})
     loaded = source.loaded
     about = {"checkpoint": str(loaded.path), "step": loaded.meta.get("step"), "tokenizer": source.tokenizer.path,
+             "grid": list(loaded.model.config.grid),
              "class_names": source.names, "versions": {name: version(name) for name in ("mutor_img", "torch", "numpy")}}
     write_samples(archive, loaded, source.tokenizer, source.labels(count), source.settings, about, runtime,
-                  args.batch_size)
+                  args.batch_size, source.resize)
     return archive.out
-
-
-def entry() -> None:
-    """Console entry."""
-    run(main)
 
 
 def _given(parser: Parser, argv: Sequence[str]) -> set[str]:
@@ -104,6 +111,8 @@ def _check(args: argparse.Namespace, given: set[str]) -> None:
         raise UserError(f"{name} does nothing for --show-steps, which makes one image; leave it out, or give --out")
     elif "labels" in given and not args.show_steps:
         raise UserError("--labels does nothing for --grid, whose rows are classes; leave it out, or give --out")
+    if args.resize is not None and not args.out:
+        raise UserError("--resize does nothing without --out: pictures show images as they are made; leave it out")
     check_sampling_flags(args)
     check_choice("--device", args.device, ("auto", "cpu", "cuda"))
     check_range("--batch-size", args.batch_size, 1, 100_000)
@@ -111,6 +120,15 @@ def _check(args: argparse.Namespace, given: set[str]) -> None:
         check_range("--num-samples", args.num_samples, 1, 10**9)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no CUDA device here; leave --device out")
+
+
+def _keep_apart(args: argparse.Namespace, inputs: dict[str, str | None]) -> None:
+    """Refuse to write over, or into, what is read."""
+    outputs, removed = {"--grid": args.grid, "--show-steps": args.show_steps}, {}
+    if args.out:
+        archive = open_archive(args.out, {"num_samples": 0})
+        outputs["--out"], removed["--out"] = [archive.out, archive.manifest], archive.parts
+    keep_apart(outputs, inputs, removed)
 
 
 def _runtime(device: str) -> Runtime:
@@ -138,7 +156,8 @@ def _write_strip(path: str, source: SampleSource, label: int) -> None:
 
 
 def write_samples(archive: SampleArchive, loaded: Loaded, tokenizer: VQModel, labels: Tensor,
-                  settings: SamplingSettings, about: dict[str, Any], runtime: Runtime, batch_size: int) -> None:
+                  settings: SamplingSettings, about: dict[str, Any], runtime: Runtime, batch_size: int,
+                  resize: int | None = None) -> None:
     """Make a sample set, going on from what an earlier run left, on all processes that call this alike.
 
     Args:
@@ -147,25 +166,22 @@ def write_samples(archive: SampleArchive, loaded: Loaded, tokenizer: VQModel, la
         labels: (count,) int64 of all samples.
         about: what the manifest says beside ``archive.settings``.
         batch_size: images at a time on this device.
+        resize: pixels a side that images are shrunk to, or None.
 
     Raises:
-        UserError: the archive holds a run of other settings.
+        UserError: the archive holds a run of other settings, or the processes have other ones.
     """
-    if archive.is_finished():
+    runtime.agree(archive.settings)
+    todo = runtime.from_main(archive.start)
+    if todo is None:
         if runtime.is_main:
-            archive.remove_parts()
             print(f"{archive.out}: holds these {archive.count} samples already; nothing to do")
         return
-    if runtime.is_main:
-        archive.start()
-    runtime.barrier()
-    todo = [unit for unit in archive.units() if not archive.is_done(unit)]
-    runtime.barrier()  # every process has listed the same parts before the first one is written
     mine = todo[runtime.rank:: runtime.world]
     with tqdm(total=archive.count, initial=archive.done(), desc="sample", unit="image", mininterval=1.0,
               disable=not runtime.is_main) as bar:
         numbers = torch.tensor([i for unit in mine for i in archive.samples(unit)], dtype=torch.int64)
-        images = _sample(loaded, tokenizer, labels, numbers, settings, batch_size)
+        images = _sample(loaded, tokenizer, labels, numbers, settings, batch_size, resize)
         ahead: list[np.ndarray] = []  # sampled, not yet a part
         for unit in mine:
             size = len(archive.samples(unit))
@@ -186,8 +202,8 @@ def write_samples(archive: SampleArchive, loaded: Loaded, tokenizer: VQModel, la
 
 
 def _sample(loaded: Loaded, tokenizer: VQModel, labels: Tensor, numbers: Tensor, settings: SamplingSettings,
-            batch_size: int) -> Iterator[np.ndarray]:
+            batch_size: int, resize: int | None) -> Iterator[np.ndarray]:
     """Yield (b, H, W, 3) uint8 images of the given sample numbers, a batch at a time."""
     sampler = Sampler(loaded.model, settings, min(batch_size, len(numbers)))
     for part in numbers.split(batch_size):
-        yield decode_images(tokenizer, sampler.generate(labels[part], part), loaded.model.config.grid)
+        yield decode_images(tokenizer, sampler.generate(labels[part], part), loaded.model.config.grid, resize)

@@ -56,38 +56,79 @@ def readable_names(class_names: Sequence[str] | None, classes: int) -> list[str]
 
 
 def parse_classes(text: str, names: Sequence[str], class_names: Sequence[str] | None = None) -> list[int]:
-    """Return the labels in a comma-separated list of numbers, names and WordNet ids.
+    """Return the labels in a comma-separated list of names, WordNet ids and numbers.
 
     Args:
-        text: e.g. ``"207,otter,n02510455"``. A number is always a label; case and ``_`` for a space do not matter.
-            ImageNet's classes answer to all of their synonyms.
+        text: e.g. ``"207,otter,n02510455"``. A word is a class's name before it is a number, and refused where it is
+            one class's name and another's number; ``name:10`` and ``label:10`` say which is meant. Case and ``_`` for a
+            space do not matter. ImageNet's classes answer to all of their synonyms.
         names: a readable name for each class.
         class_names: as the run calls them, where that differs.
 
     Raises:
-        UserError: an unknown class (the nearest is named), a name of several, a class given twice.
+        UserError: an unknown class (the nearest is named), a word for several, a class given twice.
     """
-    labels = []
     aliases = _aliases(names, class_names)
-    for word in (part.strip() for part in text.split(",")):
-        if re.fullmatch(r"-?\d+", word):
-            found = [int(word)] if 0 <= int(word) < len(names) else []
-            hint = f"; the model has classes 0 to {len(names) - 1}"
-        else:
-            called = [label for label, name in enumerate(names) if _plain(name) == _plain(word)]
-            found = called or [label for label, known in enumerate(aliases) if _plain(word) in known]
-            hint = suggest(_plain(word), {*map(_plain, names), *(alias for known in aliases for alias in known)})
-            if len(hint) > 200:  # nothing near, and too many to list
-                hint = f"; give a number from 0 to {len(names) - 1}, a name or a WordNet id"
-        if not found:
-            raise UserError(f"--classes: unknown class {word!r}{hint}")
-        if len(found) > 1:
-            raise UserError(f"--classes: {word!r} is the name of classes {', '.join(map(str, found))}; give a number")
-        labels += found
+    labels = [_find(word.strip(), names, aliases) for word in text.split(",")]
     for label in labels:
         if labels.count(label) > 1:
             raise UserError(f"--classes: class {label} is given twice")
     return labels
+
+
+def class_words(labels: Sequence[int], names: Sequence[str], class_names: Sequence[str] | None = None) -> str:
+    """Return the list that :func:`parse_classes` reads as these labels: numbers, which name no other class."""
+    called: dict[int, set[int]] = {}  # the classes whose name is a number, by that
+    for label, known in enumerate(_aliases(names, class_names)):
+        for name in filter(_is_number, {_plain(names[label]), *known}):
+            called.setdefault(int(name), set()).add(label)
+    return ",".join(f"{'' if called.get(label, {label}) == {label} else 'label:'}{label}" for label in labels)
+
+
+def _find(word: str, names: Sequence[str], aliases: Sequence[set[str]]) -> int:
+    """Return the one class that a word means."""
+    way, colon, rest = word.partition(":")
+    if not colon or way not in ("name", "label") or _called(word, names, aliases):
+        way, rest = "", word
+    named = [] if way == "label" else _called(rest, names, aliases) or _same_number(rest, names, aliases)
+    numbered = [int(rest)] if way != "name" and _is_number(rest) and int(rest) < len(names) else []
+    if rest[:1] == "0" and len(rest) > 1 and _called(rest, names, aliases):
+        numbered = []  # 010 is how nobody writes a number, and just how that class is called
+    if len(named) > 1:
+        raise UserError(f"--classes: {word!r} is the name of classes {', '.join(map(str, named))}; give a number, "
+                        f"label:{named[0]}")
+    found = {*named, *numbered}
+    if len(found) > 1:
+        raise UserError(f"--classes: {word!r} is the name of class {named[0]} and the number of class {numbered[0]} "
+                        f"({names[numbered[0]]!r}); give name:{rest} or label:{rest}")
+    if not found:
+        raise UserError(f"--classes: unknown class {word!r}{_hint(rest, names, aliases)}")
+    return found.pop()
+
+
+def _called(word: str, names: Sequence[str], aliases: Sequence[set[str]]) -> list[int]:
+    """Return the classes of a name: those that are shown by it, else those that also answer to it."""
+    found = [label for label, name in enumerate(names) if _plain(name) == _plain(word)]
+    return found or [label for label, known in enumerate(aliases) if _plain(word) in known]
+
+
+def _same_number(word: str, names: Sequence[str], aliases: Sequence[set[str]]) -> list[int]:
+    """Return the classes whose name is this number in other digits, as ``010`` is 10."""
+    return [label for label, known in enumerate(aliases) if _is_number(word) and any(
+        _is_number(name) and int(name) == int(word) for name in {_plain(names[label]), *known})]
+
+
+def _is_number(word: str) -> bool:
+    return re.fullmatch(r"[0-9]{1,9}", word) is not None
+
+
+def _hint(word: str, names: Sequence[str], aliases: Sequence[set[str]]) -> str:
+    if re.fullmatch(r"-?[0-9]+", word):
+        return f"; the model has classes 0 to {len(names) - 1}"
+    hint = suggest(_plain(word), {*map(_plain, names), *(alias for known in aliases for alias in known)})
+    if len(hint) > 200:  # nothing near, and too many to list
+        return f"; give a number from 0 to {len(names) - 1}, a name or a WordNet id"
+    return hint
 
 
 def _aliases(names: Sequence[str], class_names: Sequence[str] | None) -> list[set[str]]:

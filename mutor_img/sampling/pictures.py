@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mutor_img.common.errors import UserError
-from mutor_img.common.images import grid_picture, to_nhwc, write_png
+from mutor_img.common.images import grid_picture, shrink, to_nhwc, write_png
 from mutor_img.decoding.sampler import Sampler, SamplingSettings, generate_samples
 from mutor_img.sampling.labels import readable_names
 from mutor_img.transformer import Transformer
@@ -46,9 +46,10 @@ def sample_images(model: Transformer, tokenizer: VQModel, labels: Tensor, sample
     return decode_images(tokenizer, generate_samples(model, labels, samples, settings), model.config.grid)
 
 
-def decode_images(tokenizer: VQModel, codes: Tensor, grid: tuple[int, int]) -> np.ndarray:
-    """Return (B, H, W, 3) uint8 images of codes (B, N); grey is repeated."""
-    return np.concatenate([to_nhwc(tokenizer.decode(part, grid)) for part in codes.split(DECODE)])
+def decode_images(tokenizer: VQModel, codes: Tensor, grid: tuple[int, int], side: int | None = None) -> np.ndarray:
+    """Return (B, H, W, 3) uint8 images of codes (B, N), shrunk to ``side`` pixels if one is given; grey is repeated."""
+    decoded = (tokenizer.decode(part, grid) for part in codes.split(DECODE))
+    return np.concatenate([to_nhwc(images if side is None else shrink(images, side)) for images in decoded])
 
 
 def open_tokenizer(path: str | Path, device: torch.device | str, model: Transformer,

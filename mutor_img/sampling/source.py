@@ -32,6 +32,7 @@ class SampleSource:
         classes: labels to choose from; None: all.
         names: a readable name for each class.
         dtype: the generator's, "fp32" or "bf16".
+        resize: pixels a side that images are shrunk to before they are rounded; None: as they are decoded.
     """
 
     loaded: Loaded
@@ -41,6 +42,12 @@ class SampleSource:
     classes: Sequence[int] | None
     names: Sequence[str]
     dtype: str
+    resize: int | None = None
+
+    @property
+    def run_names(self) -> list[str] | None:
+        """What the run itself calls its classes; None: it does not say."""
+        return self.loaded.codes.get("class_names")
 
     @property
     def device(self) -> torch.device:
@@ -56,7 +63,12 @@ class SampleSource:
         """Return everything that decides the bytes of the first ``count`` images, as JSON values."""
         return {"weights": self.loaded.which, "weights_hash": self.loaded.weights_hash,
                 "tokenizer_hash": self.tokenizer.hash, **dataclasses.asdict(self.settings), "labels": self.rule,
-                "classes": self.classes, "num_samples": count, "dtype": self.dtype, "device": self.device.type}
+                "classes": self.classes, "num_samples": count, "dtype": self.dtype, "device": self.device.type,
+                **({} if self.loaded.meta else {"grid": list(self.loaded.model.config.grid)}),  # a .pt may not say it
+                **({} if self.resize is None else {"resize": self.resize, "resize_rule": RESIZE_RULE})}
+
+
+RESIZE_RULE = "bicubic, not antialiased, before rounding"  # of common.images.shrink
 
 
 class ModelImages:
@@ -75,23 +87,25 @@ class ModelImages:
     manifest: dict[str, Any] | None = None
 
     def __init__(self, model: Transformer, tokenizer: VQModel, labels: Tensor, settings: SamplingSettings, batch: int,
-                 name: str):
+                 name: str, keep: bool = True, resize: int | None = None):
         """Nothing is sampled yet.
 
         Args:
             model, tokenizer: on one device.
             labels: (N,) int64 of images 0 .. N - 1.
             settings: guidance, filtering and seed.
-            batch: images at a time where that is free, see :class:`~mutor_img.decoding.sampler.Sampler`.
+            batch, keep: see :class:`~mutor_img.decoding.sampler.Sampler`.
             name: for results.
+            resize: pixels a side that images are shrunk to, or None.
         """
         self.model, self.tokenizer, self.settings, self.batch, self.name = model, tokenizer, settings, batch, name
-        self.size = tuple(side * tokenizer.downsample for side in model.config.grid)
+        self.keep, self.resize = keep, resize
+        self.size = (resize, resize) if resize else tuple(side * tokenizer.downsample for side in model.config.grid)
         self.drawn, self.labels = labels, labels.numpy()
 
     @cached_property
     def _sampler(self) -> Sampler:
-        return Sampler(self.model, self.settings, min(self.batch, len(self)))
+        return Sampler(self.model, self.settings, min(self.batch, len(self)), self.keep)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -99,7 +113,7 @@ class ModelImages:
     def read(self, start: int, stop: int) -> np.ndarray:
         """Make images ``start`` to ``stop`` - 1: (stop - start, H, W, 3) uint8."""
         codes = self._sampler.generate(self.drawn[start:stop], torch.arange(start, stop))
-        return decode_images(self.tokenizer, codes, self.model.config.grid)
+        return decode_images(self.tokenizer, codes, self.model.config.grid, self.resize)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         for start in range(0, len(self), self.batch):
@@ -111,5 +125,6 @@ class GeneratedImages(ModelImages):
 
     def __init__(self, source: SampleSource, count: int, batch: int):
         super().__init__(source.loaded.model, source.tokenizer, source.labels(count), source.settings, batch,
-                         str(source.loaded.path))
+                         str(source.loaded.path), resize=source.resize)
+        self.class_names = list(source.names)
         self.manifest = {"generated": True, **source.identity(count)}

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from mutor_img.common.threads import spin_briefly
+
+    spin_briefly()  # before torch is loaded
+
 import resource
 import time
 from collections.abc import Sequence
@@ -10,6 +15,7 @@ from typing import Any
 
 from mutor_img.common.cli import run
 from mutor_img.common.files import read_json, write_json
+from mutor_img.common.locks import claim, folder_lock
 from mutor_img.study.config import StudyConfig
 from mutor_img.study.pipeline import (
     classifier_dir,
@@ -42,8 +48,13 @@ def main(argv: Sequence[str]) -> None:
         example="python -m mutor_img.study --config configs/mnist/study.yaml compare=true",
         prog="python -m mutor_img.study",
     )
-    if config is None:
-        return
+    if config is not None:
+        with claim(folder_lock(config.run_dir)):
+            _study(config)
+
+
+def _study(config: StudyConfig) -> None:
+    """Do what is missing, and print what came out."""
     begun = time.perf_counter()
     prepare(config)
     reference = open_images(config)
@@ -63,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
     write_json(Path(config.run_dir) / "scores.json", {
         "tokenizer": tokenizer, "classifier": classifier, "generators": scores, "minutes": minutes,
         "peak_memory_gib": peak})
-    print(f"\n{score_table(scores)}\n\n{tokenizer_line(tokenizer, classifier)}")
+    print(f"\n{score_table(scores, tokenizer)}\n\n{tokenizer_line(tokenizer, classifier)}")
     print(f"{minutes:.1f} minutes in all (what was done before was reused); peak memory {peak:.1f} GiB")
     pictures = [p for g in chosen for p in (g.run_dir / "samples.png", g.run_dir / "loss.png")]
     print("pictures:\n" + picture_list([*pictures, reconstruction_picture(config), tokenizer_dir(config) / "loss.png"]))

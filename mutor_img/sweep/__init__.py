@@ -1,5 +1,1 @@
-"""Scores over guidance scales and temperatures, from one checkpoint, with few samples a point."""
-
-from mutor_img.sweep.points import SweepPoint, best_point, sweep
-
-__all__ = ["SweepPoint", "best_point", "sweep"]
+"""Scores over guidance scales, schedules and temperatures, from one checkpoint, with few samples per point."""

@@ -1,6 +1,11 @@
-"""``python -m mutor_img.sweep``: which guidance scale, and which temperature?"""
+"""``python -m mutor_img.sweep``: which guidance scale and schedule, and which temperature?"""
 
 from __future__ import annotations
+
+if __name__ == "__main__":
+    from mutor_img.common.threads import spin_briefly
+
+    spin_briefly()  # before torch is loaded
 
 import argparse
 import shlex
@@ -11,23 +16,28 @@ from typing import Any
 from mutor_img.common.cli import Parser, run
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import read_json, write_json
-from mutor_img.evaluation.networks import add_network_flags, check_network_flags, load_network, start
+from mutor_img.common.locks import folder_lock
+from mutor_img.common.outputs import keep_apart
+from mutor_img.decoding.guidance import parse_schedule
+from mutor_img.evaluation.networks import add_network_flags, check_network_flags, load_network, network_files, start
+from mutor_img.metrics.features import FeatureNetwork
 from mutor_img.metrics.references import open_reference
 from mutor_img.metrics.requirements import METRICS, OPTIONAL, check_names, frechet_key
 from mutor_img.sampling.options import add_sampling_flags, check_sampling_flags, open_source
-from mutor_img.sweep.points import best_point, grid, sweep
-from mutor_img.sweep.report import advice, draw, table
+from mutor_img.sweep.points import SweepPoint, best_point, grid, sweep
+from mutor_img.sweep.report import advice, draw, schedule_note, table
+from mutor_img.training.runtime import Runtime
 
 SEED = 1  # not that of sample.py and evaluate_fid.py: a choice must not be made on the samples that are reported
-_REPEATED = ("checkpoint", "tokenizer", "weights", "classes", "labels", "cfg_schedule", "cfg_parameter", "top_k",
-             "top_p", "dtype", "reference", "features", "features_weights", "inception_weights")
+_REPEATED = ("checkpoint", "tokenizer", "grid_size", "resize", "weights", "classes", "labels", "top_k", "top_p",
+             "dtype", "reference", "features", "features_weights", "inception_weights")
 
 
 def _parser() -> Parser:
     parser = Parser(
         prog="python -m mutor_img.sweep",
-        description="Score a checkpoint over guidance scales and temperatures with few samples a point. A killed sweep "
-                    "goes on with the same command; more values are added to what is there.",
+        description="Score a checkpoint over guidance scales, schedules and temperatures with few samples a "
+                    "point. A killed sweep goes on with the same command; more values are added to what is there.",
         example="torchrun --nproc-per-node 8 -m mutor_img.sweep --checkpoint runs/imagenet256/mutor2d_b_80 "
                 "--cfg-scales 1.5,1.75,2,2.25 --reference VIRTUAL_imagenet256_labeled.npz --num-samples 5000")
     add = parser.add_argument
@@ -35,6 +45,8 @@ def _parser() -> Parser:
     add("--reference", required=True, metavar="PATH", help="as for evaluate_fid.py")
     add("--cfg-scales", default="1,1.5,2,2.5,3", metavar="LIST", help="guidance scales, comma-separated")
     add("--temperatures", default="1", metavar="LIST", help="temperatures, comma-separated")
+    add("--cfg-schedules", metavar="LIST", help="guidance schedules to compare, as in constant,linear,power-cosine:2; "
+                                                "the one of --cfg-schedule unless given")
     add("--num-samples", type=int, default=2000, help="samples a point")
     add("--metrics", metavar="LIST", help=f"fid, and more of {','.join((*METRICS, *OPTIONAL))}; all that the reference "
                                           f"allows of {','.join(METRICS)} if not given")
@@ -55,25 +67,46 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     args = parser.parse_args(argv)
     check_network_flags(args)
     check_sampling_flags(args)
-    points = grid(_numbers("--cfg-scales", args.cfg_scales), _numbers("--temperatures", args.temperatures))
+    points = grid(_numbers("--cfg-scales", args.cfg_scales), _numbers("--temperatures", args.temperatures),
+                  _schedules(parser, args))
     metrics = None if args.metrics is None else [name.strip() for name in args.metrics.split(",")]
     if metrics is not None:
         check_names(metrics)
-    runtime = start(args.device)
-    network = load_network(args, runtime)
-    args.cfg_scale, args.temperature = points[0]
-    source, reference = open_source(args, runtime), open_reference(args.reference)
     out = Path(args.out) if args.out else _default_folder(Path(args.checkpoint))
+    keep_apart(_outputs(out), {"--checkpoint": args.checkpoint, "--tokenizer": args.tokenizer,
+                               "--reference": args.reference, **network_files(args)})
+    runtime = start(args.device)
+    with runtime.one_voice(), runtime.claim(folder_lock(out)):
+        rows, network = _score(args, points, metrics, out, runtime)
+        return _conclude(parser, args, rows, network, out) if runtime.is_main else {}
+
+
+def _outputs(out: Path) -> dict[str, list[Path]]:
+    return {"--out": [out / "sweep.json", out / "sweep.png"]}
+
+
+def _score(args: argparse.Namespace, points: list[SweepPoint], metrics: list[str] | None, out: Path,
+           runtime: Runtime) -> tuple[list[dict[str, Any]], FeatureNetwork]:
+    """Return the rows of all points, said as they come, and the feature network."""
+    network = load_network(args, runtime)
+    args.cfg_scale, args.temperature, args.cfg_schedule, args.cfg_parameter = points[0]
+    source, reference = open_source(args, runtime), open_reference(args.reference)
+    keep_apart(_outputs(out), {"the tokenizer": source.tokenizer.path})
     key, rows = frechet_key(network), []
     for number, row in enumerate(sweep(source, points, args.num_samples, reference, network, out=out / "sweep.json",
-                                       metrics=metrics, batch_size=args.batch_size, progress=True, runtime=runtime)):
+                                       metrics=metrics, batch_size=args.batch_size, progress=True)):
         rows.append(row)
         if runtime.is_main:
             print(f"point {number + 1} of {len(points)}: cfg-scale {row['cfg_scale']:g}, temperature "
-                  f"{row['temperature']:g}: {key} {row[key]:.4f} ({row['seconds']:.0f} s)", flush=True)
-    if not runtime.is_main:
-        return {}
-    best = best_point(rows, network)
+                  f"{row['temperature']:g}{schedule_note(row)}: {key} {row[key]:.4f} ({row['seconds']:.0f} s)",
+                  flush=True)
+    return rows, network
+
+
+def _conclude(parser: argparse.ArgumentParser, args: argparse.Namespace, rows: list[dict[str, Any]],
+              network: FeatureNetwork, out: Path) -> dict[str, Any]:
+    """Write and print what the rows say; returns what ``sweep.json`` holds."""
+    key, best = frechet_key(network), best_point(rows, network)
     command = full_command(parser, args, best)
     result = {**read_json(out / "sweep.json"), "best": best, "command": command}
     write_json(out / "sweep.json", result)
@@ -89,6 +122,9 @@ def full_command(parser: argparse.ArgumentParser, args: argparse.Namespace, best
         value = getattr(args, name)
         if value != parser.get_default(name):
             words += [f"--{name.replace('_', '-')}", str(value)]
+    for name in ("cfg_schedule", "cfg_parameter"):
+        if best[name] != parser.get_default(name):
+            words += [f"--{name.replace('_', '-')}", f"{best[name]:g}" if name == "cfg_parameter" else best[name]]
     words += ["--cfg-scale", f"{best['cfg_scale']:g}", "--temperature", f"{best['temperature']:g}",
               "--seed", str(0 if args.seed else SEED), "--num-samples", "50000", "--json", "scores.json"]
     return shlex.join(words)
@@ -99,6 +135,20 @@ def _default_folder(checkpoint: Path) -> Path:
     if (checkpoint / "checkpoints").is_dir():
         return checkpoint / "sweep"
     return checkpoint.resolve().with_name(f"sweep_{checkpoint.resolve().stem}")
+
+
+def _schedules(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[tuple[str, float | None]]:
+    """Return name and parameter of each guidance schedule, all different."""
+    if args.cfg_schedules is None:
+        return [(args.cfg_schedule, args.cfg_parameter)]
+    for name in ("cfg_schedule", "cfg_parameter"):
+        if getattr(args, name) != parser.get_default(name):
+            raise UserError(f"--{name.replace('_', '-')} and --cfg-schedules exclude each other; name all schedules in "
+                            "the latter, as in linear,power-cosine:2")
+    schedules = [parse_schedule(word) for word in args.cfg_schedules.split(",")]
+    if len(set(schedules)) < len(schedules):
+        raise UserError(f"--cfg-schedules {args.cfg_schedules!r}: a schedule is given twice")
+    return schedules
 
 
 def _numbers(flag: str, text: str) -> list[float]:

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 from mutor_img.common.errors import UserError, check_range
 from mutor_img.common.files import read_json, write_json
+from mutor_img.common.processes import agree, from_main
 from mutor_img.metrics.evaluator import evaluate
 from mutor_img.metrics.features import FeatureNetwork
 from mutor_img.metrics.references import Reference
 from mutor_img.metrics.requirements import SCORES, frechet_key, resolve
 from mutor_img.sampling.source import GeneratedImages, SampleSource
-from mutor_img.training.runtime import Runtime
 
 FORMAT = "mutor_img sweep 1"
 KEPT = (*SCORES, "num_samples", "comparable", "seconds")  # of a result: what a table or a choice may want
@@ -29,35 +29,47 @@ class SweepPoint(NamedTuple):
 
     cfg_scale: float
     temperature: float
+    cfg_schedule: str = "constant"
+    cfg_parameter: float | None = None
 
 
-def grid(scales: Iterable[float], temperatures: Iterable[float]) -> list[SweepPoint]:
-    """Return every pair, the temperatures one after the other."""
-    scales = list(scales)
-    return [SweepPoint(scale, temperature) for temperature in temperatures for scale in scales]
+def grid(scales: Iterable[float], temperatures: Iterable[float],
+         schedules: Iterable[tuple[str, float | None]] = (("constant", None),)) -> list[SweepPoint]:
+    """Return every combination, the schedules one after the other and the temperatures within each.
+
+    At scale 1 all schedules are the same: such a point stands there once.
+
+    Args:
+        scales, temperatures: their values.
+        schedules: name and parameter of each.
+    """
+    scales, temperatures, points = list(scales), list(temperatures), []
+    for number, schedule in enumerate(schedules):
+        points += [SweepPoint(scale, temperature, *schedule) for temperature in temperatures for scale in scales
+                   if scale != 1 or number == 0]
+    return points
 
 
 def sweep(source: SampleSource, points: Sequence[SweepPoint], count: int, reference: Reference,
           network: FeatureNetwork, *, out: str | os.PathLike | None = None, metrics: Sequence[str] | None = None,
-          batch_size: int = 64, progress: bool = False, runtime: Runtime | None = None) -> Iterator[dict[str, Any]]:
-    """Score the first ``count`` samples of each point; yields one row a point, in order.
+          batch_size: int = 64, progress: bool = False) -> Iterator[dict[str, Any]]:
+    """Score the first ``count`` samples of each point; yields one row per point, in order.
 
     Under torch.distributed every process calls this alike; ranks other than 0 yield empty rows.
 
     Args:
         source: the checkpoint and the settings that all points share.
         points: what varies.
-        count: samples a point.
+        count: samples per point.
         reference: what they are scored against; its own features are computed once.
         network: the feature network.
         out: a JSON file that keeps each row as soon as it is there; a row in it is not computed again. None: no file.
         metrics: as for :func:`~mutor_img.metrics.evaluator.evaluate`; "fid" must be among them.
-        batch_size: images a process at once.
+        batch_size: images per process at once.
         progress: bars with an ETA, on a terminal.
-        runtime: this process, if there are several.
 
     Yields:
-        ``cfg_scale``, ``temperature`` and those of ``KEPT`` that were scored.
+        The fields of the point, and those of ``KEPT`` that were scored.
 
     Raises:
         UserError: settings out of range, ``out`` holds rows of something else, or the scores cannot be computed.
@@ -69,9 +81,8 @@ def sweep(source: SampleSource, points: Sequence[SweepPoint], count: int, refere
     if "fid" not in metrics:
         raise UserError("a sweep is judged by the Frechet distance; give --metrics with fid among them")
     key = sweep_key(source, count, reference, network, metrics)
-    kept = _read(out, key)
-    if runtime is not None:
-        runtime.barrier()  # all have read the same file before the first row is added to it
+    agree({"points": points, **key})
+    kept = {_point(row): row for row in from_main(lambda: _read(out, key))}
     for point in points:
         if point not in kept:
             images = GeneratedImages(_at(source, point), count, batch_size)
@@ -103,16 +114,22 @@ def _at(source: SampleSource, point: SweepPoint) -> SampleSource:
     return dataclasses.replace(source, settings=settings)
 
 
-def _read(out: str | os.PathLike | None, key: dict[str, Any]) -> dict[SweepPoint, dict[str, Any]]:
+def _point(row: dict[str, Any]) -> SweepPoint:
+    return SweepPoint(**{name: row[name] for name in SweepPoint._fields if name in row})
+
+
+def _read(out: str | os.PathLike | None, key: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the rows that an earlier run kept."""
     if out is None or not Path(out).exists():
-        return {}
+        return []
     found = read_json(out)
     try:
         for name, wanted in key.items():
             if found["key"].get(name) != wanted:
                 raise UserError(f"{out}: its points were scored with {name} {found['key'].get(name)}, now it is "
                                 f"{wanted}; remove the file, or choose another --out")
-        return {SweepPoint(row["cfg_scale"], row["temperature"]): row for row in found["points"]}
+        shared = {name: found["key"][name] for name in SweepPoint._fields if name in found["key"]}  # of older files
+        rows = [shared | row for row in found["points"]]
+        return list({_point(row): row for row in rows}.values())
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{out}: was not made by this program; remove it, or choose another --out") from None

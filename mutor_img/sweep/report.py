@@ -12,32 +12,40 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from mutor_img.common.files import write_atomic
+from mutor_img.decoding.guidance import schedule_text
 from mutor_img.metrics.report import aligned
 
 _COLUMNS = {"fid": "FID", "fd": "FD", "sfid": "sFID", "is": "IS", "precision": "precision", "recall": "recall",
             "kid": "KID", "kd": "KD", "recognised": "recognised", "distinct": "distinct"}
 
 
+def schedule_note(row: dict[str, Any]) -> str:
+    """Return ", linear" and the like; nothing for constant guidance."""
+    text = schedule_text(row["cfg_schedule"], row["cfg_parameter"])
+    return "" if text == "constant" else f", {text}"
+
+
 def table(rows: Sequence[dict[str, Any]], best: dict[str, Any]) -> str:
-    """Return one line a point; a star marks the best."""
+    """Return one line per point; a star marks the best."""
     keys = [key for key in _COLUMNS if key in rows[0]]
     size = rows[0]["num_samples"]
     lines = [["cfg-scale", "temperature", *(f"{_COLUMNS[key]}-{size}" if key in ("fid", "fd", "sfid") else _COLUMNS[key]
                                             for key in keys), "seconds", ""]]
     for row in rows:
-        lines.append([f"{row['cfg_scale']:g}", f"{row['temperature']:g}", *(f"{row[key]:.4f}" for key in keys),
-                      f"{row['seconds']:.0f}", "*" if row is best else " "])
+        lines.append([f"{row['cfg_scale']:g}{schedule_note(row)}", f"{row['temperature']:g}",
+                      *(f"{row[key]:.4f}" for key in keys), f"{row['seconds']:.0f}", "*" if row is best else " "])
     return "\n".join(line.rstrip() for line in aligned(lines))
 
 
 def advice(rows: Sequence[dict[str, Any]], best: dict[str, Any], key: str) -> list[str]:
     """Return sentences on the best point and on how far to trust it."""
     size, name = best["num_samples"], _COLUMNS[key]
-    lines = [f"lowest {name}-{size}: cfg-scale {best['cfg_scale']:g}, temperature {best['temperature']:g}",
+    lines = [f"lowest {name}-{size}: cfg-scale {best['cfg_scale']:g}, temperature {best['temperature']:g}"
+             + schedule_note(best),
              f"{name} of {size} samples stands above that of 50000, since its bias falls as 1/N: compare these rows "
              "with each other only"]
     for setting in ("cfg_scale", "temperature"):
-        values = sorted({row[setting] for row in rows})
+        values = sorted({row[setting] for row in rows if schedule_note(row) == schedule_note(best)})
         if len(values) > 1 and best[setting] in (values[0], values[-1]) and not (
                 setting == "cfg_scale" and best[setting] == 1):
             flag = setting.replace("_", "-")
@@ -53,17 +61,18 @@ def draw(rows: Sequence[dict[str, Any]], best: dict[str, Any], key: str, path: s
     panels = [[key], *([name] for name in ("is",) if name in best), *([["precision", "recall"]] * ("recall" in best))]
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), layout="constrained", squeeze=False)
     for place, names in zip(axes[0], panels):
-        for number, value in enumerate(sorted({row[curves] for row in rows})):
-            chosen = sorted((row for row in rows if row[curves] == value), key=lambda row: row[across])
+        for number, (note, value) in enumerate(dict.fromkeys((schedule_note(row), row[curves]) for row in rows)):
+            chosen = sorted((row for row in rows if (schedule_note(row), row[curves]) == (note, value)),
+                            key=lambda row: row[across])
             for name, style in zip(names, ("o-", "s--")):
-                label = f"{_COLUMNS[name]}, " * (len(names) > 1) + f"{curves.replace('_', '-')} {value:g}"
+                label = f"{_COLUMNS[name]}, " * (len(names) > 1) + f"{curves.replace('_', '-')} {value:g}{note}"
                 place.plot([row[across] for row in chosen], [row[name] for row in chosen], style, label=label,
                            color=f"C{number}", markersize=4, linewidth=1)
         place.set(xlabel=across.replace("_", "-"), ylabel=" and ".join(_COLUMNS[name] for name in names))
         place.grid(alpha=0.3)
         place.legend(fontsize=7)
     axes[0][0].plot(best[across], best[key], "*", color="black", markersize=12, zorder=3)
-    figure.suptitle(f"{best['num_samples']} samples a point; the star is the lowest {_COLUMNS[key]}", fontsize=10)
+    figure.suptitle(f"{best['num_samples']} samples per point; the star is the lowest {_COLUMNS[key]}", fontsize=10)
     write_atomic(path, lambda aside: figure.savefig(aside, format="png", dpi=120))
     plt.close(figure)
     return Path(path)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mutor_img.checkpoints.tensor_files import has_group
 from mutor_img.common.errors import UserError
 
 IDENTITY = ("seed", "model.", "registers.", "train.global_batch", "data.image_size")  # other ones make another run
@@ -39,6 +40,22 @@ def check_changes(recorded: Mapping[str, Any], current: Mapping[str, Any], folde
         raise UserError(f"{folder} was trained on other codes than data.codes={now.get('data.codes')}; give those, or "
                         "another run_dir")
     return [f"{key} {before[key]} -> {now[key]}" for key in changed]
+
+
+def require_group(recorded: Mapping[str, Any], group: str, folder: str | os.PathLike, why: str) -> None:
+    """Check that a checkpoint holds a group of tensors that the run as it goes on needs.
+
+    Args:
+        recorded: the checkpoint's metadata.
+        group: e.g. ``"ema"``.
+        folder: the checkpoint, for the error.
+        why: which setting asks for it now and did not when the checkpoint was written, and the fix.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if not has_group(recorded["files"], group):
+        raise UserError(f"{folder}: has no {group}.safetensors: {why}")
 
 
 def _hashes(metadata: Mapping[str, Any]) -> list[str]:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from mutor_img.common.cli import Parser
-from mutor_img.common.config import load_config, to_yaml
+from mutor_img.common.config import config_files, load_config, to_yaml
+from mutor_img.common.locks import folder_lock
+from mutor_img.common.outputs import keep_apart
+from mutor_img.training.hardware import computes_in_bf16, precision_on
 from mutor_img.training.loop import train
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.stopping import Stopped, StopRequest, end_now
@@ -25,12 +33,20 @@ def parse_training(argv: Sequence[str], schema: type, plan: Callable[[Any], dict
         description, example, prog: for ``--help``; prog where the command is not a file of that name.
     """
     parser = Parser(description=description, example=example, prog=prog)
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML config")
+    parser.add_argument("--config", required=True, metavar="FILE",
+                        help="YAML config, or the name of one that is shipped, as in mnist/mutor2d")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and a plan, and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", default=[],
                         help="dotted overrides, as in optim.lr=1e-4")
     arguments = parser.parse_intermixed_args(argv)
     config = load_config(schema, arguments.config, arguments.overrides)
+    if hasattr(config, "train"):  # before anything is planned, recorded or compared
+        here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        config.train.precision = precision_on(here, config.train.precision)
+    run_dir = Path(config.run_dir)
+    keep_apart({"run_dir": [run_dir, run_dir / "config.yaml"]},
+               {"--config": written_by_hand(schema, arguments.config), **config.inputs()},
+               removed={"run_dir": run_dir / "checkpoints"})
     if not arguments.dry_run:
         return config
     print(to_yaml(config))
@@ -43,6 +59,11 @@ def parse_training(argv: Sequence[str], schema: type, plan: Callable[[Any], dict
     return None
 
 
+def written_by_hand(schema: type, config: str) -> list[Path]:
+    """Return those files of a config that a run did not write itself: its own record it may write again."""
+    return [path for path, _ in config_files(config) if path.read_text() != to_yaml(load_config(schema, path))]
+
+
 def _readable(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.3f}" if value < 1e6 else f"{value:.4g}"
@@ -53,14 +74,21 @@ def run_task(task: type[Task], config: Any) -> Trainer:
     """Join the processes of the launch and train ``task(config, runtime)``.
 
     SIGTERM or SIGINT before there is anything to save ends the process here, with status 0.
+
+    Raises:
+        UserError: another process trains in the same ``run_dir``, or what ``task`` and :func:`train` raise.
     """
     runtime = None
     with StopRequest() as stop:
         try:
             with stop.at_once():
                 runtime = Runtime.start(config.train.timeout_minutes)
-            with runtime.one_voice():
+            if runtime.is_main and config.train.precision == "bf16" and not computes_in_bf16(runtime.device):
+                print("note: this processor has no bf16 instructions, and training in bf16 is many times slower than "
+                      "in fp32 on it; train.precision=auto takes what is fast", file=sys.stderr)
+            with runtime.one_voice(), ExitStack() as owned:
                 with stop.at_once():
+                    owned.enter_context(runtime.claim(folder_lock(config.run_dir)))
                     job = task(config, runtime)
                 trainer = train(job, config, runtime, stop)
                 runtime.leave()

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import time
 
 import torch
 
-# Dense bf16 peaks in FLOP/s from the vendors' data sheets, by a part of the device's name; first match counts.
+# Dense peaks in TFLOP/s from the vendors' data sheets: bf16, TF32, fp32. By words of the device's name; the first whose
+# words are all in it counts.
 GPU_PEAKS = (
-    ("H200", 989e12), ("H100 PCIe", 756e12), ("H100", 989e12), ("GH200", 989e12), ("B200", 2250e12),
-    ("A100", 312e12), ("A800", 312e12), ("L40S", 362e12), ("L40", 181e12), ("A6000", 155e12), ("A40", 150e12),
-    ("A10", 125e12), ("RTX 4090", 165e12), ("RTX 3090", 71e12), ("MI300X", 1307e12),
+    ("H200 NVL", 835, 417, 60), ("H200", 989, 494, 67), ("GH200", 989, 494, 67),
+    ("H100 NVL", 835, 417, 60), ("H100 PCIe", 756, 378, 51), ("H100", 989, 494, 67),
+    ("B200", 2250, 1125, 75), ("A100", 312, 156, 19.5), ("A800", 312, 156, 19.5),
+    ("L40S", 362, 183, 91.6), ("L40", 181, 90.5, 90.5), ("A6000", 155, 77.4, 38.7), ("A40", 150, 74.8, 37.4),
+    ("A10", 125, 62.5, 31.2), ("RTX 4090", 165, 82.6, 82.6), ("RTX 3090", 71, 35.6, 35.6),
+    ("MI300X", 1307, 654, 163),
 )
 
 
@@ -27,14 +32,41 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and stay there
 
 
-def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Return the device's peak FLOP/s: a GPU's from the table (None where it is unknown), a CPU's measured.
+def computes_in_bf16(device: torch.device) -> bool:
+    """Tell whether the device multiplies bf16 numbers itself; on a CPU that does not, bf16 is many times slower."""
+    if device.type != "cpu":
+        return True
+    # As torch names the instructions of x86 and ARM: avx512_bf16, amx_bf16, sve_bf16, ...
+    return any(there is True for name, there in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
+
+
+def precision_on(device: torch.device, precision: str) -> str:
+    """Return "bf16" or "fp32": what ``train.precision`` means on a device."""
+    if precision != "auto":
+        return precision
+    return "bf16" if computes_in_bf16(device) else "fp32"
+
+
+def peak_flops(device: torch.device, precision: str, operation: str = "matmul") -> float | None:
+    """Return the device's peak FLOP/s in a run's precision: a GPU's from the table, a CPU's measured.
+
+    In fp32 a GPU's peak depends on whether torch lets it round to TF32. Unless a program says otherwise, torch does so
+    for convolutions and not for products of matrices.
 
     A CPU is measured with square matrix products of 1024 in the run's precision, best of five, in about 0.2 s.
+
+    Args:
+        device: where the run computes.
+        precision: ``"bf16"`` or ``"fp32"``.
+        operation: what most FLOPs are of, ``"matmul"`` or ``"conv"``.
+
+    Returns:
+        None where the GPU is not in the table.
     """
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        return next((peak for part, peak in GPU_PEAKS if part in name), None)
+        setting = torch.backends.cudnn.conv if operation == "conv" else torch.backends.cuda.matmul
+        allowed = "tf32" if precision == "fp32" and setting.fp32_precision == "tf32" else precision
+        return gpu_peak(torch.cuda.get_device_name(device), allowed)
     matrix = torch.ones(1024, 1024, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     best = float("inf")
     for _ in range(5):
@@ -42,3 +74,12 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
         matrix @ matrix
         best = min(best, time.perf_counter() - start)
     return 2 * 1024**3 / best
+
+
+def gpu_peak(name: str, precision: str) -> float | None:
+    """Return a GPU's peak FLOP/s in ``"bf16"``, ``"tf32"`` or ``"fp32"`` by its name; None: it is not in the table."""
+    words = set(re.findall(r"\w+", name))
+    for known, *peaks in GPU_PEAKS:
+        if words.issuperset(known.split()):
+            return peaks[("bf16", "tf32", "fp32").index(precision)] * 1e12
+    return None

@@ -12,11 +12,12 @@ from tqdm import tqdm
 
 from mutor_img.common.config import to_yaml
 from mutor_img.common.files import write_atomic
+from mutor_img.training.compiling import compile_settings
 from mutor_img.training.hardware import peak_flops
 from mutor_img.training.log import RunLog, log_line
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.stopping import Stopped, StopRequest
-from mutor_img.training.task import Task
+from mutor_img.training.task import Task, read_numbers
 from mutor_img.training.trainer import Trainer
 
 
@@ -38,6 +39,11 @@ def train(task: Task, config: Any, runtime: Runtime, stop: StopRequest | None = 
     if stop is None:
         with StopRequest() as stop:
             return train(task, config, runtime, stop)
+    with compile_settings():
+        return _train(task, config, runtime, stop)
+
+
+def _train(task: Task, config: Any, runtime: Runtime, stop: StopRequest) -> Trainer:
     with stop.at_once():
         stop.join(runtime)
         trainer = Trainer(task, config, runtime)
@@ -73,7 +79,7 @@ def _record(trainer: Trainer) -> None:
 def _run(trainer: Trainer, log: RunLog | None, stop: StopRequest) -> None:
     """Update until done or stopped; log, save, validate and draw on the way."""
     train, task, alone = trainer.config.train, trainer.task, trainer.runtime.world == 1
-    peak = peak_flops(trainer.runtime.device, train.precision)
+    peak = peak_flops(trainer.runtime.device, train.precision, task.operation)
     bar = tqdm(total=train.steps, initial=trainer.step, desc=trainer.run_dir.name, unit="step", disable=not log,
                mininterval=1.0, dynamic_ncols=True)
     if log and train.compile:
@@ -95,7 +101,7 @@ def _run(trainer: Trainer, log: RunLog | None, stop: StopRequest) -> None:
         if log and (done or step % train.log_every == 0 or step == 1):
             elapsed = max(1e-9, trainer.seconds - mark_seconds)
             rate = (step - mark_step) * train.global_batch / elapsed  # samples a second
-            values["samples"] = step * train.global_batch
+            values = {**read_numbers(values), "samples": step * train.global_batch}
             values[f"{task.unit}_per_second"] = rate * task.units_per_sample
             if peak:
                 values["mfu"] = rate * task.flops_per_sample / peak / trainer.runtime.world
@@ -122,17 +128,16 @@ def _evaluate(trainer: Trainer, log: RunLog | None, bar: tqdm) -> None:
     """Validate, score and draw, where this step is due for it."""
     train, step, task = trainer.config.train, trainer.step, trainer.task
     done = step == train.steps
-    if _due(step, train.validate_every, done):
-        # Compiled blocks were compiled for the shapes of training: any other batch would compile them again.
-        with torch.no_grad(), trainer.runtime.autocast(train.precision), torch.compiler.set_stance("force_eager"):
-            _note(log, bar, step, task.validate(trainer.best_model.eval()))
-    if _due(step, task.score_every, done):
-        with torch.no_grad():
+    # Blocks were compiled for the shapes of training and for its mode: anything else would compile them again.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        if _due(step, train.validate_every, done):
+            with trainer.runtime.autocast(train.precision):
+                _note(log, bar, step, task.validate(trainer.best_model.eval()))
+        if _due(step, task.score_every, done):
             _note(log, bar, step, task.score(trainer.whole_model(), step))
-    if _due(step, train.picture_every, done):
-        model = trainer.whole_model(everywhere=False)
-        if model is not None:
-            with torch.no_grad():
+        if _due(step, train.picture_every, done):
+            model = trainer.whole_model(everywhere=False)
+            if model is not None:
                 task.draw_pictures(model, trainer.run_dir / "pictures", step)
     if log and _due(step, train.checkpoint_every, False):
         log.draw(task.headline)

@@ -7,9 +7,11 @@ a block's ``forward``, FSDP2 its parameters by sharded ones of the same names.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch._functorch.config
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -17,10 +19,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from mutor_img.checkpoints.folder import check_shapes
+from mutor_img.checkpoints.folder import check_shapes, fill_blank
 from mutor_img.checkpoints.tensor_files import Slice, TensorGroup
 from mutor_img.common.config import TrainConfig
-from mutor_img.training.compiling import compile_blocks
+from mutor_img.training.compiling import compile_blocks, replace_forward
 from mutor_img.training.runtime import Runtime
 
 
@@ -35,13 +37,28 @@ def prepare_blocks(blocks: list[nn.Module], train: TrainConfig) -> None:
     ``optimize_ddp`` is off: it would cut each block's graph where DDP's buckets end (and give up on graphs with
     FlexAttention or a checkpoint in them), so that reduction overlaps with the backward pass. Here it overlaps without:
     each block is a graph of its own, whose gradients are on their way while the block before it goes backward.
+
+    ``graphsafe_rng_functionalization`` is off where both are on. Dropout is then drawn twice, and on GPUs torch has the
+    second draw repeat the first by two generators of its own. These start from the state at compilation, once per
+    process, and no seed reaches them after: a resumed run would draw other masks than an uninterrupted one. Without it
+    the state of the device's generator, which every update seeds, is kept and set again. That rules out CUDA graphs,
+    which training does not use.
     """
     if train.activation_checkpointing:
-        for block in blocks:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        replace_forward(blocks, _checkpointed)
     if train.compile:
         torch._dynamo.config.optimize_ddp = False
+        if train.activation_checkpointing:
+            torch._functorch.config.graphsafe_rng_functionalization = False
         compile_blocks(blocks)
+
+
+def _checkpointed(function: Callable) -> Callable:
+    """Return a function of a block and its inputs that keeps no activations."""
+    def forward(block: nn.Module, *inputs):
+        return checkpoint(partial(function, block), *inputs, use_reentrant=False)
+
+    return forward
 
 
 def distribute(model: nn.Module, blocks: list[nn.Module], train: TrainConfig, runtime: Runtime) -> nn.Module:
@@ -108,9 +125,21 @@ def local_rows(tensor: Tensor) -> Slice:
     return Slice(local, min(total, each * tensor.device_mesh.get_local_rank()), total)
 
 
-def as_slices(tensors: dict[str, Tensor]) -> dict[str, Tensor | Slice]:
-    """Return named tensors with those that are sharded as this process's rows."""
-    return {name: local_rows(value) if isinstance(value, DTensor) else value for name, value in tensors.items()}
+def as_slices(tensors: dict[str, Tensor], runtime: Runtime) -> dict[str, Tensor | Slice]:
+    """Return named tensors as the rows of each that this process saves; scalars, and all of a single process, whole.
+
+    Of what is sharded these are the rows that it holds. What every process holds is shared out in the same way.
+    """
+    def part(tensor: Tensor) -> Tensor | Slice:
+        if isinstance(tensor, DTensor):
+            return local_rows(tensor)
+        if runtime.world == 1 or not tensor.dim():
+            return tensor
+        each = -(-len(tensor) // runtime.world)
+        start = min(len(tensor), each * runtime.rank)
+        return Slice(tensor[start:start + each], start, len(tensor))
+
+    return {name: part(tensor) for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
@@ -153,11 +182,7 @@ def gather(model: nn.Module, blank: nn.Module, runtime: Runtime, wanted: bool) -
     """
     weights = {}
     for name, value in model.state_dict().items():
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        whole = value.full_tensor() if isinstance(value, DTensor) else value.clone()
         if wanted:
             weights[name] = whole
-    if not wanted:
-        return None
-    copied = copy.deepcopy(blank).to_empty(device=runtime.device)
-    copied.load_state_dict(weights)
-    return copied
+    return fill_blank(copy.deepcopy(blank), weights, runtime.device) if wanted else None

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
 
+from mutor_img.common import processes
 from mutor_img.common.errors import UserError
+from mutor_img.common.locks import Lock, claim
 from mutor_img.training.hardware import keep_freed_memory
 
+T = TypeVar("T")
 _FAILURES = "mutor_img/failures"  # a counter in the store
 
 
@@ -29,7 +34,12 @@ class Runtime:
 
     @classmethod
     def start(cls, timeout_minutes: float = 30.0) -> Runtime:
-        """Join the process group that the launcher describes (NCCL on GPUs, gloo on CPUs), if there is one."""
+        """Join the process group that the launcher describes (NCCL on GPUs, gloo on CPUs), if there is one.
+
+        Raises:
+            UserError: Slurm started several tasks and no launcher told them of each other.
+        """
+        check_launcher(os.environ)
         if not torch.cuda.is_available():
             keep_freed_memory()
         timeout = timedelta(minutes=timeout_minutes)
@@ -56,6 +66,37 @@ class Runtime:
         if self.world > 1:
             dist.barrier()
 
+    def from_main(self, look: Callable[[], T]) -> T:
+        """Return what ``look()`` gives on rank 0, a JSON value, once all processes have it; the others do not look.
+
+        Whatever decides what is done next and stands on a disk comes through here: see ``common/processes.py``.
+
+        Raises:
+            UserError, OSError: rank 0 met it; then every process raises it.
+        """
+        found = processes.from_main(look)
+        self.barrier()
+        return found
+
+    def agree(self, values: Mapping[str, Any], fix: str = processes.SAME) -> None:
+        """Check that all processes were given the same JSON values, by name; all call this.
+
+        Raises:
+            UserError: on every process; it names the first value that differs, a rank where it does, and the ``fix``.
+        """
+        processes.agree(values, fix)
+
+    @contextmanager
+    def claim(self, *locks: Lock | None) -> Iterator[None]:
+        """Own a command's outputs while inside; rank 0 holds the locks for all.
+
+        Raises:
+            UserError: on every process; another command owns one of them.
+        """
+        with ExitStack() as held:
+            self.from_main(lambda: held.enter_context(claim(*locks)))
+            yield
+
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """Let rank 0 go through this block before the others, e.g. where it may have to download a file."""
@@ -78,7 +119,10 @@ class Runtime:
         except Exception as error:
             if self.world == 1:
                 raise
-            error.speaks = _store().add(_FAILURES, 1) == 1
+            try:
+                error.speaks = _store().add(_FAILURES, 1) == 1
+            except RuntimeError:  # the process that keeps the store has gone, and has said why
+                error.speaks = False
             if error.speaks or isinstance(error, (UserError, OSError)):
                 raise
             raise SystemExit(1) from None
@@ -103,6 +147,22 @@ class Runtime:
             raise UserError(f"{name} is {total}, not divisible by {self.world} processes; "
                             f"use {lower or self.world} or {lower + self.world}")
         return total // self.world
+
+
+def check_launcher(environment: Mapping[str, str]) -> None:
+    """Raise :class:`UserError` where each of several Slurm tasks would take itself for the only process of a run.
+
+    ``srun python train.py`` starts as many whole runs as there are tasks. The batch script itself is one process,
+    however many tasks the job has: Slurm marks it as BATCH and gives it no step.
+    """
+    tasks = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS", "1")
+    launched = "RANK" in environment and "WORLD_SIZE" in environment
+    script = environment.get("ENVIRONMENT") == "BATCH" and "SLURM_STEP_ID" not in environment
+    if tasks.isdecimal() and int(tasks) > 1 and not launched and not script:
+        raise UserError(f"Slurm runs {tasks} tasks (SLURM_NTASKS) and no launcher has told this one its rank: each "
+                        "would take itself for the whole run; start one torchrun per node: srun --ntasks-per-node=1 "
+                        "torchrun --nnodes $SLURM_NNODES --nproc-per-node GPUS ... (docs/distributed.md); for one "
+                        "process: srun --ntasks=1")
 
 
 def _store() -> dist.Store:

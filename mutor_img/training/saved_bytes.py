@@ -40,11 +40,12 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
 
     def __init__(self, without: Iterable[Tensor]):
         known = {x.untyped_storage()._cdata for x in without}
-        self._kept: dict[int, Tensor] = {}  # kept alive, since the number of a freed storage comes again
+        kept: dict[int, Tensor] = {}  # kept alive, since the number of a freed storage comes again
+        self._kept = kept
 
         def note(x: Tensor) -> Tensor:
             if x.untyped_storage()._cdata not in known:
-                self._kept.setdefault(x.untyped_storage()._cdata, x)
+                kept.setdefault(x.untyped_storage()._cdata, x)
             return x
 
         super().__init__(note, lambda x: x)

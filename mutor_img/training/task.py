@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -16,6 +18,7 @@ class Task:
         unit: what throughput counts, e.g. ``"tokens"``.
         units_per_sample: units a sample costs in one update.
         flops_per_sample: training FLOPs of one sample (forward and backward), for MFU.
+        operation: what most of them are of, "matmul" or "conv".
         headline: names of the logged values that a log line and the loss curve show, in order.
         score_every: steps between calls of :meth:`score`, and at the end; 0: never.
         shardable: FSDP2 may shard the model: the task touches its weights by calling it only.
@@ -25,6 +28,7 @@ class Task:
     unit: str
     units_per_sample: int
     flops_per_sample: float
+    operation: str = "matmul"
     headline: tuple[str, ...]
     score_every: int = 0
     shardable: bool = False
@@ -54,15 +58,18 @@ class Task:
     def draw_pictures(self, model: nn.Module, folder: Path, step: int) -> None:
         """Write pictures of what ``model`` can do by now into ``folder``; runs on rank 0."""
 
-    def before_update(self, step: int) -> dict[str, float]:
+    def before_update(self, step: int) -> dict[str, Tensor]:
         """Make the gradients of what the task trains beside the model (e.g. a discriminator), before any weight moves.
 
-        Returns values to log, the same on all ranks. If one of them is not finite, nothing is updated.
+        Returns scalars to log, the same on all ranks. If one of them is not finite, nothing is updated.
         """
         return {}
 
-    def after_update(self, model: nn.Module, step: int) -> dict[str, float]:
-        """Mend the model after an update (e.g. dead codes); returns values to log, the same on all ranks."""
+    def after_update(self, model: nn.Module, step: int) -> dict[str, Tensor]:
+        """Mend the model after an update (e.g. dead codes); returns scalars to log, the same on all ranks.
+
+        Nothing here may read from the device: an update waits for it once, when its gradients are known.
+        """
         return {}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -79,3 +86,10 @@ class Task:
     def metadata(self) -> dict[str, Any]:
         """Return what a checkpoint's JSON must say for the model to be built again without this config."""
         raise NotImplementedError(type(self).__name__)
+
+
+def read_numbers(values: Mapping[str, float | Tensor]) -> dict[str, float]:
+    """Return named scalars as numbers, all that are on the device in one read, which waits for it."""
+    found = {name: value.double() for name, value in values.items() if isinstance(value, Tensor)}
+    numbers = torch.stack(list(found.values())).tolist() if found else []
+    return {**values, **dict(zip(found, numbers))}

@@ -1,7 +1,9 @@
 """What a run consists of at one moment, and one update of it: the same on one CPU and on many GPUs.
 
-Random numbers are functions of (seed, step, sample) or, for dropout, of (seed, step, rank), and the data order is a
-function of the sample number. So "to resume, run the same command again" gives the bytes of an uninterrupted run.
+Random numbers are functions of (seed, step, sample) or, for dropout and stochastic depth, of (seed, step, rank,
+micro-batch), and the data order is a function of the sample number. So "to resume, run the same command again" gives
+the bytes of an uninterrupted run. Another number of processes, or another micro-batch, gives its loss curve only where
+dropout and stochastic depth are off.
 """
 
 from __future__ import annotations
@@ -18,12 +20,13 @@ from torch.distributed.tensor import DTensor
 from mutor_img.checkpoints.folder import newest_checkpoint, open_group, read_meta, write_checkpoint
 from mutor_img.common.config import to_dict
 from mutor_img.common.errors import UserError
+from mutor_img.common.files import file_hash
 from mutor_img.common.streams import Stream, generator_seed
 from mutor_img.training import parallel
-from mutor_img.training.changes import check_changes
+from mutor_img.training.changes import check_changes, require_group
 from mutor_img.training.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from mutor_img.training.runtime import Runtime
-from mutor_img.training.task import Task
+from mutor_img.training.task import Task, read_numbers
 
 
 class Trainer:
@@ -44,10 +47,12 @@ class Trainer:
             runtime: this process.
 
         Raises:
-            UserError: a batch that does not divide, or a checkpoint of another run or model.
+            UserError: a batch that does not divide, a checkpoint of another run or model, or processes that differ in
+                config, codes or checkpoint.
         """
         self.task, self.config, self.runtime = task, config, runtime
         self.run_dir = Path(config.run_dir)
+        folder = self._common_checkpoint()
         self.local_batch = runtime.share(config.train.global_batch, "train.global_batch")
         self.micro_batch = min(config.train.micro_batch or self.local_batch, self.local_batch)
         if self.local_batch % self.micro_batch:
@@ -69,14 +74,35 @@ class Trainer:
             parallel.shard(self.ema.module, task.blocks(self.ema.module), config.train, runtime)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.step, self.seconds, self.saved_step, self.changes = 0, 0.0, 0, []
-        self._resume()
+        if folder is not None:
+            self._resume(folder)
 
-    def _resume(self) -> None:
-        folder = newest_checkpoint(self.run_dir)
-        if folder is None:
-            return
+    def _common_checkpoint(self) -> Path | None:
+        """Return the checkpoint to go on from, or None: rank 0's newest, once all processes see the same one.
+
+        Raises:
+            UserError: on every process; one of them has another config or other codes, or sees another checkpoint.
+        """
+        self.runtime.agree(to_dict(self.config))
+        self.runtime.agree(self.task.metadata())
+        newest = newest_checkpoint(self.run_dir)
+        name = self.runtime.from_main(lambda: newest and newest.name)
+        folder = self.run_dir / "checkpoints" / name if name else newest
+        seen = folder is not None and (folder / "checkpoint.json").is_file()
+        self.runtime.agree({"the step of the checkpoint to go on from": read_meta(folder)["step"] if seen else None,
+                            "the hash of its checkpoint.json": file_hash(folder / "checkpoint.json") if seen else None},
+                           f"run_dir={self.run_dir} must be one folder, on a disk that all nodes see")
+        return folder
+
+    def _resume(self, folder: Path) -> None:
         meta, rank, world = read_meta(folder), self.runtime.rank, self.runtime.world
+        for group in ("model", "optimizer"):
+            require_group(meta, group, folder, "it holds weights alone and no run to go on with; give another run_dir, "
+                                               f"and init_from={folder}")
         self.changes = check_changes(meta, self.metadata(), folder)
+        if self.ema is not None:
+            require_group(meta, "ema", folder, f"train.ema was 0.0, now it is {self.config.train.ema}; give "
+                                             f"train.ema=0.0, or another run_dir with init_from={folder}")
         parallel.load_model(self.model, open_group(folder, "model", rank, world))
         load_optimizer_tensors(self.model, self.optimizer, open_group(folder, "optimizer", rank, world))
         if self.ema is not None:
@@ -102,7 +128,7 @@ class Trainer:
 
     def update(self) -> dict[str, float]:
         """Do one optimiser update over the global batch; returns the logged values, the same on all ranks."""
-        return self.apply(self.gradients())
+        return read_numbers(self.apply(self.gradients()))
 
     def gradients(self) -> dict[str, float]:
         """Make the clipped gradients of the global batch; returns what is logged of them. Nothing that is saved moves.
@@ -128,8 +154,8 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip or math.inf)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         sums = runtime.sum(torch.stack([totals[name].float() for name in totals]))
-        logged = dict(zip((*totals, "gradient_norm"), [*sums.tolist(), norm.item()]))
-        logged.update(self.task.before_update(self.step))
+        beside = self.task.before_update(self.step)
+        logged = read_numbers({**dict(zip(totals, sums)), "gradient_norm": norm, **beside})
         bad = [name for name, value in logged.items() if not math.isfinite(value)]
         if bad:
             raise UserError(f"step {self.step}: {bad[0]} is {logged[bad[0]]}; nothing was updated and "
@@ -137,8 +163,11 @@ class Trainer:
                             "lower optim.lr or use train.precision=fp32, then run the same command again")
         return logged
 
-    def apply(self, logged: dict[str, float]) -> dict[str, float]:
-        """Move the weights by their gradients, and the average after them; returns ``logged`` and more."""
+    def apply(self, logged: dict[str, float]) -> dict[str, float | Tensor]:
+        """Move the weights by their gradients, and the average after them; returns ``logged`` and more.
+
+        Nothing here waits for the device: what is more may still be on it.
+        """
         lr = learning_rate(self.config.optim, self.step, self.config.train.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -155,16 +184,12 @@ class Trainer:
         return {**self.task.metadata(), "config": to_dict(self.config)}
 
     def save(self) -> None:
-        """Write a checkpoint; every process waits for it."""
+        """Write a checkpoint, each process its rows; every process waits for it."""
         tensors = {"model": self.model.state_dict(), "optimizer": optimizer_tensors(self.model, self.optimizer)}
         if self.ema is not None:
             tensors["ema"] = self.ema.module.state_dict()
         tensors.update(self.task.tensors())
         meta = {"seconds": self.seconds, "samples": self.step * self.config.train.global_batch, **self.metadata()}
-        if self.sharded:
-            tensors = {group: parallel.as_slices(content) for group, content in tensors.items()}
-            write_checkpoint(self.run_dir, self.step, tensors, meta, self.config.train.keep, self.runtime)
-        elif self.runtime.is_main:
-            write_checkpoint(self.run_dir, self.step, tensors, meta, self.config.train.keep)
-        self.runtime.barrier()
+        rows = {group: parallel.as_slices(content, self.runtime) for group, content in tensors.items()}
+        write_checkpoint(self.run_dir, self.step, rows, meta, self.config.train.keep, self.runtime)
         self.saved_step = self.step

@@ -6,7 +6,8 @@ import sys
 import pytest
 from tiny_runs import NAMES, write_generator, write_tokenizer
 
-from mutor_img.app import command, main
+from mutor_img.app import command
+from mutor_img.app.command import main
 from mutor_img.common.cli import run
 from mutor_img.common.errors import UserError
 

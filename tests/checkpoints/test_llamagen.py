@@ -11,7 +11,7 @@ import zipfile
 import pytest
 import torch
 
-from mutor_img.checkpoints.llamagen import read_pt
+from mutor_img.checkpoints.llamagen import read_pt, read_released
 from mutor_img.common.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -144,6 +144,40 @@ def test_foreign_and_damaged_files_are_refused_in_one_line(tmp_path, data):
     {"args": ARGUMENTS}, {0: torch.ones(2)}, {"freqs_cis": torch.ones(2)}], ids=str)
 def test_contents_that_are_no_named_weights_are_refused(tmp_path, content):
     refused(write(tmp_path / "c2i.pt", saved(content)))
+
+
+@pytest.mark.parametrize("wrapper, tells", [
+    ("module.{}", "DistributedDataParallel's"), ("_orig_mod.{}", "torch.compile's"),
+    ("module._orig_mod.{}", "DeepSpeed's and '_orig_mod', torch.compile's"),
+    ("layers.0._orig_mod.{}", "torch.compile's"), ("_fsdp_wrapped_module.{}", "FSDP's"),
+])
+@pytest.mark.parametrize("wrap", [None, "model"])
+def test_weights_of_a_wrapped_model_are_called_that(tmp_path, wrapper, tells, wrap):
+    weights = {wrapper.format(name): weight for name, weight in WEIGHTS.items()}
+    message = refused(write(tmp_path / "c2i.pt", saved({wrap: weights} if wrap else weights)))
+    assert "weights of a wrapped model" in message and tells in message and "take" in message
+
+
+@pytest.mark.parametrize("name", ["cls_embedding.cap_proj.fc1.weight", "cls_embedding.uncond_embedding"])
+def test_a_text_to_image_file_is_called_that(tmp_path, name):
+    weights = {**WEIGHTS, name: torch.ones(2, 2)}
+    assert "a text-to-image generator" in refused(write(tmp_path / "t2i_XL_stage1_256.pt", saved({"model": weights})))
+
+
+@pytest.mark.parametrize("table, grid", [
+    (torch.zeros(577, 32, 2), (24, 24)), (torch.zeros(257, 32, 2), (16, 16)), (torch.zeros(577), (24, 24)),
+    (torch.zeros(5, 2, 2), (2, 2)), (torch.ones(3, 2), None), (torch.zeros(1, 2, 2), None),
+    (torch.zeros(696, 2, 2), None), (torch.tensor(5.0), None),
+])
+@pytest.mark.parametrize("place", ["flat", "beside the weights", "above them", "ema"])
+def test_a_rotary_table_tells_the_grid(tmp_path, table, grid, place):
+    content = {"flat": {**WEIGHTS, "freqs_cis": table},
+               "beside the weights": {"module": {"freqs_cis": table, **WEIGHTS}},
+               "above them": {"model": WEIGHTS, "freqs_cis": table},
+               "ema": {"model": {**WEIGHTS, "freqs_cis": table}, "ema": AVERAGED}}[place]
+    weights, found = read_released(write(tmp_path / "c2i.pt", saved(content)), ema=place == "ema")
+    assert found == grid
+    assert_same(weights, AVERAGED if place == "ema" else WEIGHTS)
 
 
 def test_missing_files_and_folders_are_refused(tmp_path):

@@ -77,6 +77,20 @@ def test_grid_and_heads_of_a_bare_file_are_the_callers(random_model, tmp_path):
     assert load_checkpoint(tmp_path / "small.pt").config.heads == 1  # dim // 64, at least 1
 
 
+def test_the_grid_is_the_files_where_it_says_it_and_else_an_assumption(random_model, tmp_path):
+    model = random_model((24, 24), heads=1, dim=32, register_offsets=None)
+    says, silent = tmp_path / "says.pt", tmp_path / "silent.pt"
+    torch.save({"model": {**model.state_dict(), "freqs_cis": torch.zeros(577, 16, 2)}}, says)
+    torch.save({"model": model.state_dict()}, silent)
+    for options in ({}, {"grid": (24, 24)}):
+        loaded = load_run(says, **options)
+        assert same(loaded.model, model) and loaded.model.config.grid == (24, 24) and not loaded.guessed_grid
+    assert load_run(silent).guessed_grid and load_run(silent).model.config.grid == (16, 16)
+    assert not load_run(silent, grid=(24, 24)).guessed_grid and same(load_checkpoint(silent, grid=(24, 24)), model)
+    with pytest.raises(UserError, match=r"says\.pt: its rotary table .* is for 24 x 24 codes, but .* 16 x 16"):
+        load_checkpoint(says, grid=(16, 16))
+
+
 @pytest.mark.parametrize("name", ["mnist", "B"])
 def test_heads_of_a_preset_are_recognised(name):
     with torch.device("meta"):

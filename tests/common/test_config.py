@@ -54,6 +54,31 @@ def test_the_run_folder_is_the_configs_path_under_runs():
     ("seed=null", "seed"),
     ("steps", "key=value"),
     ("optim=3", "optim"),
+    ("optim=[1]", "give a mapping of keys to values"),
+    ("optim=null", "optim is null"),
+    ("optim={lr: 1, lr: 2}", "'lr' stands there twice"),
+    ("optim.betas.0=0.5", "optim.betas is not set by its parts"),
+    ("optim.betas[0]=0.5", "optim.betas is not set by its parts"),
+    ("optim.lr.x=1", "optim.lr is not set by its parts"),
+    ("optim.betas=0.5", "give a list: optim.betas=[0.5]"),
+    ("optim.betas=[0.5]", "optim.betas has 1 values; give 2"),
+    ("optim.betas={a: {b: 1}}", "give a list"),
+    ("optim.betas=[[1],[2]]", "give one value"),
+    ("optim.betas=[null,1]", "optim.betas is null"),
+    ("optim.lr={a: {b: {c: 1}}}", "optim.lr is {'a'"),
+    ("optim.lr={{{", "not valid YAML"),
+    ("optim.lr=", "optim.lr is empty"),
+    ("train.steps=1e3", "could not be converted to Integer"),
+    ("train.steps=2024-01-01", "could not be converted to Integer"),
+    ("run_dir=[a]", "run_dir is ['a']; give one value"),
+    ("run_dir={a}", "run_dir is {'a': ''}; give one value"),
+    ("run_dir=~", "run_dir is ~; give one value"),
+    ("run_dir=${nothing}", "nothing"),
+    ("run_dir=???", "run_dir is ???"),
+    ("seed=???", "seed is ???"),
+    ("a[0]=", "unknown key 'a.0'"),
+    ("=5", "key=value"),
+    ("optim..lr=5", "unknown key 'optim..lr'"),
 ])
 def test_a_wrong_override_is_one_line_that_says_what(tmp_path, override, message):
     path = write(tmp_path, "a.yaml", "seed: 1\n")
@@ -68,11 +93,65 @@ def test_a_wrong_override_is_one_line_that_says_what(tmp_path, override, message
     ("extends: missing.yaml\n", "no such config file"),
     ("extends: a.yaml\n", "extends itself"),
     ("sed: 1\n", "did you mean 'seed'"),
+    ("optim: {lr: 1}\nseed: 1\noptim: {clip: 1}\n", "a.yaml: line 3: the key 'optim' stands there twice"),
+    ("optim.lr: 1\n", "in a file write optim: {lr: …}"),
+    ("extends: [a, b]\n", "give the path of one YAML file"),
+    ("extends: {a: b}\n", "give the path of one YAML file"),
+    ("optim: [1]\n", "give a mapping"),
+    ("run_dir: ~\n", "a.yaml: run_dir is ~"),
+    ("3\n", "not one value"),
 ])
 def test_a_wrong_file_is_one_line_that_names_it(tmp_path, text, message):
     path = write(tmp_path, "a.yaml", text)
     with pytest.raises(UserError, match=message):
         load_config(Small, path)
+
+
+AS_TYPED = ["0010", "2024-01-01", "on", "no", "1e3", "0x1F", "0o17", "1:30", "true", "1_000", ".5", "a#b",
+            "x y", "my: run", "@scratch", "%1", "*", "runs/ä"]
+
+
+@pytest.mark.parametrize("word", AS_TYPED)
+def test_a_text_field_holds_what_was_typed(tmp_path, word):
+    """A folder's name is no number, date or switch: neither in a file, nor on the command line, nor once resolved."""
+    quoted = f"'{word}'" if set(word) & set(":@%*") else word
+    path = write(tmp_path, "a.yaml", f"run_dir: {quoted}\ndata: {{codes: {quoted}, val_codes: '{word}'}}\n")
+    plain = write(tmp_path, "b.yaml", "seed: 0\n")
+    typed = load_config(GeneratorConfig, plain, [f"run_dir={word}", f"data.codes={word}", f"data.val_codes='{word}'"])
+    for config in (load_config(GeneratorConfig, path), typed):
+        assert (config.run_dir, config.data.codes, config.data.val_codes) == (word,) * 3
+        again = load_config(GeneratorConfig, write(tmp_path, "c.yaml", to_yaml(config)))
+        assert (again.run_dir, again.data) == (word, config.data)
+
+
+def test_null_is_text_where_nothing_is_no_value_and_nothing_where_it_is_one(tmp_path):
+    path = write(tmp_path, "a.yaml", "run_dir: null\ndata: {val_codes: null}\ninit_from: 'null'\n")
+    for overrides in ((), ("run_dir=null", "data.val_codes=null", "init_from='null'")):
+        config = load_config(GeneratorConfig, path, overrides)
+        assert (config.run_dir, config.data.val_codes, config.init_from) == ("null", None, "null")
+
+
+def test_numbers_switches_lists_and_nothing_are_what_they_were(tmp_path):
+    path = write(tmp_path, "a.yaml", "optim: {lr: 1e-4, betas: [.9, 9.5e-1]}\ntrain: {compile: off, steps: 0010}\n"
+                                     "registers: {count: null}\ndata: {codes: [a, 0010]}\neval: {metrics: [fid]}\n"
+                                     "pictures:\n")
+    for overrides in ((), ("optim.lr=1e-4", "optim.betas=[.9,9.5e-1]", "train.compile=no", "registers.count=null",
+                           "data.codes=[a,0010]", "eval.metrics=[fid]", "registers.count=", "data.val_codes=")):
+        c = load_config(GeneratorConfig, path, overrides)
+        assert (c.optim.lr, tuple(c.optim.betas), c.train.compile, c.train.steps) == (1e-4, (0.9, 0.95), False, 10)
+        assert (c.registers.count, c.data.val_codes) == (None, None)
+        assert (c.data.codes, c.eval.metrics) == (["a", "0010"], ["fid"])
+
+
+def test_a_path_that_begins_with_a_tilde_lies_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, "base.yaml", "seed: 5\n")
+    path = write(tmp_path, "a.yaml", "extends: ~/base.yaml\nrun_dir: ~/runs/x\n"
+                                     "data: {codes: [~/a, b~], val_codes: ~}\n")
+    in_file = load_config(GeneratorConfig, "~/a.yaml")
+    typed = load_config(GeneratorConfig, path, ["run_dir=~/runs/x", "data.codes=~/a,b~"])
+    assert in_file.run_dir == typed.run_dir == f"{tmp_path}/runs/x" and in_file.seed == 5
+    assert in_file.data.folders() == typed.data.folders() == [f"{tmp_path}/a", "b~"] and in_file.data.val_codes is None
 
 
 def test_a_resolved_config_reads_back_as_itself(tmp_path):

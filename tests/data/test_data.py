@@ -1,5 +1,7 @@
 """The data order has no state and visits every image once an epoch; code stores are checked, and mixed evenly."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -69,7 +71,8 @@ def test_stores_with_other_numbers_of_views_mix(make_codes, tmp_path):
     ({"vocabulary": 17}, "vocabulary 17 and 16"),
     ({"grid": (5, 4)}, r"grid \(5, 4\) and \(4, 5\)"),
     ({"class_names": ["a", "b"]}, "number of classes 2 and 3"),
-    ({"class_names": ["a", "c", "b"]}, "other images"),
+    ({"class_names": ["a", "c", "b"]}, "class 1 is 'c' in the first and 'b' in the second"),
+    ({"class_names": ["a", "b", "C"]}, "class 2 is 'C' in the first and 'c' in the second"),
     ({"images_hash": "x"}, "other images"),
 ])
 def test_stores_that_do_not_fit_each_other_are_refused(change, message, make_codes, tmp_path):
@@ -82,6 +85,31 @@ def test_stores_that_do_not_fit_each_other_are_refused(change, message, make_cod
         TrainingCodes([first, other], seed=0)
 
 
+@pytest.mark.parametrize("names, message", [
+    (["b", "a", "c"], "class 0 is 'b' in the first and 'a' in the second"), (["a", "b", "d"], "class 2 is 'd'"),
+])
+def test_held_out_codes_of_other_classes_are_refused(run_training, make_codes, tmp_path, names, message):
+    held_out = make_codes(tmp_path / "held_out", seed=1)
+    info = json.loads((held_out / "codes.json").read_text())
+    (held_out / "codes.json").write_text(json.dumps({**info, "class_names": names}))
+    with pytest.raises(UserError, match=message):
+        run_training(f"data.val_codes={held_out}", "train.steps=1")
+    with pytest.raises(UserError, match="tokenizers bbbbbbbbbbbb and aaaaaaaaaaaa"):
+        run_training(f"data.val_codes={make_codes(tmp_path / 'other', tokenizer_hash='b' * 64)}", "train.steps=1")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_start_from_other_classes_is_said(run_training, make_codes, tmp_path, capsys):
+    run_training("train.steps=1")
+    other = make_codes(tmp_path / "other")
+    info = json.loads((other / "codes.json").read_text())
+    for names, said in ((["a", "x", "c"], True), (["a", "b", "c"], False)):
+        (other / "codes.json").write_text(json.dumps({**info, "class_names": names}))
+        run_training(f"data.codes={other}", "data.val_codes=null", f"init_from={tmp_path}/runs/run",
+                     f"run_dir={tmp_path}/{said}", "train.steps=1")
+        assert ("class 1 is 'b' in init_from" in capsys.readouterr().err) == said
+
+
 def test_a_run_over_several_stores_names_them_all(run_training, make_codes, codes_folder, tmp_path):
     other = make_codes(tmp_path / "other", seed=1)
     trainer = run_training(f"data.codes={codes_folder},{other}", "train.steps=1")
@@ -90,7 +118,7 @@ def test_a_run_over_several_stores_names_them_all(run_training, make_codes, code
     assert [store.folder for store in listed.task.data.stores] == [codes_folder, other]
 
 
-@pytest.mark.parametrize("value", ["3", "[]", "a,,b", "[a,3]", "null"])
+@pytest.mark.parametrize("value", ["[]", "a,,b", "[a,[b]]", "[a,null]", "{a: b}", "null"])
 def test_codes_that_are_no_folders_are_refused(value, run_file):
     with pytest.raises(UserError, match=r"data\.codes is .*; give the folder"):
         load_config(GeneratorConfig, run_file, [f"data.codes={value}"])

@@ -2,7 +2,6 @@
 
 import gc
 import math
-import weakref
 from functools import partial
 
 import numpy as np
@@ -325,10 +324,6 @@ def test_a_decoder_for_gpus_serves_until_shapes_or_weights_move(random_model):
     decoder = static_decoder(model, 4)
     model.output.weight.data = model.output.weight.data.clone()
     assert static_decoder(model, 4) is not decoder
-    gone = weakref.ref(model)
-    del model, decoder
-    gc.collect()
-    assert gone() is None
 
 
 def test_memory_does_not_grow_with_steps(random_model, monkeypatch):

@@ -8,6 +8,7 @@ from mutor_img.common import cli
 from mutor_img.common.errors import UserError
 from mutor_img.evaluation import networks
 from mutor_img.evaluation.command import main
+from mutor_img.metrics import networks as feature_networks
 from mutor_img.metrics.image_sets import FolderImages, read_all
 from mutor_img.metrics.report import table
 
@@ -46,6 +47,29 @@ def test_a_made_reference_declares_its_role_and_the_other_is_refused(samples, di
         main(arguments)
     assert main([*arguments, "--role", "reconstruction"])["reference"]["role"] == "reconstruction"
     assert not main([*arguments, "--force-role"])["comparable"]
+
+
+def test_the_folder_above_the_splits_is_refused_unless_one_is_named(samples, digit_folders, classifier, tmp_path):
+    above = digit_folders["train"].parent
+    for role, path in (("--reference", above), ("--held-out", above), ("--samples", above)):
+        with pytest.raises(UserError, match="holds the splits train, val"):
+            main([*digits(samples, digit_folders, classifier), role, str(path)])
+    arguments = digits(samples, {"train": above}, classifier, "--metrics", "fid")
+    assert main([*arguments, "--split", "train"])["fd"] == main(digits(samples, digit_folders, classifier))["fd"]
+    for more, message in ((["--split", "test"], "no split 'test' in it; .*train, val"),
+                          (["--split", "train", "--reference", str(samples)], "is no folder, and has no splits")):
+        with pytest.raises(UserError, match=message):
+            main([*arguments, *more])
+
+
+@pytest.mark.parametrize("names, doubt", [
+    (["0", "1", "2"], None), (["0", "2", "1"], "class 1 is '2' in the samples and '1' in the reference"),
+    (["0", "1"], "the samples have 2 classes and the reference 3"),
+])
+def test_labels_of_other_classes_are_doubted(samples, digit_folders, classifier, names, doubt):
+    samples.with_suffix(".json").write_text(json.dumps({"labels": "random", "class_names": names}))
+    warnings = main(digits(samples, digit_folders, classifier, "--metrics", "fid"))["warnings"]
+    assert any(doubt in line for line in warnings) if doubt else not any("class" in line[:6] for line in warnings)
 
 
 @pytest.mark.parametrize("count, name", [(50_000, "FID-50k"), (1000, "FID-1k"), (1234, "FID-1234")])
@@ -106,7 +130,7 @@ def test_inception_is_the_default_network(monkeypatch):
     def load(path, device):
         raise AskedFor(path)
 
-    monkeypatch.setattr(networks, "load_inception", load)
+    monkeypatch.setattr(feature_networks, "load_inception", load)
     with pytest.raises(AskedFor, match="mine"):
         main(["--samples", "x.npz", "--reference", "y.npz", "--inception-weights", "mine.pth", "--device", "cpu"])
 

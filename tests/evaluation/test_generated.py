@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from mutor_img.common.errors import UserError
 from mutor_img.evaluation.command import main
@@ -31,6 +32,22 @@ def test_the_same_batches_give_the_same_bits(run, digits, tmp_path):
     stored, direct = (main([*one, *digits]) for one in (
         ["--samples", str(out)], ["--checkpoint", str(run), "--num-samples", "20"]))
     assert [stored[key] for key in SCORES] == [direct[key] for key in SCORES]
+
+
+def test_images_are_shrunk_as_sample_shrinks_them(run, digits, random_model, tmp_path, classifier):
+    """A 12 x 12 grid of 48-pixel images, whose file says so, against a reference of 32 pixels."""
+    weights = random_model((12, 12), heads=1, register_offsets=None).state_dict()
+    torch.save({**weights, "freqs_cis": torch.zeros(145, 16, 2)}, tmp_path / "c2i.pt")
+    flags = ["--checkpoint", str(tmp_path / "c2i.pt"), "--tokenizer", str(tmp_path / "vq"), "--num-samples", "12"]
+    with pytest.raises(UserError, match="samples are 48 x 48 pixels, the reference train 32 x 32"):
+        main([*flags, *digits])
+    direct = main([*flags, "--resize", "32", *digits])
+    assert direct["samples"]["manifest"]["grid"] == [12, 12] and direct["samples"]["resize"] == 32
+    stored = main(["--samples", str(sample([*flags, "--resize", "32", "--out", str(tmp_path / "s.npz")])), *digits])
+    assert [stored[key] for key in SCORES] == [direct[key] for key in SCORES]
+    large = sample([*flags, "--out", str(tmp_path / "large.npz")])
+    shrunk = main(["--samples", str(large), "--resize", "32", *digits])
+    assert shrunk["samples"]["resize"] == 32 and shrunk["fd"] == pytest.approx(direct["fd"], rel=0.05)
 
 
 def test_nothing_is_written_and_the_result_says_what_made_the_images(run, digits, tmp_path, monkeypatch):

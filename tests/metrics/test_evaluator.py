@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
+from PIL import Image
 from projection import Projection
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -16,6 +17,8 @@ from mutor_img.metrics.image_sets import ArrayImages
 from mutor_img.metrics.inception_score import inception_score
 from mutor_img.metrics.precision_recall import precision_recall
 from mutor_img.metrics.references import as_reference, open_reference
+from mutor_img.metrics.report import class_table
+from mutor_img.metrics.samples import open_samples
 from mutor_img.metrics.subsets import choose
 
 
@@ -101,12 +104,35 @@ def test_what_makes_scores_not_comparable_is_said(change, reason, noise):
     assert any(reason in warning for warning in result["warnings"])
 
 
-def test_num_samples_takes_the_first_and_never_fewer(network, noise, reference):
+def test_num_samples_draws_from_the_whole_set_and_never_takes_fewer(network, noise, reference):
     result = evaluate(ArrayImages(noise(40)), reference, network, num_samples=30)
-    assert result["fd"] == pytest.approx(evaluate(ArrayImages(noise(40)[:30]), reference, network)["fd"], rel=1e-9)
-    assert "first 30 of the 40" in result["warnings"][0]
+    drawn = ArrayImages(noise(40)[choose(40, 30, seed=0)])
+    assert result["fd"] == pytest.approx(evaluate(drawn, reference, network)["fd"], rel=1e-9)
+    assert "30 of the 40 samples are scored, drawn from all of them by seed 0" in result["warnings"][0]
+    assert (result["subset"], result["num_samples"], result["samples"]["held"]) == ("30 of 40, drawn by seed 0", 30, 40)
     with pytest.raises(UserError, match="41 are asked for"):
         evaluate(ArrayImages(noise(40)), reference, network, num_samples=41)
+
+
+def test_the_whole_set_is_scored_as_it_always_was(network, noise, reference):
+    plain, asked = (evaluate(ArrayImages(noise(40)), reference, network, num_samples=n) for n in (None, 40))
+    assert plain | {"seconds": 0} == asked | {"seconds": 0} and plain["subset"] == "all" and not plain["warnings"]
+
+
+def test_part_of_a_set_in_class_order_is_of_all_its_classes(tmp_path, network, noise, reference):
+    """Each class of a shade of its own: its first images alone would lie far from the reference."""
+    shades = np.repeat([0, 60, 120, 180], 50)
+    images = (noise(200) // 8 + shades[:, None, None, None]).astype(np.uint8)
+    real = as_reference(ArrayImages(images), role="generation")
+    np.savez(tmp_path / "x.npz", arr_0=images, arr_1=shades // 60)
+    for number, image in enumerate(images):
+        path = tmp_path / "folder" / str(shades[number] // 60) / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    scores = [evaluate(open_samples(tmp_path / name), real, network, metrics=["fid"], num_samples=50)["fd"]
+              for name in ("x.npz", "folder")]
+    first = evaluate(ArrayImages(images[:50]), real, network, metrics=["fid"])["fd"]
+    assert scores[0] == scores[1] < first / 20
 
 
 def test_class_order_in_file_order_is_warned_of(network, noise, reference):
@@ -177,7 +203,28 @@ def test_a_classifier_also_tells_recognised_distinct_and_copies(noise, reference
     assert result["nearer_than_held_out"] < 40
     copied = evaluate(ArrayImages(noise(50, 1)[:30]), reference, network, held_out=ArrayImages(noise(20, 2)))
     assert (copied["nearer_than_held_out"], copied["nearest_training_distance"]) == (30, 0.0)
-    assert "recognised" not in copied  # no labels to compare with
+    assert not {"recognised", "per_class"} & set(copied)  # no labels to compare with
+
+
+def test_a_classifier_tells_per_class_what_it_recognises_and_what_is_in_pieces(noise, reference):
+    network = Projection()
+    network.class_names = list("abcd")
+    images = noise(40) // 4  # of 8 x 8 pixels, none bright
+    images[:5, 0, ::3] = 255  # three bright dots
+    images[5:10, 0] = 255  # one line
+    labels = np.arange(40) % 4
+    result = evaluate(ArrayImages(images, labels), reference, network, held_out=ArrayImages(noise(20, 2), labels[:20]))
+    guesses = network(images)["logits"].argmax(1).numpy()
+    assert list(result["per_class"]) == list("abcd")
+    for label, row in enumerate(result["per_class"].values()):
+        assert row["num_samples"] == 10
+        assert row["recognised"] == pytest.approx((guesses[labels == label] == label).mean())
+        assert row["in_pieces"] == (labels[:5] == label).sum() / 10
+    assert sum(row["num_samples"] for row in result["real_against_real"]["per_class"].values()) == 20
+    two = evaluate(ArrayImages(images[:30], labels[:30] % 2), reference, network)
+    assert list(two["per_class"]) == ["a", "b"]
+    assert class_table({"samples": result, "other": {}})[1].split() == [
+        "a", f"{result['per_class']['a']['recognised']:.1%}", "20.0%"]
 
 
 class Images(torch.utils.data.Dataset):

@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -6,7 +8,7 @@ from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d
 from mutor_img.common.errors import UserError
 from mutor_img.common.full_precision import full_precision
 from mutor_img.metrics import features
-from mutor_img.metrics.features import INCEPTION_FILE, load_inception, resize_like_tensorflow, to_nchw
+from mutor_img.metrics.features import INCEPTION_FILE, InceptionGraph, load_inception, resize_like_tensorflow, to_nchw
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,15 @@ def test_flags_come_back_after_an_error():
         assert torch.backends.cudnn.conv.fp32_precision == "ieee"
         raise KeyError
     assert torch.backends.cudnn.conv.fp32_precision == before
+
+
+def test_a_network_that_is_dropped_is_freed_at_once(no_collector):
+    with torch.device("meta"):
+        graph = InceptionGraph()
+    gone = weakref.ref(graph.fc.weight)
+    with no_collector:
+        del graph
+        assert gone() is None
 
 
 def test_a_named_file_with_another_hash_is_used_with_a_warning(inception):

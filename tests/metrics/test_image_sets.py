@@ -6,6 +6,7 @@ from PIL import Image
 
 from mutor_img.common.errors import UserError
 from mutor_img.metrics.image_sets import ArrayImages, FolderImages, NpzImages, read_all, rebatch
+from tokenizer.images.folder import list_images
 
 
 def write_folder(folder, images, names):
@@ -52,7 +53,7 @@ def test_a_cut_off_npz_is_refused(share, tmp_path, noise):
     path = tmp_path / "x.npz"
     np.savez(path, arr_0=noise(40))
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(UserError, match="cut off"):
+    with pytest.raises(UserError, match=r"cut off|an empty file"):
         NpzImages(path)
 
 
@@ -91,6 +92,56 @@ def test_the_hash_of_a_folder_sees_names_and_bytes(tmp_path, noise):
     a, b, c, d = (FolderImages(tmp_path / name).sha256() for name in "abcd")
     assert a == d
     assert len({a, b, c}) == 3
+
+
+def test_a_folder_is_read_as_the_tokenizer_reads_it(tmp_path, noise):
+    write_folder(tmp_path / "elsewhere", noise(1, 1), ["deep/7.png"])
+    write_folder(tmp_path / "set", noise(5), ["a/0.png", "a-b/1.PNG", "b/deep/2.png", ".cache/x.jpg", "b/._x.png"])
+    (tmp_path / "set" / "c").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "a" / "1.png").symlink_to(tmp_path / "elsewhere" / "deep" / "7.png")
+    ours, theirs = FolderImages(tmp_path / "set"), list_images(tmp_path / "set")
+    assert [file.as_posix() for file in ours.files] == theirs.files and len(ours) == 5
+    assert ours.labels.tolist() == theirs.labels.tolist() == [0, 0, 1, 2, 3]
+    assert ours.class_names == theirs.classes == ["a", "a-b", "b", "c"]
+
+
+@pytest.mark.parametrize("names, message", [
+    (["train/0.png", "val/0.png"], "holds the splits train, val"), (["a/0.png", "grid.png"], "grid.png lies outside"),
+    (["train_0.png", "val_0.png"], "holds the splits train, val")])
+def test_a_folder_that_the_tokenizer_refuses_is_refused(names, message, tmp_path, noise):
+    write_folder(tmp_path, noise(2), names)
+    with pytest.raises(UserError, match=message):
+        FolderImages(tmp_path)
+
+
+def test_what_is_gone_is_named_before_anything_is_scored(tmp_path, noise):
+    write_folder(tmp_path, noise(2), ["a/0.png", "b/0.png"])
+    (tmp_path / "c").symlink_to("gone")
+    with pytest.raises(UserError, match="c: a link to gone"):
+        FolderImages(tmp_path)
+    (tmp_path / "c").unlink()
+    (tmp_path / "b" / "1.png").symlink_to("gone.png")
+    with pytest.raises(UserError, match=r"b/1\.png: no such image file \(a link to gone\.png\)"):
+        FolderImages(tmp_path)
+    (tmp_path / "b" / "1.png").unlink()
+    images = FolderImages(tmp_path)
+    (tmp_path / "b" / "0.png").unlink()
+    with pytest.raises(UserError, match=r"b/0\.png"):
+        images.sha256()
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("compression"), RuntimeError("encrypted"), MemoryError()])
+def test_whatever_a_reader_of_npz_files_raises_names_the_file(error, tmp_path, noise, monkeypatch):
+    np.savez(tmp_path / "x.npz", arr_0=noise(4), arr_1=np.arange(4))
+    images = NpzImages(tmp_path / "x.npz")
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(zipfile.ZipFile, "open", fail)
+    for read in (lambda: read_all(images), lambda: NpzImages(tmp_path / "x.npz")):
+        with pytest.raises(UserError, match=r"x\.npz: .*(compression|encrypted|MemoryError)"):
+            read()
 
 
 def test_jpegs_are_refused_with_the_reason(tmp_path, noise):

@@ -1,3 +1,6 @@
+import gzip
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,7 @@ from mutor_img.common.files import file_hash
 from mutor_img.metrics.frechet import Statistics
 from mutor_img.metrics.image_sets import ArrayImages, FolderImages
 from mutor_img.metrics.references import as_reference, check_role, open_reference, save_reference
+from mutor_img.metrics.samples import open_samples
 
 STATISTICS = {"mu": np.zeros(3, np.float32), "sigma": np.eye(3)}
 SPATIAL = {"mu_s": np.zeros(2), "sigma_s": np.eye(2)}
@@ -75,6 +79,33 @@ def test_files_that_are_no_reference_are_refused(arrays, message, tmp_path):
     np.savez(tmp_path / "r.npz", **arrays)
     with pytest.raises(UserError, match=message):
         open_reference(tmp_path / "r.npz")
+
+
+@pytest.mark.parametrize("content, kind", [
+    (pickle.dumps(STATISTICS), "a pickle, which could run code"), (pickle.dumps([1], protocol=0), "a pickle"),
+    (b"\x93NUMPY" + bytes(90), "a single array"), (b"", "an empty file"), (b"<!DOCTYPE html>", "a web page"),
+    (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"), (b"\x89PNG\r\n", "a PNG image"),
+    (gzip.compress(b"x"), "a gzip archive"), (b'{"mu": 1}', "a JSON text"),
+], ids=["pickle", "old pickle", "npy", "empty", "page", "lfs", "png", "gzip", "json"])
+def test_a_file_of_another_kind_is_called_what_it_is(content, kind, tmp_path):
+    path = tmp_path / "stats.pkl"
+    path.write_bytes(content)
+    for read in (open_reference, open_samples):
+        with pytest.raises(UserError, match=kind) as caught:
+            read(path)
+        assert "cut off" not in str(caught.value) and "numpy.savez" in str(caught.value)
+
+
+def test_a_file_of_torch_save_is_no_npz_and_an_npz_may_have_any_name(tmp_path):
+    torch.save(STATISTICS, tmp_path / "torch.npz")
+    with pytest.raises(UserError, match=r"a file of torch\.save, not an npz"):
+        open_reference(tmp_path / "torch.npz")
+    with open(tmp_path / "stats.pkl", "wb") as file:
+        np.savez(file, **STATISTICS)
+    assert open_reference(tmp_path / "stats.pkl").kind == "statistics"
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "stats.pkl").read_bytes()[:-40])
+    with pytest.raises(UserError, match="it may be cut off"):
+        open_reference(tmp_path / "cut.npz")
 
 
 def test_features_of_our_file_that_are_not_finite_are_refused(tmp_path):

@@ -57,3 +57,14 @@ def test_a_folder_that_sample_py_wrote_tells_its_labels_and_how_they_were_made(t
         (tmp_path / "labels.json").write_text(broken)
         with pytest.raises(UserError, match=r"labels\.json: must be a list of one whole number"):
             open_samples(tmp_path)
+
+
+def test_labels_that_contradict_the_class_folders_are_refused(tmp_path, noise):
+    for number, image in enumerate(noise(3)):
+        (tmp_path / f"{number % 2}").mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / f"{number % 2}" / f"{number}.png")
+    (tmp_path / "labels.json").write_text("[0, 0, 1]")
+    assert open_samples(tmp_path).labels.tolist() == [0, 0, 1]
+    (tmp_path / "labels.json").write_text("[0, 1, 1]")
+    with pytest.raises(UserError, match=r"labels\.json: its labels are others than those of the class folders"):
+        open_samples(tmp_path)

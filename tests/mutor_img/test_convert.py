@@ -37,6 +37,20 @@ def test_a_generator_goes_there_and_back_without_a_change(released, tmp_path, ca
     assert torch.equal(ours(labels, codes), model(labels, codes))
 
 
+def test_a_grid_survives_the_trip_and_a_guess_is_said(random_model, tmp_path, capsys):
+    model = random_model((6, 6), dim=32, heads=2, register_offsets=None)
+    torch.save({"model": model.state_dict()}, tmp_path / "silent.pt")
+    main(["--source", str(tmp_path / "silent.pt"), "--out", str(tmp_path / "guess")])
+    assert "does not say its grid of codes: 16 x 16 is assumed" in capsys.readouterr().err
+    main(["--source", str(tmp_path / "silent.pt"), "--grid-size", "6", "--out", str(tmp_path / "run")])
+    main(["--source", str(tmp_path / "run"), "--out", str(tmp_path / "back.pt")])
+    assert load_checkpoint(tmp_path / "back.pt").config.grid == (6, 6) and not capsys.readouterr().err
+    table = torch.load(tmp_path / "back.pt", weights_only=True)["model"]["freqs_cis"]
+    assert table.shape == (37, 16, 2) and not table[0].any()
+    with pytest.raises(UserError, match="for 6 x 6 codes, but a grid of 16 x 16 was asked for"):
+        main(["--source", str(tmp_path / "back.pt"), "--grid-size", "16x16", "--out", str(tmp_path / "other")])
+
+
 def test_a_tokenizer_goes_there_and_back_without_a_change(tmp_path, monkeypatch):
     monkeypatch.setattr("tokenizer.loading.RELEASED", ("mnist",))
     vq = VQModel(**preset("mnist"))
@@ -71,6 +85,13 @@ def test_mutor_starts_from_weights_without_registers(run_training, tmp_path):
     for name, weight in plain.model.state_dict().items():
         assert torch.allclose(start.model.state_dict()[name], weight, atol=1e-6), name
     assert start.model.register_embedding.weight.std() > 0
+
+
+def test_a_start_whose_file_says_another_grid_is_refused(run_training, random_model, tmp_path):
+    model = random_model((4, 5), dim=16, vocabulary=16, register_offsets=None)
+    torch.save({"model": {**model.state_dict(), "freqs_cis": torch.zeros(577, 4, 2)}}, tmp_path / "c2i.pt")
+    with pytest.raises(UserError, match="for 24 x 24 codes, but a grid of 4 x 5 was asked for"):
+        run_training(f"init_from={tmp_path}/c2i.pt")
 
 
 def test_weights_of_another_model_are_no_start(run_training, tmp_path):

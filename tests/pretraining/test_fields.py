@@ -39,6 +39,10 @@ def drawn(trainer):
     return anchors.tolist(), offsets.tolist()
 
 
+def replaced_forward(trainer):
+    return getattr(trainer.model.layers[0].forward, "func", None)
+
+
 def flex_on_gpus(trainer):
     return trainer.task.wants_flex(torch.device("cuda"))
 
@@ -117,8 +121,8 @@ FIELDS = {
     "train.global_batch": ((), "2", lambda t: rows_with(t, "samples")),
     "train.micro_batch": ((), "2", lambda t: t.micro_batch),
     "train.precision": ((), "bf16", losses),
-    "train.compile": ((), "true", lambda t: hasattr(t.model.layers[0].forward, "get_compiler_config")),
-    "train.activation_checkpointing": ((), "true", lambda t: getattr(t.model.layers[0].forward, "func", None)),
+    "train.compile": ((), "true", lambda t: hasattr(replaced_forward(t), "get_compiler_config")),
+    "train.activation_checkpointing": ((), "true", replaced_forward),
     "train.parallel": ((), "fsdp", lambda t: is_sharded(t.config.train, Runtime(torch.device("cpu"), 0, 2))),
     "train.timeout_minutes": ((), "2", lambda t: t.runtime.timeout),
     "model.attention": (("train.steps=1", "train.compile=true"), "sdpa", flex_on_gpus),

@@ -64,6 +64,12 @@ def test_time_follows_from_flops_and_the_stated_mfu():
     assert time["GPU-hours"] == pytest.approx(4 * 360_000 * time["seconds an update"] / 3600)
 
 
+def test_in_fp32_the_assumed_peak_is_that_of_fp32():
+    low, full = (section(plan("ntp_b", f"train.precision={name}"), "time")["seconds an update"]
+                 for name in ("bf16", "fp32"))
+    assert full == pytest.approx(989 / 67 * low)
+
+
 def test_the_largest_micro_batch_fits_and_one_more_does_not():
     config, step = ModelConfig.preset("L", register_offsets=()), Step(1, 80)
     most = largest_micro_batch(config, 342_910_976, step, 40 * GIB, share=10**6)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed._tools.mem_tracker import MemTracker
 
 from mutor_img.checkpoints.loading import load_run
 from mutor_img.common.errors import UserError
@@ -58,8 +59,13 @@ def test_weights_that_cannot_be_sampled_from_do_not_end_training(config, run, ca
 
 
 def test_the_copy_that_gpus_sample_from_is_of_half_precision_and_the_same_weights(run):
-    model = load_run(run).model
-    copy = as_sampled(model)
+    model, state = load_run(run).model, torch.get_rng_state()
+    with MemTracker() as tracker:
+        copy = as_sampled(model)
+    weights = sum(weight.numel() for weight in model.parameters())
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    assert peak < 7 * weights  # bytes: the model's 4, the copy's 2, the rotary table; no second 4
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(copy.rope.table, model.rope.table)
     assert copy.output.weight.dtype == torch.bfloat16 and not copy.training
     for ours, theirs in zip(copy.state_dict().values(), model.state_dict().values()):
         torch.testing.assert_close(ours.float(), theirs, rtol=2**-8, atol=1e-6)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,12 +21,13 @@ from PIL import Image
 from tiny_runs import NAMES, write_tokenizer
 
 from mutor_img.checkpoints.folder import write_checkpoint
+from mutor_img.common import files
 from mutor_img.common.errors import UserError
 from mutor_img.decoding import cpu as decoder_module
 from mutor_img.decoding.sampler import Sampler, SamplingSettings, generate
 from mutor_img.sampling import archive as archive_module
 from mutor_img.sampling import draw_training_grid, main, sample_images
-from mutor_img.sampling.labels import make_labels, parse_classes, readable_names
+from mutor_img.sampling.labels import class_words, make_labels, parse_classes, readable_names
 from mutor_img.sampling.pictures import GREY
 from tokenizer import load_tokenizer
 
@@ -127,6 +129,29 @@ def test_torchrun_launches_the_command(run_of, tmp_path):
     output, errors = process.communicate(timeout=200)
     assert process.returncode == 0 and output.count("two.npz: 70 images") == 1, errors
     assert (tmp_path / "two.npz").read_bytes() == sample(run, tmp_path / "one.npz", count=70).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["s.npz", "s/"])
+def test_parts_that_cannot_be_removed_end_no_sampling(run_of, tmp_path, monkeypatch, capsys, name):
+    run, out = run_of(), f"{tmp_path}/{name}"
+    parts = tmp_path / f"{name.strip('/')}.parts"
+    (parts / "whole").mkdir(parents=True)  # left by a kill
+    (parts / "whole" / "000000.png").write_bytes(b"half")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path: (_ for _ in ()).throw(OSError(16, "busy", str(path))))
+        sample(run, out, count=20)
+    assert f"{parts} cannot be removed (busy)" in capsys.readouterr().err and parts.is_dir()
+    sample(run, out, count=20)
+    assert "nothing to do" in capsys.readouterr().out and not parts.exists()
+
+
+def test_a_part_that_another_process_wrote_is_waited_for_and_then_missed(run_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PATIENCE", 0.0)
+    write = archive_module.SampleArchive.write
+    monkeypatch.setattr(archive_module.SampleArchive, "write", lambda self, unit, images: (
+        write(self, unit, images) if unit != 1 else None))
+    with pytest.raises(UserError, match=r"part_000001\.npy: this process does not see what another one wrote"):
+        sample(run_of(), tmp_path / "s.npz")
 
 
 def test_a_longer_run_begins_with_the_images_of_a_shorter_one(run_of, tmp_path):
@@ -300,6 +325,51 @@ def test_classes_are_numbers_or_names():
         parse_classes("zzzzzzzz", imagenet)
 
 
+def numbered(count, digits=1):
+    """The names of class folders 1 to count, in the order in which folders are numbered."""
+    return sorted(str(number).zfill(digits) for number in range(1, count + 1))
+
+
+@pytest.mark.parametrize(("names", "text", "labels"), [
+    (numbered(12), "name:10,name:1", [1, 0]), (numbered(12), "label:10,12", [10, 3]), (numbered(12), "0", [0]),
+    (numbered(12, 3), "010", [9]), (numbered(12, 3), "label:10,012", [10, 11]), (numbered(12, 3), "12", [11]),
+    ([str(digit) for digit in range(10)], "7,0", [7, 0]), (["a", "label:0", "b"], "label:0,label:2", [1, 2]),
+    (["zero", "one", "10"], "10,1", [2, 1]), (["a:b", "name:x"], "a:b,name:x", [0, 1]),
+])
+def test_a_word_is_a_name_before_it_is_a_number(names, text, labels):
+    assert parse_classes(text, names) == labels
+
+
+@pytest.mark.parametrize(("names", "word", "both"), [
+    (numbered(12), "10", "name of class 1 and the number of class 10 ('8'); give name:10 or label:10"),
+    (numbered(12), "1", "name of class 0 and the number of class 1 ('10')"),
+    (numbered(12), "010", "name of class 1 and the number of class 10"),
+    (numbered(12, 3), "10", "name of class 9 and the number of class 10 ('011')"),
+    (["1", "0"], "0", "name of class 1 and the number of class 0 ('1')"),
+    (["2", "b", "c"], "2", "name of class 0 and the number of class 2 ('c')"),
+])
+def test_a_word_that_is_a_name_and_another_classs_number_is_refused(names, word, both):
+    with pytest.raises(UserError) as caught:
+        parse_classes(f"{word}", names)
+    assert both in str(caught.value)
+
+
+def test_labels_are_told_by_words_that_mean_no_other_class():
+    for names in (numbered(12), numbered(12, 3), NAMES, numbered(2)):
+        labels = list(range(len(names)))[::-1]
+        assert parse_classes(class_words(labels, names), names) == labels
+    assert class_words([999, 0], readable_names(None, 1000)) == "999,0"
+    assert class_words([2, 0], NAMES) == "2,0" and class_words([0, 10], numbered(12)) == "0,label:10"
+
+
+def test_every_command_that_takes_classes_reads_them_alike(run_of, tmp_path):
+    run = run_of(class_names=["1", "2", "0"])
+    with pytest.raises(UserError, match="name of class 0 and the number of class 1"):
+        sample(run, tmp_path / "s.npz", "--classes", "1", count=2)
+    labels = np.load(sample(run, tmp_path / "s.npz", "--classes", "name:1", count=3))["arr_1"]
+    assert labels.tolist() == [0, 0, 0]
+
+
 def test_a_grid_has_a_row_for_each_class_and_the_same_images_as_python_gives(run_of, random_model, tmp_path):
     run, path = run_of(), tmp_path / "grid.png"
     assert main(["--checkpoint", run, "--classes", "2,cat", "--grid", str(path), "--num-samples", "5"]) == path
@@ -401,8 +471,63 @@ def test_a_released_file_needs_its_tokenizer_named(random_model, tmp_path):
     assert np.load(out)["arr_0"].shape == (2, 32, 32, 3)
 
 
+@pytest.fixture
+def released(random_model, tmp_path):
+    """A function (table) -> a file of weights in LlamaGen's layout, with or without a rotary table, and a tokenizer."""
+    write_tokenizer(tmp_path / "vq", image_channels=3)  # 2 x 2 pixels a code
+
+    def save(rows=None):
+        weights = random_model((6, 6), heads=1, register_offsets=None).state_dict()
+        table = {} if rows is None else {"freqs_cis": torch.zeros(rows, 16, 2)}
+        torch.save({"model": {**weights, **table}}, tmp_path / "c2i.pt")
+        return str(tmp_path / "c2i.pt"), "--tokenizer", str(tmp_path / "vq")
+
+    return save
+
+
+def test_a_files_own_grid_is_sampled_and_a_guess_is_said(released, tmp_path, capsys):
+    run, *flags = released(37)
+    assert np.load(sample(run, tmp_path / "own.npz", *flags, count=2))["arr_0"].shape == (2, 12, 12, 3)
+    assert "grid" not in capsys.readouterr().err
+    assert json.loads((tmp_path / "own.json").read_text())["grid"] == [6, 6]
+    with pytest.raises(UserError, match="is for 6 x 6 codes, but a grid of 4 x 4 was asked for"):
+        sample(run, tmp_path / "s.npz", *flags, "--grid-size", "4x4", count=2)
+    run, *flags = released()
+    assert np.load(sample(run, tmp_path / "guess.npz", *flags, count=2))["arr_0"].shape == (2, 32, 32, 3)
+    assert "c2i.pt does not say its grid of codes: 16 x 16 is assumed" in capsys.readouterr().err
+    for text, shape in (("6", (2, 12, 12, 3)), ("6x4", (2, 12, 8, 3))):
+        out = sample(run, tmp_path / f"{text}.npz", *flags, "--grid-size", text, count=2)
+        assert np.load(out)["arr_0"].shape == shape and "assumed" not in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"was made with grid \[6, 6\], now it is \[6, 4\]"):
+        sample(run, tmp_path / "6.npz", *flags, "--grid-size", "6x4", count=2)
+
+
+def test_images_are_shrunk_before_they_are_rounded(run_of, random_model, tmp_path):
+    run = run_of()
+    out = sample(run, tmp_path / "s.npz", "--resize", "6", count=70)
+    codes = generate(random_model((4, 4)), torch.from_numpy(np.load(out)["arr_1"]), seed=0)
+    pixels = load_tokenizer(tmp_path / "tokenizer").decode(codes)  # (70, 1, 8, 8)
+    small = torch.nn.functional.interpolate(pixels, size=(6, 6), mode="bicubic")
+    expected = torch.clamp(127.5 * small + 128.0, 0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(np.load(out)["arr_0"], expected.repeat(3, -1))
+    manifest = json.loads((tmp_path / "s.json").read_text())
+    assert manifest["resize"] == 6 and manifest["resize_rule"].startswith("bicubic")
+    again = sample(run, tmp_path / "b.npz", "--resize", "6", "--batch-size", "3", count=70)
+    assert again.read_bytes() == out.read_bytes()
+    plain = sample(run, tmp_path / "plain.npz", count=70)
+    assert sample(run, tmp_path / "same.npz", "--resize", "8", count=70).read_bytes() == plain.read_bytes()
+    with pytest.raises(UserError, match="made with resize 6, now it is 5"):
+        sample(run, out, "--resize", "5", count=70)
+
+
 @pytest.mark.parametrize(("flags", "words"), [
-    ([], "nothing to write; give --out"), (["--out", "s.zip"], "s.zip: must end in .npz, or in / for a folder"),
+    ([], "nothing to write; give --out"), (["--out", "s.npz", "--grid-size", "16by16"], "--grid-size is '16by16'"),
+    (["--out", "s.npz", "--grid-size", "8x8"], "grid (8, 8) was asked for, but the run has (4, 4)"),
+    (["--out", "s.npz", "--grid-size", "0"], "--grid-size is '0'"),
+    (["--out", "s.npz", "--resize", "0"], "--resize is 0"),
+    (["--out", "s.npz", "--resize", "9"], "--resize 9: the images are 8 pixels a side"),
+    (["--grid", "g.png", "--resize", "4"], "--resize does nothing without --out"),
+    (["--out", "s.zip"], "s.zip: must end in .npz, or in / for a folder"),
     (["--out", "./"], "./: has no name of its own"), (["--grid", "g.jpg"], "must end in .png"),
     (["--show-steps", "s.gif"], "s.gif: must end in .png"),
     (["--grid", "g.png", "--labels", "random"], "--labels does nothing for --grid"),

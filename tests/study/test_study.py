@@ -2,19 +2,24 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
 
 from mutor_img.checkpoints.folder import write_checkpoint
+from mutor_img.common import cli, locks
 from mutor_img.common.config import field_names, load_config
 from mutor_img.common.errors import UserError
+from mutor_img.common.locks import claim, file_lock
 from mutor_img.study import __main__ as study
 from mutor_img.study import pipeline
 from mutor_img.study.config import StudyConfig
@@ -54,14 +59,26 @@ def test_the_guidance_scale_is_not_chosen_on_the_samples_that_are_reported(tmp_p
         load_config(StudyConfig, tmp_path / "s.yaml")
 
 
-def test_the_table_has_a_real_against_real_column():
-    part = {"fd": 2.0, "recognised": 0.9, "recall": 0.5, "num_samples": 500}
-    row = {"updates": 10, "training_seconds": 3.0, "cfg_scale": 1.5, **part, "samples_at_same_n": part,
-           "real_against_real": part}
-    lines = score_table({"mutor2d": row, "ntp": row}).splitlines()
+@pytest.mark.parametrize("word, message", [("[]", "cfg_schedules is empty"), ("[linaer]", "mean 'linear'"),
+                                           ("[power-cosine]", "needs cfg-parameter"), ("[interval:x]", "no number")])
+def test_a_guidance_schedule_that_cannot_be_is_refused_before_anything_is_trained(word, message):
+    with pytest.raises(UserError, match=message):
+        load_config(StudyConfig, ROOT / "configs" / "mnist" / "study.yaml", [f"cfg_schedules={word}"])
+
+
+def test_the_table_has_columns_of_real_images_and_lines_per_class():
+    part = {"fd": 2.0, "recognised": 0.9, "recall": 0.5, "num_samples": 500,
+            "per_class": {"1": {"num_samples": 50, "recognised": 0.9, "in_pieces": 0.03}}}
+    row = {"updates": 10, "training_seconds": 3.0, "cfg_scale": 1.5, "cfg_schedule": "linear", **part,
+           "samples_at_same_n": part, "real_against_real": part}
+    decoded = {**part, "fd": 5.5}
+    lines = score_table({"mutor2d": row, "ntp": row}, decoded).splitlines()
     assert lines[0].split("  ")[-1].strip() == "real held-out" and "ntp" in lines[0]
     assert any(line.startswith("training seconds") and line.split()[2:4] == ["3", "-"] for line in lines)
-    assert any(line.startswith("recognised") and line.count("90.0%") == 5 for line in lines)
+    assert any(line.startswith("recognised") and line.count("90.0%") == 6 for line in lines)
+    assert any(line.startswith("Frechet") and line.split()[-2:] == ["5.50", "2.00"] for line in lines)
+    ones = next(line for line in lines if line.startswith("1 "))
+    assert ones.split() == ["1", *["90.0%"] * 4, *["3.0%"] * 4]  # two generators, decoded and real: below the scores
 
 
 def test_a_sample_with_every_code_of_a_training_image_is_a_copy():
@@ -105,7 +122,12 @@ def test_a_small_study_runs_from_images_to_scores_and_reuses_what_is_done(digits
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=580,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    scores = json.loads((tmp_path / "runs" / "study" / "scores.json").read_text())["generators"]
+    everything = json.loads((tmp_path / "runs" / "study" / "scores.json").read_text())
+    scores, tokenizer = everything["generators"], everything["tokenizer"]
+    assert {"psnr", "fd", "recall", "recognised", "per_class", "tokenizer_hash"} <= tokenizer.keys()
+    assert tokenizer == json.loads((tmp_path / "runs" / "study" / "reconstructions.json").read_text())
+    assert f"fd {tokenizer['fd']:.2f}" in done.stdout
+    assert scores["mutor2d"]["per_class"].keys() == tokenizer["per_class"].keys() == set("0123456789")
     assert {"fd", "recognised", "recall", "distinct", "same_codes", "real_against_real"} <= scores["mutor2d"].keys()
     assert (tmp_path / "runs" / "mutor2d" / "samples.png").is_file()
     assert "real held-out" in done.stdout and "$ python train.py" in done.stdout
@@ -128,6 +150,9 @@ def test_a_small_study_runs_from_images_to_scores_and_reuses_what_is_done(digits
 def prepared(config: StudyConfig, monkeypatch) -> None:
     """Ask for the commands that make images, tokenizer, codes and classifier."""
     monkeypatch.setattr(pipeline, "load_tokenizer", lambda path: SimpleNamespace(hash=""))
+    monkeypatch.setattr(pipeline, "load_digits", lambda path: SimpleNamespace(weights_hash=""))
+    monkeypatch.setattr(pipeline, "read_json", lambda path: {})
+    monkeypatch.setattr(pipeline, "write_json", lambda path, value: None)
     pipeline.prepare(config)
 
 
@@ -136,7 +161,8 @@ def scored(config: StudyConfig, monkeypatch) -> None:
     monkeypatch.setattr(pipeline, "read_json", lambda path: {})
     monkeypatch.setattr(pipeline, "sampled_codes", lambda *arguments: (_ for _ in ()).throw(UserError("enough")))
     with pytest.raises(UserError, match="enough"):
-        pipeline._score_samples(config, pipeline.generators(config)[0], 2.0)
+        pipeline._score_samples(config, pipeline.generators(config)[0],
+                                {"cfg_scale": 2.0, "cfg_schedule": "linear", "cfg_parameter": None})
 
 
 def chosen(config: StudyConfig, monkeypatch) -> str:
@@ -152,7 +178,8 @@ def chosen(config: StudyConfig, monkeypatch) -> str:
     ("run_dir=elsewhere", prepared), ("images=photos", prepared), ("codes=codes/other", prepared),
     ("tokenizer=other/tokenizer.yaml", prepared), ("generator=configs/mnist/mutor1d.yaml", scored), ("seed=7", scored),
     ("samples=150", scored), ("selection_samples=150", chosen), ("selection_seed=3", chosen),
-    ("cfg_scales=[1.0,3.0]", chosen), ("compare=true", lambda config, _: repr(pipeline.generators(config))),
+    ("cfg_scales=[1.0,3.0]", chosen), ("cfg_schedules=[constant,power-cosine:2]", chosen),
+    ("compare=true", lambda config, _: repr(pipeline.generators(config))),
     ("baseline=configs/mnist/mutor1d.yaml", lambda config, _: repr(pipeline.generators(config))),
 ])
 def test_every_field_of_a_study_changes_what_it_does(change, observe, monkeypatch):
@@ -173,3 +200,47 @@ def test_every_field_of_a_study_changes_what_it_does(change, observe, monkeypatc
 def test_no_field_of_a_study_is_without_such_a_test():
     rows = test_every_field_of_a_study_changes_what_it_does.pytestmark[0].args[1]
     assert {change.split("=")[0] for change, _ in rows} == set(field_names(StudyConfig))
+
+
+def step(folder: Path) -> None:
+    """Run a step that saves when it is told to end."""
+    code = ("import os, pathlib, signal, sys, time\n"
+            f"folder = pathlib.Path({str(folder)!r})\n"
+            "def save(*_):\n    (folder / 'saved').touch()\n    sys.exit(0)\n"
+            "signal.signal(signal.SIGTERM, save)\n"
+            "(folder / 'begun').write_text(str(os.getpid()))\n"
+            "time.sleep(300)\n")
+    cli.run(lambda argv: pipeline.command("-c", code), [])
+
+
+@pytest.mark.parametrize("number, saved", [(signal.SIGTERM, True), (signal.SIGKILL, False)])
+def test_a_step_ends_with_its_study(processes, tmp_path, number, saved):
+    study = processes.Process(target=step, args=(tmp_path,))
+    study.start()
+    while not (tmp_path / "begun").is_file() or not (tmp_path / "begun").read_text():
+        assert study.is_alive() and time.sleep(0.1) is None
+    child = psutil.Process(int((tmp_path / "begun").read_text()))
+    os.kill(study.pid, number)
+    study.join(60)
+    _, alive = psutil.wait_procs([child], timeout=60)
+    assert not alive or child.status() == psutil.STATUS_ZOMBIE
+    assert (tmp_path / "saved").is_file() == saved
+    assert study.exitcode == (128 + number if saved else -number)
+
+
+def test_a_study_may_write_where_one_of_its_steps_does(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(study, "_study", lambda config: said.append(subprocess.run(
+        [sys.executable, "-c", f"""
+from mutor_img.common.locks import claim, folder_lock
+with claim(folder_lock({str(tmp_path)!r})): print('in')"""], capture_output=True, text=True, cwd=ROOT).stdout))
+    study.main(["--config", str(ROOT / "configs" / "mnist" / "study.yaml"), f"run_dir={tmp_path}"])
+    assert said == ["in\n"] and not list(tmp_path.iterdir())
+
+
+def test_digits_are_written_by_one_process(tmp_path, monkeypatch):
+    with claim(file_lock(tmp_path / "mnist")), monkeypatch.context() as patch:
+        patch.delenv(locks._HELD)
+        patch.setattr(locks.SoftFileLease, "is_lock_held_by_us", False)
+        with pytest.raises(UserError, match="is writing there"):
+            prepare_mnist(tmp_path / "mnist")

@@ -10,6 +10,7 @@ from mutor_img.common.errors import UserError
 from mutor_img.evaluation.command import main as score
 from mutor_img.sweep import __main__ as command
 from mutor_img.sweep import points as module
+from mutor_img.sweep.points import SweepPoint
 from mutor_img.sweep.report import advice
 
 main = command.main
@@ -49,6 +50,24 @@ def test_a_killed_sweep_goes_on_and_its_rows_are_the_scores_of_evaluate_fid(flag
     assert "lowest FD-16" in printed and "bias falls as 1/N" in printed and result["command"] in printed
 
 
+def test_schedules_are_points_too_and_an_older_file_is_gone_on_with(flags, run, capsys):
+    more = ["--cfg-scales", "1,4", "--metrics", "fid"]
+    result = main([*flags, *more, "--cfg-schedules", "constant,linear,power-cosine:2"])
+    settings = [(p["cfg_scale"], p["cfg_schedule"], p["cfg_parameter"]) for p in result["points"]]
+    assert settings == [(1, "constant", None), (4, "constant", None), (4, "linear", None), (4, "power-cosine", 2)]
+    single = score([*flags, "--cfg-scale", "4", "--cfg-schedule", "power-cosine", "--cfg-parameter", "2",
+                    "--seed", "1"])
+    assert result["points"][3]["fd"] == single["fd"] != result["points"][2]["fd"] != result["points"][1]["fd"]
+    assert "4, power-cosine:2" in capsys.readouterr().out
+    path = run / "sweep" / "sweep.json"
+    older = json.loads(path.read_text())  # before schedules were points, the file said the one of all
+    older["key"] |= {"cfg_schedule": "linear", "cfg_parameter": None}
+    older["points"] = [{k: v for k, v in older["points"][2].items() if not k.startswith("cfg_s") or k == "cfg_scale"}]
+    older["points"][0]["fd"] = -1.0  # would be another number if it were scored again
+    path.write_text(json.dumps(older))
+    assert main([*flags, "--cfg-scales", "4", "--metrics", "fid", "--cfg-schedule", "linear"])["best"]["fd"] == -1.0
+
+
 def test_the_command_for_50000_is_understood_and_of_another_seed(flags, monkeypatch):
     result = main([*flags, "--cfg-scales", "1.5", "--labels", "balanced", "--metrics", "fid"])
     words = shlex.split(result["command"])
@@ -69,6 +88,8 @@ def test_points_of_other_settings_are_not_mixed(flags):
     (["--cfg-scales", "1,x"], "numbers with commas"), (["--cfg-scales", "1,1.0"], "given twice"),
     (["--cfg-scales", "0.5"], "cfg_scale is 0.5"), (["--temperatures", "0"], "temperature is 0"),
     (["--metrics", "is"], "with fid among them"), (["--metrics", "fdi"], "did you mean 'fid'"),
+    (["--cfg-schedules", "linear,linear"], "given twice"), (["--cfg-schedules", "power-cosine:x"], "is no number"),
+    (["--cfg-schedules", "linear", "--cfg-schedule", "linear"], "exclude each other"),
     (["--num-samples", "1"], "--num-samples is 1"), (["--cfg-scale", "2"], "did you mean '--cfg-scales'"),
 ])
 def test_a_mistake_is_one_line(flags, more, words):
@@ -78,6 +99,6 @@ def test_a_mistake_is_one_line(flags, more, words):
 
 
 def test_a_best_value_at_the_end_of_the_range_is_pointed_out():
-    rows = [{"cfg_scale": scale, "temperature": 1.0, "fid": 9 - scale, "num_samples": 10} for scale in (1.0, 2.0, 3.0)]
+    rows = [{**SweepPoint(scale, 1.0)._asdict(), "fid": 9 - scale, "num_samples": 10} for scale in (1.0, 2.0, 3.0)]
     assert any("beyond 3" in line for line in advice(rows, rows[2], "fid"))
     assert not any("beyond" in line for line in advice(rows, rows[1], "fid"))

@@ -12,6 +12,7 @@ from mutor_img.common.config import OptimConfig
 from mutor_img.common.errors import UserError
 from mutor_img.training.log import read_metrics
 from mutor_img.training.runtime import Runtime
+from tokenizer import load_tokenizer
 from tokenizer.train import main
 from tokenizer.training import adversary
 from tokenizer.training.adversary import Adversary
@@ -126,3 +127,5 @@ def test_two_processes_give_the_curve_and_the_weights_of_one(command, tmp_path):
     first, second = (read_tensors(find_checkpoint(tmp_path / run), "discriminator") for run in ("one", "two"))
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-4)
+    main([*words, f"run_dir={tmp_path / 'two'}", "train.steps=4"])  # one process goes on with what two have saved
+    assert len(read_metrics(tmp_path / "two")) == 4 and load_tokenizer(tmp_path / "two").vocabulary == 32

@@ -56,6 +56,12 @@ def test_pixels_survive_the_way_to_floats_and_back(image_folder):
     assert pixels(Image.new("RGB", (4, 2))).shape == (3, 2, 4)
 
 
+def test_an_image_that_would_grow_without_end_is_refused():
+    assert center_crop(Image.new("L", (200, 1)), 64).size == (64, 64)
+    with pytest.raises(ValueError, match="1 x 50000 pixels: one side is more than 200 times the other"):
+        center_crop(Image.new("L", (1, 50000)), 64)
+
+
 def test_an_unknown_rule_names_the_nearest():
     with pytest.raises(UserError, match="'center'"):
         crop_rule("centre")

@@ -2,14 +2,16 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
+from mutor_img.common import files
 from mutor_img.common.errors import UserError
 from mutor_img.data.store import Codes
 from tokenizer import encode, load_tokenizer, store
@@ -53,6 +55,37 @@ def test_two_processes_and_another_batch_size_write_the_same_bytes(tokenizer_run
     subprocess.run([str(word) for word in words], check=True, capture_output=True, timeout=300,
                    env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+def test_parts_that_cannot_be_removed_end_no_encoding(tokenizer_run, image_folder, tmp_path, monkeypatch, capsys):
+    run, images, out = tokenizer_run(), image_folder(), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path: (_ for _ in ()).throw(OSError(16, "busy", str(path))))
+        run_encode(run, images, out).verify()
+    assert f"{out / 'parts'} cannot be removed (busy)" in capsys.readouterr().err and (out / "parts").is_dir()
+    run_encode(run, images, out)
+    assert "nothing to do" in capsys.readouterr().out and not (out / "parts").exists()
+
+
+@pytest.mark.parametrize("seen", ["nothing", "a part of other images"])
+def test_a_part_that_another_process_wrote_is_waited_for_and_then_missed(tokenizer_run, image_folder, tmp_path,
+                                                                         monkeypatch, seen):
+    monkeypatch.setattr(store, "PART", 2)
+    monkeypatch.setattr(files, "PATIENCE", 0.0)
+    run, images, out = tokenizer_run(), image_folder(), tmp_path / "out"
+    write = store.StoreWriter.write
+
+    def elsewhere(self, part, codes, unreadable):
+        if part == 4:
+            self.out, self.parts = tmp_path, tmp_path / "another_disk"
+        write(self, part, codes, unreadable)
+        self.out, self.parts = out, out / "parts"
+        if part == 4 and seen != "nothing":
+            shutil.copy(self._path(3), self._path(4))
+
+    monkeypatch.setattr(store.StoreWriter, "write", elsewhere)
+    with pytest.raises(UserError, match=r"part_000004\.safetensors: this process does not see what another one wrote"):
+        run_encode(run, images, out)
 
 
 def test_after_a_kill_only_what_is_missing_is_made(tokenizer_run, image_folder, tmp_path, monkeypatch):
@@ -132,6 +165,46 @@ def test_unreadable_images_are_listed_and_refused_or_left_out(tokenizer_run, ima
     assert list(json.loads((tmp_path / "fewer" / "encode.json").read_text())["unreadable"]) == ["b/0002.png"]
     broken.write_bytes(content_before)
     assert np.array_equal(run_encode(run, images, out).codes, whole.codes)  # mended: the same command goes on
+
+
+def test_links_that_lead_nowhere_and_pipes_are_unreadable_images(tokenizer_run, image_folder, tmp_path, refused):
+    run, images = tokenizer_run(), image_folder()
+    whole = run_encode(run, images, tmp_path / "whole")
+    (images / "a" / "0001.png").unlink()
+    (images / "a" / "0001.png").symlink_to("gone.png")
+    os.mkfifo(images / "b" / "pipe.png")
+    words = ("--tokenizer", run, "--images", images, "--out", tmp_path / "out", "--workers", 0)
+    assert "2 of 13 images" in refused(main, *words, "--max-unreadable", 1)
+    codes = run_encode(run, images, tmp_path / "out", "--max-unreadable", "2")
+    unreadable = json.loads((tmp_path / "out" / "encode.json").read_text())["unreadable"]
+    assert "a link to gone.png" in unreadable["a/0001.png"] and "not a plain file" in unreadable["b/pipe.png"]
+    assert np.array_equal(codes.codes, np.delete(whole.codes, 1, 0))
+    (images / "aa").symlink_to("gone")
+    assert "aa: a link to gone, which cannot be reached" in refused(main, *words, "--max-unreadable", 9)
+
+
+def test_a_decoder_that_fails_in_a_way_of_its_own_is_an_unreadable_image(tokenizer_run, image_folder, tmp_path,
+                                                                         monkeypatch, capsys):
+    run, images = tokenizer_run(), image_folder()
+    load = ImageFile.ImageFile.load
+
+    def fail(image):
+        if str(image.filename).endswith("b/0002.png"):
+            raise NotImplementedError
+        return load(image)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+    assert len(run_encode(run, images, tmp_path / "out", "--max-unreadable", "1")) == 11
+    assert "b/0002.png: not a readable image (NotImplementedError)" in capsys.readouterr().err
+
+
+def test_one_of_several_splits_is_encoded(tokenizer_run, image_folder, tmp_path, refused):
+    run, images = tokenizer_run(), image_folder("both/train")
+    image_folder("both/val", classes=("a", "b", "c", "d"))
+    words = ("--tokenizer", run, "--images", images.parent, "--out", tmp_path / "out", "--workers", 0)
+    assert "holds the splits train, val" in refused(main, *words)
+    assert "no split 'test' in it" in refused(main, *words, "--split", "test")
+    assert run_encode(run, images.parent, tmp_path / "out", "--split", "val").info.class_names == ["a", "b", "c", "d"]
 
 
 def test_what_cannot_be_encoded_is_refused_in_one_line(tokenizer_run, image_folder, tmp_path, refused):

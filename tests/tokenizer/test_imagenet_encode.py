@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 
@@ -112,7 +113,7 @@ def test_a_kill_at_any_moment_changes_no_byte(rgb_run, tree, tmp_path, monkeypat
                     os.kill(os.getpid(), signal.SIGKILL)
                 return real(*args, **options)
 
-            for module, name in ((os, "replace"), (store.shutil, "rmtree")):
+            for module, name in ((os, "replace"), (shutil, "rmtree")):
                 real = getattr(module, name)
                 setattr(module, name, lambda *a, real=real, **o: killed(real, *a, **o))
             try:

@@ -5,6 +5,8 @@ import json
 import shutil
 import sys
 import tarfile
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from photographs import WNIDS, write_photographs
 from mutor_img.common.errors import UserError
 from tokenizer.images.folder import list_images
 from tokenizer.images.layouts import open_images, open_unlabelled
-from tokenizer.images.source import imagenet_words, read_class_list
+from tokenizer.images.source import contradiction, imagenet_words, read_class_list
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,31 @@ def test_numbers_count_in_the_list_that_is_given(flat, tmp_path):
     assert source.labels.tolist() == numbers and len(source.classes) == 1000
     with pytest.raises(UserError, match=r"labels are numbers.*--classes"):
         open_images(root, labels=tmp_path / "labels")
+
+
+KIT = {1: 490, 2: 361, 3: 171, 4: 822, 5: 297, 50000: 186}  # the first lines of the kit's file, and the last
+
+
+@pytest.mark.parametrize("form", ["{label}", "ILSVRC2012_val_{number:08d}.JPEG {label}",
+                                  "ILSVRC2012_val_{number:08d}.JPEG,{label}"])
+def test_numbers_of_the_development_kit_are_refused(form, flat, tmp_path):
+    picture = next(flat[0].iterdir())
+    for number in KIT:
+        (tmp_path / "val").mkdir(exist_ok=True)
+        shutil.copy(picture, tmp_path / "val" / f"ILSVRC2012_val_{number:08d}.JPEG")
+    (tmp_path / "labels").write_text("\n".join(form.format(number=n, label=label) for n, label in KIT.items()))
+    with pytest.raises(UserError, match=r"development kit.*00000001 is 490.*LOC_val_solution\.csv"):
+        open_images(tmp_path / "val", labels=tmp_path / "labels", classes="imagenet-1k")
+
+
+def test_a_label_that_contradicts_the_class_folder_is_refused(tree, tmp_path):
+    source = list_images(tree)
+    rows = [f"{file} {source.classes[label]}" for file, label in zip(source.files, source.labels)]
+    (tmp_path / "labels").write_text("\n".join(rows))
+    assert np.array_equal(open_images(tree, labels=tmp_path / "labels").labels, source.labels)
+    (tmp_path / "labels").write_text("\n".join([f"{source.files[0]} {source.classes[3]}", *rows[1:]]))
+    with pytest.raises(UserError, match=f"gives class '{WNIDS[3]}' to .* in the folder of class '{WNIDS[0]}'"):
+        open_images(tree, labels=tmp_path / "labels")
 
 
 def one_changed(change):
@@ -187,6 +214,42 @@ def test_other_parquet_files_are_refused(written, classes, message, tree, tmp_pa
         open_images(data, classes=classes)
 
 
+ENGLISH = [words.split(",")[0].upper().replace(" ", "_") for words in list(imagenet_words().values())[:16]]
+
+
+@pytest.mark.parametrize("names, classes, label", [
+    (["a", "b", "c"], ["b", "a", "c"], 0), (["a", "b", "c"], ["a", "b", "x"], 2), (["a", "b"], ["A", "b "], None),
+    (["0", "1", "2"], ["a", "b", "c"], None), (WNIDS, [*WNIDS[:14], WNIDS[15], WNIDS[14]], 14), (WNIDS, WNIDS, None),
+    (["n02012849", "n03126707"], ["n03126707", "n02012849"], 0),  # two classes that are both called crane
+    (ENGLISH, list(imagenet_words())[:16], None), ([*ENGLISH[:9], *ENGLISH[:8:-1]], list(imagenet_words())[:16], 9)])
+def test_class_names_that_contradict_the_list_are_refused(names, classes, label, tree, tmp_path):
+    source = list_images(tree)
+    data = write_shards(tmp_path / "data", replace(source, labels=source.labels % len(names)), names=names)
+    (tmp_path / "classes.txt").write_text("\n".join(classes))
+    if label is None:
+        assert open_images(data, classes=tmp_path / "classes.txt").classes == [name.strip() for name in classes]
+        return
+    with pytest.raises(UserError, match=rf"train-00000-.*: label {label} is '{names[label]}' by its metadata, but "
+                                        rf"'{classes[label]}' by --classes"):
+        open_images(data, classes=tmp_path / "classes.txt")
+
+
+def test_a_wording_of_imagenets_names_that_is_new_in_few_classes_is_no_contradiction():
+    names = [words.split(",")[0] for words in imagenet_words().values()]
+    names[517], names[639] = "crane2", "maillot2"
+    assert contradiction(names, list(imagenet_words())) is None
+    names[3] = names[700]
+    assert contradiction(names, list(imagenet_words())) == 3
+
+
+def test_parquet_files_that_name_their_classes_differently_are_refused(tree, tmp_path):
+    data = write_shards(tmp_path / "data", list_images(tree), shards=2)
+    other = write_shards(tmp_path / "other", list_images(tree), shards=2, names=WNIDS[::-1])
+    shutil.copy(other / "train-00001-of-00002.parquet", data)
+    with pytest.raises(UserError, match=r"00001-of-00002.*name 16 classes, and others than those of train-00000"):
+        open_images(data)
+
+
 def test_a_damaged_parquet_file_and_a_missing_pyarrow_are_named(tmp_path, monkeypatch):
     (tmp_path / "train-00000-of-00001.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(UserError, match=r"train-00000-of-00001\.parquet: not a readable Parquet file"):
@@ -216,6 +279,153 @@ def test_tar_files_hold_the_images_of_the_folder(tree, tmp_path):
     source = open_images(write_tars(tmp_path / "tars", folder, lambda i: b"%d\n" % folder.labels[i]), classes=tree)
     assert np.array_equal(source.labels, folder.labels) and source.sizes == folder.sizes
     assert all(content(source, i) == content(folder, i) for i in np.random.default_rng(0).permutation(128))
+
+
+def write_tar(path, *members):
+    """Write a tar file of (name, content) pairs; content may be a link's type and target."""
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            if isinstance(content, tuple):
+                member.type, member.linkname = content
+                tar.addfile(member)
+            else:
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return path.parent
+
+
+@pytest.fixture
+def two(tmp_path):
+    """A file with two classes."""
+    (tmp_path / "two").write_text("a\nb\n")
+    return tmp_path / "two"
+
+
+SAMPLE = [("0.jpg", b"first"), ("0.cls", b"0")]
+
+
+@pytest.mark.parametrize("members, message", [
+    ([*SAMPLE, *SAMPLE], "0.jpg is a second file of the key '0', after 0.jpg"),
+    ([*SAMPLE, ("0.png", b"x")], "0.png is a second file of the key '0', after 0.jpg"),
+    ([*SAMPLE, ("0.cls", b"1")], "0.cls is a second file of the key '0'"),
+    ([*SAMPLE, ("1.jpg", (tarfile.LNKTYPE, "0.jpg")), ("1.cls", b"1")], "1.jpg is no plain file in it but a link"),
+    ([*SAMPLE, ("1.jpg", (tarfile.SYMTYPE, "0.jpg")), ("1.cls", b"1")], "1.jpg is no plain file in it but a link")])
+def test_a_tar_never_loses_an_image_without_a_word(members, message, tmp_path, two):
+    with pytest.raises(UserError, match=rf"x\.tar: {message}"):
+        open_images(write_tar(tmp_path / "tars" / "x.tar", *members), classes=two)
+
+
+def test_one_sample_in_two_tars_is_refused_and_one_key_for_two_images_noted(tmp_path, two):
+    write_tar(tmp_path / "tars" / "x-0.tar", *SAMPLE)
+    folder = write_tar(tmp_path / "tars" / "x-1.tar", ("0.jpg", b"other"), ("0.cls", b"1"))
+    source = open_images(folder, classes=two)
+    assert source.files == ["x-0.tar:0.jpg", "x-1.tar:0.jpg"] and source.labels.tolist() == [0, 1]
+    assert "1 images have a key that an earlier tar file uses for another image" in " ".join(source.notes())
+    write_tar(tmp_path / "tars" / "x-2.tar", ("9.jpg", b"9"), ("9.cls", b"1"), ("0.jpg", b"other"), ("0.cls", b"1"))
+    with pytest.raises(UserError, match=r"x-2\.tar:0\.jpg is x-1\.tar:0\.jpg once more, byte for byte"):
+        open_images(folder, classes=two)
+
+
+def test_members_that_are_hidden_are_passed_over(tmp_path, two):
+    hidden = [(name, b"x") for name in ("._0.jpg", "._0.cls", "a/.cache/0.jpg", "__MACOSX/0.jpg", "a/@eaDir/0.jpg")]
+    folder = write_tar(tmp_path / "tars" / "x.tar", *hidden, ("./a/1.JPG", b"1"), ("./a/1.CLS", b"1"))
+    source = open_images(folder, classes=two)
+    assert source.files == ["x.tar:./a/1.JPG"] and source.left_out == []
+
+
+def test_what_follows_a_damaged_header_or_a_first_archive_is_not_lost_without_a_word(tmp_path, two):
+    folder = write_tar(tmp_path / "tars" / "x.tar", *SAMPLE, ("1.jpg", b"1"), ("1.cls", b"1"))
+    whole = (folder / "x.tar").read_bytes()
+    for content in (whole[:2048] + b"\xff" + whole[2049:], whole + whole):
+        (folder / "x.tar").write_bytes(content)
+        with pytest.raises(UserError, match=r"x\.tar: holds more after its last readable member"):
+            open_images(folder, classes=two)
+
+
+def write_tars_of(folder, source, *names):
+    folder = write_tars(folder, source, lambda i: b"0", tars=len(names))
+    for number, name in enumerate(names):
+        (folder / f"train-{number:04d}.tar").rename(folder / name)
+    return folder
+
+
+SHARDS = [("imagenet-train-000", "imagenet-val-000", "val"), ("train_000", "validation-000", "validation"),
+          ("Train.000", "x", "x"), ("train000", "valid000", "valid")]
+
+
+@pytest.mark.parametrize("one, other, split", SHARDS)
+@pytest.mark.parametrize("ending", [".tar", ".TAR", ".parquet"])
+def test_shards_of_several_splits_are_never_one_set(one, other, split, ending, tree, tmp_path):
+    source, data, options = list_images(tree), tmp_path / "data", {} if ending == ".parquet" else {"classes": tree}
+    if ending == ".parquet":
+        for number, name in enumerate((one, other)):
+            write_shards(data, source, shards=2)
+            (data / f"train-{number:05d}-of-00002.parquet").rename(data / f"{name}.parquet")
+            [path.unlink() for path in data.glob("*-of-*")]
+    else:
+        write_tars_of(data, source, f"{one}{ending}", f"{other}{ending}")
+    for read in (partial(open_images, **options), open_unlabelled):
+        with pytest.raises(UserError, match=f"holds the splits train, {split} .*--split train"):
+            read(data)
+        found = read(data, split=split)
+        assert len(found) == 64 and all(file.startswith(f"{other}{ending}") for file in found.files)
+        assert read(data / split).files == found.files
+        with pytest.raises(UserError, match=f"no split 'none' in it; .*{split}"):
+            read(data, split="none")
+
+
+def test_what_lies_beside_shards_is_never_left_out_without_a_word(tree, tmp_path):
+    data = write_shards(tmp_path / "data", list_images(tree))
+    (data / ".cache").mkdir()
+    (data / "._train-00000-of-00003.parquet").touch()
+    assert len(open_images(data)) == 128
+    for name in ("a.png", "train-0.tar"):
+        (data / name).touch()
+        with pytest.raises(UserError, match=f"holds train-00000-of-00003.parquet and {name}"):
+            open_images(data)
+        (data / name).unlink()
+    (data / "train-00000-of-00003.parquet").unlink()
+    (data / "train-00000-of-00003.parquet").symlink_to("/gone")
+    with pytest.raises(UserError, match=r"train-00000-of-00003\.parquet: a link to /gone, which cannot be reached"):
+        open_images(data)
+
+
+def test_a_copy_of_a_shard_is_not_read_as_one_more(tree, tmp_path):
+    data = write_shards(tmp_path / "data", list_images(tree))
+    shutil.copy(data / "train-00000-of-00003.parquet", data / "train-00000-of-00003 (1).parquet")
+    with pytest.raises(UserError, match=r"00003 \(1\)\.parquet is no part of the numbered row of train beside it"):
+        open_images(data)
+
+
+@pytest.mark.parametrize("classes, labels, message", [
+    (b"caf\xe9\n", b"a", "classes.*: not a text file in UTF-8"), (b"a\n", b"caf\xe9", "labels.*: not a text file"),
+    (b"a\n", b"x," + b"y" * 200_000, "labels.*: line 1 is no line of a CSV file")])
+def test_files_that_are_no_text_are_named(classes, labels, message, flat, tmp_path):
+    (tmp_path / "classes").write_bytes(classes)
+    (tmp_path / "labels").write_bytes(labels)
+    with pytest.raises(UserError, match=message):
+        open_images(flat[0], labels=tmp_path / "labels", classes=tmp_path / "classes")
+
+
+def test_hidden_things_do_not_decide_the_layout(tree, flat, tmp_path):
+    shutil.copytree(flat[0], tmp_path / "flat")
+    tars = write_tars(tmp_path / "tars", list_images(tree), lambda i: b"0")
+    for root in (tmp_path / "flat", tars):
+        (root / ".ipynb_checkpoints").mkdir()
+        (root / "__MACOSX").mkdir()
+        (root / "._x.parquet").touch()
+    assert len(open_unlabelled(tmp_path / "flat")) == len(open_images(tars, classes=tree)) == 128
+
+
+def test_labels_that_do_not_matter_need_not_be_there(tree, tmp_path):
+    folder = list_images(tree)
+    tars = open_unlabelled(write_tars(tmp_path / "tars", folder, lambda i: None))
+    shards = open_unlabelled(write_shards(tmp_path / "data", folder, label=None, names=[]))
+    for source in (tars, shards):
+        assert source.classes == ["images"] and [content(source, i) for i in (0, 99)] == [content(folder, i)
+                                                                                          for i in (0, 99)]
 
 
 @pytest.mark.parametrize("label, classes, message", [

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from tokenizer.network import quantizer
-from tokenizer.network.quantizer import Quantizer, perplexity, usage_loss
+from tokenizer.network.quantizer import Quantizer, code_use, count_codes, usage_loss
 
 
 def build(vocabulary=50, dim=4, seed=0):
@@ -83,9 +83,11 @@ def test_idle_codes_are_counted_and_moved():
     codebook, _ = build(vocabulary=4, dim=2)
     for _ in range(3):
         codebook.note_use(torch.tensor([5, 0, 1, 0]))
-    assert codebook.idle(3).tolist() == [1, 3] and codebook.idle(4).tolist() == []
-    codebook.reseed(torch.tensor([1, 3]), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
-    assert codebook.idle(1).tolist() == [] and codebook.codes()[3].tolist() == [1.0, 0.0]
+    assert codebook.idle(3).tolist() == [False, True, False, True] and not codebook.idle(4).any()
+    kept = codebook.codes()[[0, 2]]
+    codebook.reseed(codebook.idle(3), torch.tensor([[0.6, 0.8], [0.0, 1.0], [0.6, 0.8], [1.0, 0.0]]))
+    assert not codebook.idle(1).any() and codebook.codes()[[1, 3]].tolist() == [[0.0, 1.0], [1.0, 0.0]]
+    assert torch.equal(codebook.codes()[[0, 2]], kept)
 
 
 def test_bf16_latents_are_compared_in_fp32():
@@ -98,7 +100,12 @@ def test_bf16_latents_are_compared_in_fp32():
 
 @pytest.mark.parametrize("counts, expected", [([7, 7, 7, 7], 4), ([9, 0, 0, 0], 1), ([1, 3], math.exp(0.5623351446))])
 def test_perplexity_is_the_number_of_codes_in_equal_use(counts, expected):
-    assert perplexity(torch.tensor(counts)) == pytest.approx(expected)
+    assert code_use(torch.tensor(counts))["perplexity"].item() == pytest.approx(expected)
+
+
+def test_codes_are_counted_as_bincount_does():
+    indices = torch.randint(5, (3, 7))
+    assert torch.equal(count_codes(indices, 9), torch.bincount(indices.flatten(), minlength=9))
 
 
 def test_the_usage_loss_is_one_entropy_less_another():

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from mutor_img.common.images import to_nhwc
+from mutor_img.metrics.samples import open_samples
 from tokenizer import load_tokenizer, scores
 from tokenizer.images.crops import to_float
 from tokenizer.images.folder import list_images
@@ -31,6 +32,25 @@ def test_scores_are_those_of_decode_after_encode(tokenizer_run, image_folder, tm
     assert found["num_images"] == 12 and found["tokenizer_hash"] == vq.hash
     assert f"PSNR         {found['psnr']:.2f} dB" in capsys.readouterr().out
     assert Image.open(tmp_path / "picture.png").height > 4 * 64  # 12 images: two pairs of rows, magnified
+
+
+def test_reconstructions_are_written_for_scoring_with_their_labels(tokenizer_run, image_folder, tmp_path, refused):
+    run, images, out = tokenizer_run(), image_folder(), tmp_path / "decoded"
+    command = ["--tokenizer", str(run), "--images", str(images), "--workers", "0", "--batch-size", "5",
+               "--num-images", "6", "--samples", str(out)]
+    main(command)
+    folder, vq, found = list_images(images), load_tokenizer(run), open_samples(out)
+    numbers = folder.spread(6)
+    assert found.labels.tolist() == folder.labels[numbers].tolist() and len(set(found.labels.tolist())) > 1
+    pixels = torch.stack([torch.from_numpy(np.array(Image.open(folder.path(i)))) for i in numbers])[:, None]
+    assert (found.read(0, 6) == to_nhwc(vq.decode(vq.encode(to_float(pixels))))).all()
+    assert "decoded exists; remove it" in refused(main, *command)
+
+
+def test_reconstructions_of_flat_images_have_no_labels(tokenizer_run, image_folder, tmp_path):
+    main(["--tokenizer", str(tokenizer_run()), "--images", str(image_folder() / "b"), "--workers", "0",
+          "--samples", str(tmp_path / "decoded")])
+    assert open_samples(tmp_path / "decoded").labels is None
 
 
 def test_fewer_images_are_spread_over_the_classes(tokenizer_run, image_folder, tmp_path):
@@ -94,6 +114,16 @@ def test_metrics_without_weights_are_left_out_and_named_unless_asked_for(tokeniz
     assert "no such file" in refused(main, *command, "--inception-weights", tmp_path / "x")
     assert "'ssim'" in refused(main, *command, "--metrics", "sim")
     assert "leaves lpips out" in refused(main, *command, "--metrics", "ssim", "--lpips-weights", tmp_path / "x")
+
+
+def test_one_of_several_splits_is_reconstructed(tokenizer_run, image_folder, tmp_path, refused):
+    images = image_folder(classes=("x",))
+    for number, path in enumerate(sorted((images / "x").iterdir())):
+        path.rename(images / "x" / f"{'train' if number else 'val'}_{number}.png")
+    command = ["--tokenizer", tokenizer_run(), "--images", images / "x", "--workers", 0]
+    assert "holds the splits train, val" in refused(main, *command)
+    main([*map(str, command), "--split", "train", "--json", str(tmp_path / "scores.json")])
+    assert json.loads((tmp_path / "scores.json").read_text())["num_images"] == 3
 
 
 def test_a_picture_that_is_no_png_is_refused_before_anything_is_read(tmp_path, refused):

@@ -1,16 +1,20 @@
 """Training: it learns, resumes to the same bytes, brings codes back, and leaves a tokenizer that loads."""
 
 import json
+from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from mutor_img.checkpoints.folder import find_checkpoint
 from mutor_img.common.config import field_names, load_config
+from mutor_img.training import compiling, parallel
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.trainer import Trainer
 from tokenizer import load_tokenizer
-from tokenizer.train import TokenizerConfig, TokenizerTask, main
+from tokenizer.train import TokenizerConfig, TokenizerTask, channels_last, main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,6 +57,17 @@ def test_latents_for_dead_codes_do_not_depend_on_the_number_of_processes(command
     torch.testing.assert_close(drawn(samples[:4]) + drawn(samples[4:]), whole)  # what a sum over two ranks gives
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_activations_of_grey_and_colour_images_have_the_layout_of_fast_convolutions(channels, command):
+    task = task_of(command, Runtime(torch.device("cpu")), **{"model.image_channels": channels})
+    seen = []
+    task.model.encoder.conv_in.register_forward_hook(lambda module, given, out: seen.append(out))
+    task.loss(task.model, 0, torch.arange(4))
+    assert seen[0].is_contiguous(memory_format=torch.channels_last) and not seen[0].is_contiguous()
+    images = torch.rand(2, channels, 5, 7)
+    assert torch.equal(channels_last(images), images)
+
+
 def test_unused_codes_are_brought_back(command, tmp_path):
     runtime = Runtime(torch.device("cpu"))
     used = {}
@@ -63,6 +78,18 @@ def test_unused_codes_are_brought_back(command, tmp_path):
         trainer = Trainer(task, task.config, runtime)
         used[after] = [trainer.update()["codes_used"] for _ in range(8)][-1]
     assert used[2] > used[0]
+
+
+def test_neither_validation_nor_pictures_compile_the_network_anew(command, tmp_path, monkeypatch, usual_limits):
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(parallel, "compile_blocks", partial(compiling.compile_blocks, backend=counter))
+    for every in (0, 1):
+        torch._dynamo.reset()
+        counter.frame_count = 0
+        main([*command, f"run_dir={tmp_path / str(every)}", "train.compile=true", "train.steps=2", "train.ema=0",
+              f"train.validate_every={every}", f"train.picture_every={every}"])
+        assert counter.frame_count == 2  # the encoder and the decoder
+    assert len(list((tmp_path / "1" / "pictures").iterdir())) == 2
 
 
 def test_shares_of_micro_batches_sum_to_the_batch(command):
@@ -80,7 +107,7 @@ def test_shares_of_micro_batches_sum_to_the_batch(command):
 def test_a_dry_run_prints_the_config_and_the_plan_and_needs_no_images(capsys):
     main(["--config", str(ROOT / "configs" / "mnist" / "tokenizer.yaml"), "--dry-run", "data.images=nowhere"])
     out = capsys.readouterr().out
-    assert "codes an image" in out and "FLOPs an update" in out and "nowhere" in out
+    assert "codes per image" in out and "FLOPs per update" in out and "nowhere" in out
 
 
 def test_mistakes_are_refused_in_one_line(command, refused, tmp_path):

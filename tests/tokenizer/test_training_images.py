@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from PIL import Image
 
+from mutor_img.common.errors import UserError
 from tokenizer.images.folder import list_images
 from tokenizer.training import images as training_images
 from tokenizer.training.images import TrainingImages
@@ -38,6 +40,15 @@ def test_images_kept_and_images_read_again_are_the_same(image_folder, monkeypatc
     read = build(folder, mirror=True)
     assert kept.cache is not None and read.cache is None
     assert torch.equal(kept.batch(samples), read.batch(samples))
+
+
+@pytest.mark.parametrize("crop_min", [1.0, 0.7])
+def test_an_image_that_cannot_be_cropped_is_named(crop_min, image_folder, monkeypatch):
+    folder = image_folder()
+    Image.new("L", (8, 4000)).save(folder / "b" / "0001.png")
+    monkeypatch.setattr(training_images, "_CACHE_BYTES", 0)
+    with pytest.raises(UserError, match=r"b/0001\.png: not a readable image \(8 x 4000 pixels"):
+        build(folder, crop_min=crop_min).batch(torch.arange(12))
 
 
 def test_mirroring_flips_about_half(image_folder):

@@ -6,6 +6,7 @@ import yaml
 
 from mutor_img.common.config import field_names
 from mutor_img.common.errors import UserError
+from mutor_img.convert import main as convert
 from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.training.changes import IDENTITY, SILENT
 from tokenizer.training.config import TokenizerConfig
@@ -44,6 +45,21 @@ def test_a_changed_setting_is_said_and_the_earlier_config_stays(run_training, ca
     kept = [yaml.safe_load((trainer.run_dir / name).read_text())["optim"]["lr"]
             for name in (f"config_until_{trainer.step:08d}.yaml", "config.yaml")]
     assert kept == [lr, 1e-5]
+
+
+def test_an_average_that_a_run_has_not_kept_cannot_go_on(run_training):
+    run_training()
+    with pytest.raises(UserError, match=r"train\.ema was 0\.0, now it is 0\.9; give train\.ema=0\.0") as caught:
+        run_training("train.ema=0.9", "train.steps=5")
+    assert "\n" not in str(caught.value)
+    assert run_training("train.steps=5").step == 5
+
+
+def test_weights_alone_are_no_run_to_go_on_with(run_training, tmp_path):
+    trainer = run_training()
+    convert(["--source", str(trainer.run_dir), "--out", str(tmp_path / "weights")])
+    with pytest.raises(UserError, match="weights alone and no run to go on with; give another run_dir, and init_from"):
+        run_training(f"run_dir={tmp_path / 'weights'}")
 
 
 def test_the_rules_name_fields_that_exist():

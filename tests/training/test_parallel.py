@@ -5,15 +5,13 @@ import functools
 import json
 import os
 import signal
-import socket
-import time
-from collections.abc import Callable
-from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import pytest
 import torch
+from launching import join, launch
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.utils import _to_kwargs
 
@@ -79,6 +77,21 @@ def count_graphs(root: Path, name: str, *overrides: str) -> int:
     return len(graphs)
 
 
+def gathered(trainer: Trainer) -> tuple[torch.nn.Module, bool]:
+    """Return the whole model, and whether its weights are what was gathered, not copies of it."""
+    places, full_tensor = set(), DTensor.full_tensor
+
+    def noted(tensor):
+        whole = full_tensor(tensor)
+        places.add(whole.data_ptr())
+        return whole
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DTensor, "full_tensor", noted)
+        model = trainer.whole_model()
+    return model, {weight.data_ptr() for weight in model.parameters()} == places
+
+
 def stop_on_rank_0(root: Path) -> int:
     """Send SIGTERM to rank 0 alone in the midst of update 3; returns the step at which this process stopped."""
     good = GeneratorTask.loss
@@ -107,28 +120,6 @@ def fail_on_rank_1(root: Path) -> None:
         run(root, "failed", (FSDP,))
 
 
-def join(rank: int, world: int, port: int) -> None:
-    """Stand for what a launcher sets."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-    torch.set_num_threads(1)
-
-
-def launch(context: BaseContext, world: int, target: Callable, root: Path) -> list[int]:
-    """Run ``target(rank, world, port, root)`` in new processes; returns their statuses."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [context.Process(target=target, args=(rank, world, port, root)) for rank in range(world)]
-    for process in processes:
-        process.start()
-    begun = time.monotonic()
-    for process in processes:
-        process.join(timeout=500 - (time.monotonic() - begun))
-        process.kill()
-    return [process.exitcode for process in processes]
-
-
 def three(rank: int, world: int, port: int, root: Path) -> None:
     """What each of three processes does."""
     join(rank, world, port)
@@ -143,13 +134,14 @@ def work(rank: int, world: int, port: int, root: Path) -> None:
         for name, overrides in SCENARIOS:
             trainer = run(root, name, overrides)
             if name == "fsdp":
-                whole = trainer.whole_model()
+                whole, itself = gathered(trainer)
                 save_file(whole.state_dict(), root / f"whole_{rank}.safetensors")
                 with CommDebugMode() as communication:
                     trainer.update()
                 reduced = communication.get_comm_counts()[torch.ops.c10d.reduce_scatter_tensor_coalesced_] or \
                     sum(n for op, n in communication.get_comm_counts().items() if "reduce_scatter" in str(op))
-        result = {"reduce_scatters": reduced, "ddp_graphs": count_graphs(root, "ddp_compiled"),
+        result = {"reduce_scatters": reduced, "gathered_itself": itself,
+                  "ddp_graphs": count_graphs(root, "ddp_compiled"),
                   "fsdp_graphs": count_graphs(root, "fsdp_compiled", FSDP, "train.activation_checkpointing=true"),
                   "stopped_at": stop_on_rank_0(root)}
         (root / f"result_{rank}.json").write_text(json.dumps(result))
@@ -224,6 +216,10 @@ def test_a_sharded_checkpoint_holds_every_row_once_and_loads_as_a_model(root):
     assert all(torch.equal(saved(root, "fsdp", "model")[k], v) for k, v in model.items())
     kept = [load_file(root / f"whole_{rank}.safetensors") for rank in range(2)]
     assert all(torch.equal(ema[k], whole[k]) for whole in kept for k in ema)
+
+
+def test_a_gathered_model_is_in_memory_once(root):
+    assert result(root)["gathered_itself"] and result(root, 1)["gathered_itself"]
 
 
 def test_gradients_are_reduced_once_an_update(root):

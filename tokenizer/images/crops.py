@@ -14,8 +14,11 @@ from torch import Tensor
 from torchvision.transforms.functional import ten_crop
 
 from mutor_img.common.errors import UserError, check_range, suggest
+from mutor_img.common.images import naming
 from mutor_img.common.streams import Stream, uniform
 from tokenizer.images.source import ImageSource
+
+_ELONGATED = 200  # sides of an image to each other, at most
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,13 @@ class CropRule:
 
 
 def shrink(image: Image.Image, side: int) -> Image.Image:
-    """Resize so that the shorter side is ``side`` pixels: box halvings while twice too large, then bicubic (ADM)."""
+    """Resize so that the shorter side is ``side`` pixels: box halvings while twice too large, then bicubic (ADM).
+
+    Raises:
+        ValueError: the longer side would be more than ``_ELONGATED`` times as long, which takes gigabytes.
+    """
+    if max(image.size) > _ELONGATED * min(image.size):
+        raise ValueError(f"{image.width} x {image.height} pixels: one side is more than {_ELONGATED} times the other")
     while min(image.size) >= 2 * side:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = side / min(image.size)
@@ -105,7 +114,7 @@ def random_rule(least: float = 0.8, count: int = 10, seed: int = 0) -> CropRule:
 
     Args:
         least: smallest share of the shorter side that a crop keeps, in (0, 1].
-        count: views an image.
+        count: views per image.
         seed: of the draws.
     """
     check_range("--crop-min", least, 0.0, 1.0, low_open=True)
@@ -132,10 +141,11 @@ def read_squares(source: ImageSource, index: int, channels: int, side: int, rule
     """Read and crop one image: (squares, channels, side, side) uint8; colours become PIL's luma for one channel.
 
     Raises:
-        UserError: the image cannot be read.
+        UserError: the image cannot be read or cropped.
     """
-    image = source.read(index, pil_mode(channels))
-    return torch.stack([pixels(square) for square in rule.cut(image, side, index)])
+    with naming(source.name(index)):
+        image = source.read(index, pil_mode(channels))
+        return torch.stack([pixels(square) for square in rule.cut(image, side, index)])
 
 
 def pil_mode(channels: int) -> str:

@@ -1,6 +1,6 @@
 """Images that lie flat in one folder, with a file that holds their labels, as ImageNet's validation images do.
 
-The file has one line an image: its name and its label, by comma (LOC_val_solution.csv, whose boxes are ignored, and
+The file has one line per image: its name and its label, by comma (LOC_val_solution.csv, whose boxes are ignored, and
 any other two-column CSV) or by white space (``ILSVRC2012_val_00000001.JPEG n01751748``); or labels alone, in the order
 of the file names. A label is a class's name (a WordNet id), or its number in the list that ``--classes`` gives: a
 number alone does not say which list it counts in. ImageNet's own development kit counts from 1 in another order.
@@ -9,32 +9,39 @@ number alone does not say which list it counts in. ImageNet's own development ki
 from __future__ import annotations
 
 import csv
+import re
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from mutor_img.common.errors import UserError
-from tokenizer.images.folder import ImageFolder, walk
+from mutor_img.common.folders import walk
+from tokenizer.images.folder import ImageFolder
 from tokenizer.images.source import IMAGENET, number_classes
 
+_VALIDATION = re.compile(r"ILSVRC2012_val_\d{8}")
+# The kit's ILSVRC2012_validation_ground_truth.txt: its first and last lines.
+_KIT = {f"ILSVRC2012_val_{number:08d}": label for number, label in zip(
+    (1, 2, 3, 4, 5, 49996, 49997, 49998, 49999, 50000), (490, 361, 171, 822, 297, 10, 495, 128, 848, 186))}
 
-def list_labelled(root: str | Path, labels: str | Path, classes: list[str] | None = None) -> ImageFolder:
+
+def list_labelled(root: str | Path, labels: str | Path, classes: list[str] | None = None, *,
+                  split: str | None = None) -> ImageFolder:
     """List the images below ``root``, in sorted order, with labels from a file.
 
     Args:
         root: the folder.
         labels: the file.
         classes: all classes in label order; unless given, the labels that stand in the file, sorted.
+        split: the split to take, where names of images tell several.
 
     Raises:
-        UserError: an image without a label, a label without an image, an unknown class, or numbers without
-            ``classes``.
+        UserError: an image without a label, a label without an image, an unknown class, numbers without ``classes``
+            or in the order of ImageNet's development kit, or an image in the folder of another class.
     """
     root, labels = Path(root), Path(labels)
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder; give the folder that holds the images")
-    found, left_out = walk(root)
+    found, left_out = walk(root, split)
     if not found:
         raise UserError(f"{root}: no images in it")
     files = [path for path, _ in found]
@@ -42,8 +49,11 @@ def list_labelled(root: str | Path, labels: str | Path, classes: list[str] | Non
     twice = [stem for stem, count in Counter(stems).items() if count > 1]
     if twice:
         raise UserError(f"{root}: two images are named {twice[0]!r}, so that {labels.name} cannot tell which is meant")
-    words = _labels_of(stems, _read_rows(labels), root, labels)
+    rows = _read_rows(labels)
+    words = _labels_of(stems, rows, root, labels)
     numbered, numbers = _numbers(words, classes, labels)
+    _refuse_kit(stems, words, len(rows[0][1]) == 1, labels)
+    _refuse_other_folders(files, [numbered[number] for number in numbers], root, labels)
     return ImageFolder(root, numbered, files, [size for _, size in found], np.array(numbers, dtype=np.int64),
                        [name for name in left_out if root / name != labels])
 
@@ -60,7 +70,10 @@ def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
-        fields = next(csv.reader([line])) if "," in line else line.split(None, 1)
+        try:
+            fields = next(csv.reader([line])) if "," in line else line.split(None, 1)
+        except csv.Error as error:
+            raise UserError(f"--labels {path}: line {number} is no line of a CSV file ({error})") from None
         fields = [field.strip() for field in fields]
         if len(fields) > 2 or (rows and len(fields) != len(rows[0][1])):
             raise UserError(f"--labels {path}: line {number} has {len(fields)} fields; expected a name and a label on "
@@ -76,7 +89,7 @@ def _labels_of(stems: list[str], rows: list[tuple[int, list[str]]], root: Path, 
     if len(rows[0][1]) == 1:
         if len(rows) != len(stems):
             raise UserError(f"--labels {path}: {len(rows)} labels for the {len(stems)} images in {root}; without names "
-                            "there must be one a file, in the order of the file names")
+                            "there must be one per file, in the order of the file names")
         return [fields[0] for _, fields in rows]
     known, labels = set(stems), {}
     if Path(rows[0][1][0]).stem not in known and len(rows) > 1 and Path(rows[1][1][0]).stem in known:
@@ -93,6 +106,31 @@ def _labels_of(stems: list[str], rows: list[tuple[int, list[str]]], root: Path, 
         raise UserError(f"--labels {path}: {len(missing)} of {len(stems)} images in {root} have no line "
                         f"(first: {missing[0]})")
     return [labels[stem] for stem in stems]
+
+
+def _refuse_kit(stems: list[str], words: list[str], alone: bool, path: Path) -> None:
+    """Refuse the numbers of ImageNet's development kit, which count from 1 in an order that is none of ours.
+
+    Its file is the one with numbers alone in the order of the validation images. Beside names they are known by those
+    of the first and the last images.
+    """
+    if not all(word.isdecimal() for word in words) or not all(map(_VALIDATION.fullmatch, stems)):
+        return
+    shown = [(word, _KIT[stem]) for stem, word in zip(stems, words) if stem in _KIT]
+    if alone or (shown and all(int(word) == number for word, number in shown)):
+        raise UserError(f"--labels {path}: numbers of ImageNet's development kit, it seems, which count from 1 in an "
+                        f"order of its own ({stems[0]} is {words[0]}); use a file with WordNet ids, such as "
+                        "LOC_val_solution.csv")
+
+
+def _refuse_other_folders(files: list[str], labels: list[str], root: Path, path: Path) -> None:
+    """Refuse a label that contradicts the class folder that its image lies in."""
+    classes = set(labels)
+    for file, label in zip(files, labels):
+        folder = file.split("/")[0]
+        if folder != file and folder != label and folder in classes:
+            raise UserError(f"--labels {path}: gives class {label!r} to {root / file}, which lies in the folder of "
+                            f"class {folder!r}; leave --labels out, or mend it")
 
 
 def _without_boxes(label: str, path: Path, number: int) -> str:

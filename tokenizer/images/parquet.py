@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import json
-import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,9 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mutor_img.common.errors import UserError
-from tokenizer.images.source import IMAGENET, ImageSource, class_names
-
-_SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.parquet")
+from tokenizer.images.source import IMAGENET, ImageSource, class_names, contradiction
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,9 @@ class ParquetImages(ImageSource):
 
     def _read_group(self, group: int) -> Any:
         pyarrow, parquet = _import()
-        shard = self.shards[self.group_shard[group]]
-        try:  # opened anew each time: a file handle must not be shared with reading processes
-            with parquet.ParquetFile(shard) as file:
-                column = file.read_row_group(int(self.group_index[group]), columns=["image.bytes"]).column("image")
-        except (OSError, pyarrow.ArrowException) as error:
-            raise UserError(f"{shard}: not a readable Parquet file ({error}); fetch it again") from None
+        # opened anew each time: a file handle must not be shared with reading processes
+        with parquet.ParquetFile(self.shards[self.group_shard[group]]) as file:
+            column = file.read_row_group(int(self.group_index[group]), columns=["image.bytes"]).column("image")
         return pyarrow.compute.struct_field(column, "bytes")
 
     def class_names(self) -> list[str]:
@@ -55,71 +51,55 @@ class ParquetImages(ImageSource):
         return [name.split(",")[0] for name in class_names(self.classes)]
 
 
-def find_shards(images: str | Path) -> list[Path]:
-    """Return the Parquet files that ``images`` means: a folder that holds them, or such a folder and a split's name.
-
-    ``data/train`` where ``data`` holds ``train-00000-of-00294.parquet`` is the split ``train``. An empty list: there
-    are none, and ``images`` is something else.
-
-    Raises:
-        UserError: files of several splits, or a file that is missing from its numbered row.
-    """
-    path = Path(images)
-    folder, split = (path, None) if path.is_dir() else (path.parent, path.name)
-    if not folder.is_dir():
-        return []
-    found = sorted(folder.glob("*.parquet"))
-    if split is None and any(entry.is_dir() for entry in folder.iterdir()) and not found:
-        return []
-    numbered = {file: match for file in found if (match := _SHARD.fullmatch(file.name))}
-    splits = sorted({match["split"] for match in numbered.values()})
-    if split is None and len(splits) > 1:
-        raise UserError(f"{folder}: holds the splits {', '.join(splits)}; give {folder / splits[0]}, for example")
-    shards = [file for file, match in numbered.items() if split in (None, match["split"])]
-    for shard in shards:
-        missing = int(numbered[shard]["count"]) - len(shards)
-        if missing:
-            raise UserError(f"{folder}: {len(shards)} Parquet files of {numbered[shard]['split']}, but their names say "
-                            f"{numbered[shard]['count']}; fetch the others")
-    return shards if numbered or split else found
-
-
-def list_parquet(shards: list[Path], classes: list[str] | None = None) -> ParquetImages:
+def list_parquet(shards: list[Path], classes: list[str] | None = None, *, labelled: bool = True) -> ParquetImages:
     """List the images of Parquet files, in order.
 
     Args:
         shards: the files.
         classes: all classes in label order; unless given, those that the files' metadata name.
+        labelled: False: labels do not matter, and all are 0.
 
     Raises:
-        UserError: pyarrow is missing, a file is damaged or has other columns, a label is out of range, or nothing
-            names the classes.
+        UserError: pyarrow is missing, a file is damaged or has other columns, a label is out of range, nothing names
+            the classes, or what names them disagrees.
     """
     pyarrow, parquet = _import()
     files, sizes, labels, names = [], [], [], None
     group_shard, group_index, group_rows = [], [], []
     for number, shard in enumerate(shards):
-        try:
-            with parquet.ParquetFile(shard) as file:
-                _check_columns(file.schema_arrow, shard, pyarrow)
-                names = names or _class_names(file.schema_arrow.metadata or {})
-                column = file.read(columns=["label"]).column("label")
-                groups = [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
-        except (OSError, pyarrow.ArrowException) as error:
-            raise UserError(f"{shard}: not a readable Parquet file ({error}); fetch it again") from None
-        if column.null_count:
-            raise UserError(f"{shard}: {column.null_count} rows have no label")
-        files += [f"{shard.name}:{row}" for row in range(len(column))]
-        sizes += [shard.stat().st_size] * len(column)
-        labels.append(column.to_numpy().astype(np.int64))
+        with _readable(shard), parquet.ParquetFile(shard) as file:
+            _check_columns(file.schema_arrow, shard, pyarrow, labelled)
+            groups = [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
+            count = sum(groups)
+            if labelled:
+                names = _same_names(names, _class_names(file.schema_arrow.metadata or {}), shards[0], shard)
+                labels.append(_read_labels(file, shard, count))
+            else:
+                labels.append(np.zeros(count, np.int64))
+        files += [f"{shard.name}:{row}" for row in range(count)]
+        sizes += [shard.stat().st_size] * count
         group_shard += [number] * len(groups)
         group_index += range(len(groups))
         group_rows += groups
+    if not files:
+        raise UserError(f"{shards[0]}: holds no rows; fetch it again")
     numbers = np.concatenate(labels)
-    classes = _classes(names, classes, numbers, shards[0])
+    classes = _classes(names, classes, numbers, shards[0]) if labelled else ["images"]
     first = np.cumsum([0, *group_rows])[:-1]
     return ParquetImages(shards[0].parent, classes, files, sizes, numbers, [], shards, np.array(group_shard),
                          np.array(group_index), first)
+
+
+@contextmanager
+def _readable(shard: Path) -> Iterator[None]:
+    """Turn whatever is raised while a file is listed into an error that names it: damage shows in many kinds."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{shard}: not a readable Parquet file ({error or type(error).__name__}); fetch it "
+                        "again") from None
 
 
 def _import() -> tuple[Any, Any]:
@@ -137,21 +117,38 @@ def _import() -> tuple[Any, Any]:
     return pyarrow, pyarrow.parquet
 
 
-def _check_columns(schema: Any, shard: Path, pyarrow: Any) -> None:
+def _check_columns(schema: Any, shard: Path, pyarrow: Any, labelled: bool) -> None:
     types = dict(zip(schema.names, schema.types))
     image, label = types.get("image"), types.get("label")
     fits = image is not None and pyarrow.types.is_struct(image) and any(part.name == "bytes" for part in image)
-    if not fits or label is None or not pyarrow.types.is_integer(label):
+    if not fits or (labelled and (label is None or not pyarrow.types.is_integer(label))):
         found = ", ".join(f"{name} {kind}" for name, kind in types.items())
         raise UserError(f"{shard}: has the columns {found}; expected image struct<bytes, path> and label int64")
+
+
+def _read_labels(file: Any, shard: Path, count: int) -> np.ndarray:
+    column = file.read(columns=["label"]).column("label")
+    if column.null_count:
+        raise UserError(f"{shard}: {column.null_count} of {count} rows have no label")
+    return column.to_numpy().astype(np.int64)  # (count,)
 
 
 def _class_names(metadata: dict[bytes, bytes]) -> list[str] | None:
     """Return the class names in what ``datasets`` writes beside a schema, or None where there are none."""
     try:
-        return json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"]
+        names = json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"]
     except (KeyError, TypeError, ValueError):
         return None
+    return [str(name) for name in names] if isinstance(names, list) and names else None
+
+
+def _same_names(names: list[str] | None, more: list[str] | None, first: Path, shard: Path) -> list[str] | None:
+    """Return the class names of several files, which must be the same in all that have some."""
+    if names and more and names != more:
+        place = next((i for i, (a, b) in enumerate(zip(names, more)) if a != b), min(len(names), len(more)))
+        raise UserError(f"{shard}: its metadata name {len(more)} classes, and others than those of {first.name} (from "
+                        f"label {place} on); encode each set by itself")
+    return names or more
 
 
 def _classes(names: list[str] | None, given: list[str] | None, labels: np.ndarray, shard: Path) -> list[str]:
@@ -159,8 +156,13 @@ def _classes(names: list[str] | None, given: list[str] | None, labels: np.ndarra
     if classes is None:
         raise UserError(f"{shard}: its metadata name no classes; name them in label order with --classes "
                         f"({IMAGENET}: WordNet ids sorted)")
-    if given and names and len(given) != len(names):
-        raise UserError(f"{shard}: has {len(names)} classes, but --classes names {len(given)}")
+    if given and names:
+        if len(given) != len(names):
+            raise UserError(f"{shard}: has {len(names)} classes, but --classes names {len(given)}")
+        place = contradiction(names, given)
+        if place is not None:
+            raise UserError(f"{shard}: label {place} is {names[place]!r} by its metadata, but {given[place]!r} by "
+                            "--classes; leave --classes out, or give the list that these labels count in")
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
         worst = int(labels.min() if labels.min() < 0 else labels.max())
         raise UserError(f"{shard}: label {worst} is outside 0 to {len(classes) - 1}"

@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image
 
 from mutor_img.common.errors import UserError, suggest
-from mutor_img.common.images import read_image
+from mutor_img.common.folders import list_classes
+from mutor_img.common.images import naming, read_image
 
 IMAGENET = "imagenet-1k"  # as a class list: the 1000 WordNet ids in sorted order
 
@@ -44,7 +45,13 @@ class ImageSource(ABC):
         Raises:
             UserError: it is missing, is no image, or ends early.
         """
-        return read_image(self.open(index), mode, name=f"{self.root / self.files[index]}")
+        name = self.name(index)
+        with naming(name):  # a shard that is gone or damaged too
+            return read_image(self.open(index), mode, name=name)
+
+    def name(self, index: int) -> str:
+        """Return what messages call the image of one number."""
+        return str(self.root / self.files[index])
 
     def class_names(self) -> list[str]:
         """Return names that a person can read, in label order."""
@@ -107,7 +114,7 @@ def read_class_list(given: str | Path) -> list[str]:
 
     Args:
         given: ``imagenet-1k``; a folder, whose sub-folders in sorted order are the classes; or a text file with
-            one class a line, where anything after a WordNet id is ignored (``n01440764 tench, Tinca tinca``).
+            one class per line, where anything after a WordNet id is ignored (``n01440764 tench, Tinca tinca``).
 
     Raises:
         UserError: nothing is there, or a class stands there twice.
@@ -116,20 +123,47 @@ def read_class_list(given: str | Path) -> list[str]:
         return list(imagenet_words())
     path = Path(given)
     if path.is_dir():
-        classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        classes = list_classes(path)
     elif path.is_file():
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError:
+            raise UserError(f"--classes {given}: not a text file in UTF-8") from None
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
         firsts = [line.split()[0].rstrip(",") for line in lines]
         classes = [first if is_wordnet_id(first) else line for first, line in zip(firsts, lines)]
     else:
         raise UserError(f"--classes {given}: no such file or folder; give {IMAGENET}, a folder of class folders, or "
-                        "a text file with one class a line")
+                        "a text file with one class per line")
     if not classes:
         raise UserError(f"--classes {given}: no classes in it")
     twice = [name for name, count in Counter(classes).items() if count > 1]
     if twice:
         raise UserError(f"--classes {given}: class {twice[0]!r} stands there twice")
     return classes
+
+
+def contradiction(names: list[str], given: list[str]) -> int | None:
+    """Return the first label that two lists of as many classes give to different classes, or None.
+
+    Names agree where one of their synonyms does (``tench, Tinca tinca`` and ``Tench``), unless one is that of another
+    class letter for letter. Against words, a WordNet id stands for its own; as their wording differs from one source to
+    the next, a few names unknown to the other list pass (``crane2``). Names that are the labels' own numbers say
+    nothing.
+    """
+    if names == [str(label) for label in range(len(names))]:
+        return None
+    translated = any(map(is_wordnet_id, names)) != any(map(is_wordnet_id, given))
+    words = imagenet_words() if translated else {}
+    ours, theirs = ([words.get(name, name) for name in classes] for classes in (given, names))
+    spoken = [[{part.strip().replace("_", " ").casefold() for part in name.split(",")} for name in side]
+              for side in (ours, theirs)]
+    whole, known = set(ours), set().union(*spoken[0])
+    differ = [label for label, (one, other) in enumerate(zip(*spoken))
+              if not one & other or (ours[label] != theirs[label] and theirs[label] in whole)]
+    if translated and len(differ) <= len(names) // 50 and not any(spoken[1][label] & known for label in differ):
+        return None
+    return differ[0] if differ else None
 
 
 def number_classes(found: Iterable[str], given: list[str] | None, where: str | Path) -> list[str]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import io
 import tarfile
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mutor_img.common.errors import UserError
-from mutor_img.common.images import IMAGE_SUFFIXES
+from mutor_img.common.folders import is_hidden, is_image
 from tokenizer.images.source import IMAGENET, ImageSource, is_wordnet_id
 
 
@@ -26,72 +27,143 @@ class TarImages(ImageSource):
     tars: list[Path] = field(default_factory=list)
     places: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))  # (images, 2): tar, first byte
 
+    keys_twice: list[str] = field(default_factory=list)  # images whose key an earlier tar file has too
+
     def open(self, index: int) -> BinaryIO:
+        """Return the bytes of one image."""
+        return io.BytesIO(self.content(index))
+
+    def content(self, index: int) -> bytes:
         """Return the bytes of one image."""
         tar, offset = self.places[index].tolist()
         with open(self.tars[tar], "rb") as file:
             file.seek(offset)
-            return io.BytesIO(file.read(self.sizes[index]))
+            return file.read(self.sizes[index])
+
+    def notes(self) -> list[str]:
+        """Return what every layout notes, and keys that several tar files use."""
+        notes = super().notes()
+        if self.keys_twice:
+            notes.append(f"{len(self.keys_twice)} images have a key that an earlier tar file uses for another image; "
+                         f"all are taken (first: {self.keys_twice[0]})")
+        return notes
 
 
-def find_tars(images: str | Path) -> list[Path]:
-    """Return the tar files of a folder without sub-folders, sorted; none where it is something else."""
-    path = Path(images)
-    if not path.is_dir() or any(entry.is_dir() for entry in path.iterdir()):
-        return []
-    return sorted(path.glob("*.tar"))
-
-
-def list_tars(tars: list[Path], classes: list[str] | None, *, progress: bool = False) -> TarImages:
+def list_tars(tars: list[Path], classes: list[str] | None, *, labelled: bool = True,
+              progress: bool = False) -> TarImages:
     """List the images of tar files, in order. Reads every header once: minutes for ImageNet.
 
     Args:
         tars: the files.
         classes: all classes in label order.
+        labelled: False: labels do not matter, none need be there, and all are 0.
         progress: show a progress bar where it takes seconds.
 
     Raises:
-        UserError: no ``classes``, a damaged tar, an image without ``.cls``, or a label out of range.
+        UserError: no ``classes``, a damaged tar, an image without ``.cls`` or with a label out of range, a key that
+            stands twice in one tar file, or an image that stands in two of them.
     """
     if all(is_wordnet_id(tar.stem) for tar in tars):
         raise UserError(f"{tars[0]}: a class's tar file, as ImageNet's archive holds them; unpack each into a folder "
                         f"of its name ({tars[0].stem}/) and remove it")
-    if classes is None:
+    if labelled and classes is None:
         raise UserError(f"{tars[0]}: labels in tar files are numbers; name the classes in that order with --classes "
                         f"({IMAGENET}: WordNet ids sorted, from 0)")
     files, sizes, labels, places, left_out = [], [], [], [], []
     for number, tar in enumerate(tqdm(tars, desc="listing", unit="tar", delay=2, disable=not progress, leave=False)):
-        images, numbers = _members(tar)
+        images, numbers = _members(tar, labelled)
         for key, (name, offset, size) in images.items():
-            if key not in numbers:
+            if labelled and key not in numbers:
                 raise UserError(f"{tar}: {name} has no {key}.cls beside it")
             files.append(f"{tar.name}:{name}")
             sizes.append(size)
-            labels.append(numbers[key])
+            labels.append(numbers[key] if labelled else 0)
             places.append((number, offset))
         left_out += [f"{tar.name}:{key}.cls" for key in numbers if key not in images]
     if not files:
         raise UserError(f"{tars[0].parent}: no images in its tar files; expected members such as a.jpg and a.cls")
+    classes = classes if labelled else ["images"]
     wrong = [i for i, label in enumerate(labels) if not 0 <= label < len(classes)]
     if wrong:
         raise UserError(f"{files[wrong[0]]}: label {labels[wrong[0]]} is outside 0 to {len(classes) - 1}")
-    return TarImages(tars[0].parent, classes, files, sizes, np.array(labels, np.int64), left_out, tars,
-                     np.array(places, np.int64))
+    found = TarImages(tars[0].parent, classes, files, sizes, np.array(labels, np.int64), left_out, tars,
+                      np.array(places, np.int64))
+    return replace(found, keys_twice=_keys_twice(found))
 
 
-def _members(path: Path) -> tuple[dict[str, tuple[str, int, int]], dict[str, int]]:
+def _keys_twice(found: TarImages) -> list[str]:
+    """Return the images whose key an earlier tar file has too, for another image: some writers count anew in each.
+
+    Raises:
+        UserError: an image that an earlier tar file has too, byte for byte, under the same key.
+    """
+    first: dict[str, int] = {}
+    more: dict[str, list[int]] = {}
+    twice = []
+    for index, file in enumerate(found.files):
+        key = file.partition(":")[2].rpartition(".")[0]
+        if first.setdefault(key, index) == index:
+            continue
+        for earlier in (first[key], *more.get(key, ())):
+            if found.sizes[earlier] == found.sizes[index] and found.content(earlier) == found.content(index):
+                raise UserError(f"{found.root}: {file} is {found.files[earlier]} once more, byte for byte; remove one "
+                                "of the two, since it would count twice")
+        more.setdefault(key, []).append(index)
+        twice.append(file)
+    return twice
+
+
+def _members(path: Path, labelled: bool) -> tuple[dict[str, tuple[str, int, int]], dict[str, int]]:
     """Return by key the image (name, first byte, bytes) and the label of one tar file's members."""
-    images, labels = {}, {}
+    images: dict[str, tuple[str, int, int]] = {}
+    labels: dict[str, int] = {}
     try:
         with tarfile.open(path, "r:") as tar:  # not compressed: bytes can be sought
             for member in tar:
                 key, _, ending = member.name.rpartition(".")
-                if member.isfile() and ending == "cls":
-                    labels[key] = int(tar.extractfile(member).read())
-                elif member.isfile() and f".{ending.lower()}" in IMAGE_SUFFIXES:
+                if member.isdir() or any(is_hidden(part) for part in member.name.split("/") if part != "."):
+                    continue
+                if ending.lower() == "cls":
+                    _refuse_link(member, path)
+                    _refuse_second(key, member.name, f"{key}.cls", labels, path)
+                    labels[key] = _number(tar.extractfile(member).read(), member.name, path) if labelled else 0
+                elif is_image(member.name):
+                    _refuse_link(member, path)
+                    _refuse_second(key, member.name, images.get(key, ("",))[0], images, path)
                     images[key] = (member.name, member.offset_data, member.size)
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(f"{path}: not a readable tar file without compression ({error}); fetch it again") from None
-    except ValueError as error:
-        raise UserError(f"{path}: {key}.cls is no number ({error})") from None
+            _check_end(tar, path)
+    except UserError:
+        raise
+    except Exception as error:  # damage shows in errors of many kinds
+        raise UserError(f"{path}: not a readable tar file without compression ({error or type(error).__name__}); fetch "
+                        "it again") from None
     return images, labels
+
+
+def _check_end(tar: tarfile.TarFile, path: Path) -> None:
+    """Refuse what tarfile passes over without a word: all after a damaged header, or after a first archive's end."""
+    with open(path, "rb") as file:
+        file.seek(tar.offset)
+        while part := file.read(2**20):
+            if part.strip(b"\0"):
+                raise UserError(f"{path}: holds more after its last readable member (byte {tar.offset}): a damaged "
+                                "file, or several tar files joined; fetch or pack it again")
+
+
+def _refuse_link(member: tarfile.TarInfo, path: Path) -> None:
+    if not member.isfile():
+        raise UserError(f"{path}: {member.name} is no plain file in it but a link or a device; pack the file itself "
+                        "(tar --dereference --hard-dereference)")
+
+
+def _refuse_second(key: str, name: str, first: str, seen: Collection[str], path: Path) -> None:
+    if key in seen:
+        raise UserError(f"{path}: {name} is a second file of the key {key!r}, after {first}; only one of them can be "
+                        "meant: remove the other, or give it a key of its own")
+
+
+def _number(content: bytes, name: str, path: Path) -> int:
+    try:
+        return int(content)
+    except ValueError as error:
+        raise UserError(f"{path}: {name} is no number ({error})") from None

@@ -99,14 +99,18 @@ class Quantizer(nn.Module):
         idle.copy_(torch.where(counts > 0, 0.0, idle + 1))
 
     def idle(self, updates: int) -> Tensor:
-        """Return the codes that went unused for at least ``updates`` updates, ascending int64."""
-        return (self.codebook_used[: self.vocabulary] >= updates).nonzero().flatten()
+        """Return which codes went unused for at least ``updates`` updates, (vocabulary,) bool.
+
+        A mask and not the codes themselves: for how many there are, the CPU would wait for the GPU.
+        """
+        return self.codebook_used[: self.vocabulary] >= updates
 
     @torch.no_grad()
-    def reseed(self, codes: Tensor, latents: Tensor) -> None:
-        """Move ``codes`` (n,) onto unit ``latents`` (n, C) and count them as just used."""
-        self.embedding.weight[codes] = latents.to(self.embedding.weight)
-        self.codebook_used[codes] = 0
+    def reseed(self, moved: Tensor, latents: Tensor) -> None:
+        """Move the codes of a mask (vocabulary,) onto unit ``latents`` (vocabulary, C): they count as just used."""
+        weight = self.embedding.weight
+        weight.copy_(torch.where(moved[:, None], latents.to(weight), weight))
+        self.codebook_used[: self.vocabulary].masked_fill_(moved, 0)
 
 
 def usage_loss(unit: Tensor, codes: Tensor) -> Tensor:
@@ -134,7 +138,20 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
-def perplexity(counts: Tensor) -> float:
-    """Return exp of the entropy of code counts (vocabulary,): the number of codes in equal use that it amounts to."""
+def count_codes(indices: Tensor, vocabulary: int) -> Tensor:
+    """Return how often each code occurs: int64 indices of any shape -> (vocabulary,) int64.
+
+    As torch.bincount, which on a GPU first waits for the largest index.
+    """
+    flat = indices.flatten()
+    return torch.zeros(vocabulary, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
+
+
+def code_use(counts: Tensor) -> dict[str, Tensor]:
+    """Return of code counts (vocabulary,) as float64 scalars: the share of codes that occur at all, and perplexity.
+
+    Perplexity is exp of the entropy: the number of codes in equal use that the use amounts to.
+    """
     share = counts.double() / counts.sum().clamp(min=1)
-    return float(torch.exp(-torch.special.xlogy(share, share).sum()))
+    return {"codes_used": (counts > 0).double().mean(),
+            "perplexity": torch.exp(-torch.special.xlogy(share, share).sum())}

@@ -18,6 +18,10 @@ from mutor_img.common.full_precision import full_precision
 from tokenizer.network.layers import Decoder, Encoder
 from tokenizer.network.quantizer import Quantised, Quantizer
 
+# The most pixels of one pass on a GPU. VQ-16 takes 10 GiB at its worst moment for 64 images of 256 pixels a side, to
+# encode as to decode (counted on fake tensors), and in proportion for more: 100 GiB for the ten crops of 64 images.
+MOST_PIXELS = 64 * 256**2
+
 PRESETS: dict[str, dict[str, Any]] = {
     "vq16": {"multipliers": (1, 1, 2, 2, 4)},
     "vq8": {"multipliers": (1, 2, 2, 4)},
@@ -113,7 +117,7 @@ class VQModel(nn.Module):
             UserError: another shape, dtype or range.
         """
         images = self._check_images(images)
-        return self._in_fixed_rows(lambda part: self.quantize(self.latents(part)).indices, images)
+        return self._in_passes(lambda part: self.quantize(self.latents(part)).indices, images, *images.shape[2:])
 
     @torch.no_grad()
     def decode(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
@@ -135,8 +139,8 @@ class VQModel(nn.Module):
         def part(rows: Tensor) -> Tensor:
             return self.decoder(self.post_quant_conv(self.quantize.lookup(rows, grid)))
 
-        size = max(grid) * self.downsample
-        return self._in_fixed_rows(part, codes, size).float().clamp(-1, 1)
+        height, width = (side * self.downsample for side in grid)
+        return self._in_passes(part, codes, height, width).float().clamp(-1, 1)
 
     def grid_for(self, image_size: int) -> tuple[int, int]:
         """Return (rows, columns) of codes for square images of ``image_size`` pixels.
@@ -177,24 +181,34 @@ class VQModel(nn.Module):
                             f"{self.vocabulary - 1}")
         return codes, grid
 
-    def _in_fixed_rows(self, function: Callable[[Tensor], Tensor], rows: Tensor, size: int | None = None) -> Tensor:
-        """Run ``function`` in full single precision; on the CPU always on one number of rows, padded.
+    def _in_passes(self, function: Callable[[Tensor], Tensor], rows: Tensor, height: int, width: int) -> Tensor:
+        """Run ``function`` on rows of images of so many pixels, some rows at a time, in full single precision.
 
         GPUs would convolve in TF32, as torch has them do by default: codes between two near ones would change.
-        A convolution may sum in another order for another batch size. With the number of rows fixed by the image
-        size alone, results are the same bytes however the images are grouped.
         """
-        size = size or max(rows.shape[2:])
-        count = len(rows) if rows.is_cuda else (64 if size <= 64 else 8 if size <= 128 else 1)  # what is fastest
+        count = rows_at_once(rows.device, height, width)
         with full_precision():
             if not len(rows):
                 return function(rows.new_zeros(1, *rows.shape[1:]))[:0]
             parts = []
             for part in rows.split(count):
-                missing = count - len(part)
+                missing = count - len(part) if rows.device.type == "cpu" else 0
                 padded = torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part.contiguous()
                 parts.append(function(padded)[: len(part)])
         return torch.cat(parts)
+
+
+def rows_at_once(device: torch.device, height: int, width: int) -> int:
+    """Return how many images of ``height`` x ``width`` pixels the network takes in one pass.
+
+    On a GPU as many at most as memory is sure to hold. On the CPU always that many, padded, and what is fastest: a
+    convolution may sum in another order for another batch size, and with the number of rows fixed by the image size
+    alone results are the same bytes however the images are grouped.
+    """
+    if device.type != "cpu":
+        return max(1, MOST_PIXELS // (height * width))
+    side = max(height, width)
+    return 64 if side <= 64 else 8 if side <= 128 else 1
 
 
 def preset(name: str) -> dict[str, Any]:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mutor_img.checkpoints.folder import load_strict, open_group, read_tensors
+from mutor_img.checkpoints.folder import load_strict, open_group, read_meta, read_tensors
+from mutor_img.checkpoints.tensor_files import has_group
 from mutor_img.common.config import OptimConfig
 from mutor_img.common.errors import UserError
 from mutor_img.training.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
@@ -52,7 +53,7 @@ class Adversary:
         frozen = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
         return generator_loss(functional_call(self.discriminator, frozen, (reconstruction,)))
 
-    def learn(self, global_batch: int, precision: str) -> dict[str, float]:
+    def learn(self, global_batch: int, precision: str) -> dict[str, Tensor]:
         """Make the discriminator's gradients over the global batch from what was judged, and clip their norm.
 
         Args:
@@ -60,8 +61,8 @@ class Adversary:
             precision: ``"bf16"`` or ``"fp32"``.
 
         Returns:
-            ``discriminator``, its hinge loss, not weighted; ``logits_real`` and ``logits_fake``, mean logits of
-            images and of reconstructions; ``discriminator_gradient_norm``. The same on all ranks.
+            Scalars: ``discriminator``, its hinge loss, not weighted; ``logits_real`` and ``logits_fake``, mean logits
+            of images and of reconstructions; ``discriminator_gradient_norm``. The same on all ranks.
         """
         sums = torch.zeros(3, device=self.runtime.device)
         for images, reconstruction in self.pairs:
@@ -78,9 +79,8 @@ class Adversary:
         for gradient, part in zip(gradients, joined.split([gradient.numel() for gradient in gradients])):
             gradient.copy_(part.view_as(gradient))
         norm = nn.utils.clip_grad_norm_(parameters, self.clip or math.inf)
-        loss, real, fake = self.runtime.sum(sums).tolist()
-        return {"discriminator": loss, "logits_real": real, "logits_fake": fake,
-                "discriminator_gradient_norm": norm.item()}
+        loss, real, fake = self.runtime.sum(sums)
+        return {"discriminator": loss, "logits_real": real, "logits_fake": fake, "discriminator_gradient_norm": norm}
 
     def step(self, lr: float) -> None:
         """Move the discriminator's weights along the gradients of :meth:`learn`."""
@@ -100,7 +100,7 @@ class Adversary:
         Raises:
             UserError: the checkpoint holds no discriminator, or another one.
         """
-        if not (folder / f"{_WEIGHTS}.safetensors").is_file():
+        if not has_group(read_meta(folder)["files"], _WEIGHTS):
             raise UserError(f"{folder}: was trained without a discriminator; give another run_dir, or "
                             "loss.adversarial_weight=0 to go on without one")
         load_strict(self.discriminator, read_tensors(folder, _WEIGHTS), folder / f"{_WEIGHTS}.safetensors")

@@ -19,13 +19,13 @@ from tokenizer.training.perceptual import SMALLEST
 class ImagesConfig:
     """The images."""
 
-    images: str = "imagenet/train"  # folder with one sub-folder of images a class
+    images: str = "imagenet/train"  # folder with one sub-folder of images for each class
     val_images: str | None = None  # held-out images, likewise; null: no validation
     val_count: int = 1000  # held-out images used, spread evenly over the folder
     image_size: int = 256  # pixels a side
     mirror: bool = True  # flip every second sample, by draw
     crop_min: float = 0.8  # smallest share of the shorter side that a random crop keeps; 1: centre crop
-    workers: int = 8  # reading threads a process
+    workers: int = 8  # reading threads per process
 
     def validate(self) -> None:
         check_range("data.val_count", self.val_count, 1, 10**9)
@@ -41,7 +41,7 @@ class VQConfig:
     image_channels: int | None = None  # 1 or 3; null: the preset's, as below
     channels: int | None = None  # width at full resolution
     vocabulary: int | None = None  # number of codes
-    code_dim: int | None = None  # numbers a code
+    code_dim: int | None = None  # numbers per code
 
     def options(self) -> dict[str, Any]:
         """Return the constructor arguments of :class:`~tokenizer.network.vq.VQModel`."""
@@ -78,7 +78,7 @@ class LossConfig:
 class RevivalConfig:
     """Codes that nothing chooses get no gradient: they are moved onto latents of the current batch."""
 
-    after: int = 100  # updates a code may go unused; 0: never revive
+    after: int = 100  # updates that a code may go unused; 0: never revive
     until: float = 0.8  # share of the run after which no code is moved any more
 
     def validate(self) -> None:
@@ -98,6 +98,11 @@ class TokenizerConfig:
     revival: RevivalConfig = field(default_factory=RevivalConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def inputs(self) -> dict[str, Any]:
+        """Return every path that a run reads, by its key."""
+        return {"data.images": self.data.images, "data.val_images": self.data.val_images,
+                "loss.lpips_weights": self.loss.lpips_weights}
 
     def validate(self) -> None:
         with torch.device("meta"):

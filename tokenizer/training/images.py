@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from mutor_img.common.images import naming
 from mutor_img.common.streams import Stream, uniform
 from mutor_img.data.order import StatelessOrder
 from tokenizer.images.crops import center_crop, crop_rule, pil_mode, pixels, random_crop, read_squares, to_float
@@ -76,11 +77,12 @@ class TrainingImages:
         return self.pool.submit(self._one, sample, int(items[0]))
 
     def _one(self, sample: int, item: int) -> Tensor:
-        image = self.folder.read(item, pil_mode(self.channels))
-        if self.crop_min == 1:
-            return pixels(center_crop(image, self.image_size))
         draws = uniform(self.seed, Stream.AUGMENT, sample, torch.arange(1, 4)).tolist()
-        return pixels(random_crop(image, self.image_size, self.crop_min, tuple(draws)))
+        with naming(self.folder.name(item)):
+            image = self.folder.read(item, pil_mode(self.channels))
+            if self.crop_min == 1:
+                return pixels(center_crop(image, self.image_size))
+            return pixels(random_crop(image, self.image_size, self.crop_min, tuple(draws)))
 
 
 def read_all(folder: ImageSource, numbers: Sequence[int], channels: int, image_size: int,

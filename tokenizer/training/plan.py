@@ -17,7 +17,7 @@ from tokenizer.training.perceptual import LPIPS
 
 
 def plan_tokenizer(config: TokenizerConfig) -> dict[str, Any]:
-    """Return what ``--dry-run`` prints: parameters, codes and FLOPs an update, memory a device. Needs no images.
+    """Return what ``--dry-run`` prints: parameters, codes and FLOPs per update, memory per device. Needs no images.
 
     FLOPs and memory are those of an update with every term on, in eager mode on one GPU: compiled code keeps less.
     """
@@ -32,19 +32,19 @@ def plan_tokenizer(config: TokenizerConfig) -> dict[str, Any]:
     return {
         "parameters": parameters,
         "parameters of the discriminator": others,
-        "codes an image": rows * columns,
+        "codes per image": rows * columns,
         "vocabulary": model.vocabulary,
-        "images an update": batch,
-        "tokens an update": batch * rows * columns,
-        "FLOPs an update": flops,
-        "FLOPs an update: in LPIPS and the discriminator": batch * loss_flops(config),
+        "images per update": batch,
+        "tokens per update": batch * rows * columns,
+        "FLOPs per update": flops,
+        "FLOPs per update: in LPIPS and the discriminator": batch * loss_flops(config),
         "updates": config.train.steps,
         "FLOPs in all": flops * config.train.steps,
-        "memory a device: weights, GiB": 4 * trained / gib,
-        "memory a device: gradients, GiB": 4 * trained / gib,
-        "memory a device: optimiser, GiB": 8 * trained / gib,
-        "memory a device: EMA, GiB": (4 * parameters if config.train.ema else 0) / gib,
-        "memory an image of a forward pass: activations, GiB": activation_bytes(config) / gib,
+        "memory per device: weights, GiB": 4 * trained / gib,
+        "memory per device: gradients, GiB": 4 * trained / gib,
+        "memory per device: optimiser, GiB": 8 * trained / gib,
+        "memory per device: EMA, GiB": (4 * parameters if config.train.ema else 0) / gib,
+        "memory per image of a forward pass: activations, GiB": activation_bytes(config) / gib,
     }
 
 

@@ -1,0 +1,161 @@
+"""One owner for each output: a hidden file names the process that writes a folder or a file.
+
+The file holds host, process id and the moment that process began (a lease of the library filelock). It goes when the
+command ends. One that a killed process left is taken over at once on the same machine, where it can be seen that the
+process is gone, also if its number belongs to another one by now. Nothing can be seen of another machine's processes:
+an owner touches its file every ``BEAT`` seconds, and counts as gone once it has not for ``SILENCE`` seconds.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
+
+from mutor_img.common.errors import UserError
+
+BEAT, SILENCE = 20.0, 300.0  # seconds; a process may hold Python's lock for a minute while it writes weights
+_POLL = 1.0  # seconds between looks at another machine's lock
+_UNREADABLE = 5.0  # seconds after which a lock that names nobody is not one that is just being written
+_HELD = "MUTOR_IMG_LOCKS"  # in the environment: what this process and those above it hold, so that children inherit it
+_NO_LOCK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+class Lock(NamedTuple):
+    """Where an output's owner is named.
+
+    Attributes:
+        output: the folder or file, for messages.
+        path: the hidden file.
+    """
+
+    output: Path
+    path: Path
+
+
+def folder_lock(folder: str | os.PathLike) -> Lock:
+    """Return the lock of a folder that fills while a command runs; it lies in it."""
+    return Lock(Path(folder), Path(folder) / ".lock")
+
+
+def file_lock(file: str | os.PathLike | None) -> Lock | None:
+    """Return the lock of a file, or of a folder that appears when it is whole; it lies beside. None has none."""
+    return Lock(Path(file), Path(file).with_name(f".{Path(file).name}.lock")) if file else None
+
+
+@contextmanager
+def claim(*locks: Lock | None) -> Iterator[None]:
+    """Own outputs while inside; what this process or one above it owns already stays theirs. None is skipped.
+
+    An output that cannot be written to needs no owner: who writes there will be told so. A file system that knows no
+    exclusive files has none.
+
+    Raises:
+        UserError: another process owns one of them; it is named, with its host.
+    """
+    with ExitStack() as held:
+        for lock in filter(None, locks):
+            held.enter_context(_claim(lock))
+        yield
+
+
+@contextmanager
+def _claim(lock: Lock) -> Iterator[None]:
+    folder = lock.path.parent
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    lease = None
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lease = _acquire(lock)
+        except OSError as error:
+            if error.errno not in _NO_LOCK:
+                raise
+        if lease is None:
+            yield
+            return
+        above = os.environ.get(_HELD, "")
+        os.environ[_HELD] = f"{above} {lease.token}".strip()
+        try:
+            yield
+        finally:
+            os.environ[_HELD] = above
+            lease.release()
+    finally:
+        for path in new:  # what a refused command made; a folder that holds something stays
+            with suppress(OSError):
+                path.rmdir()
+
+
+def _acquire(lock: Lock) -> SoftFileLease | None:
+    """Take a lock; None where it is held for this process already, by itself or by one above it.
+
+    Raises:
+        UserError: another process holds it.
+        OSError: the file cannot be written.
+    """
+    lease = SoftFileLease(lock.path, lease_duration=SILENCE, heartbeat_interval=BEAT)
+    begun, last = time.monotonic(), None
+    while True:
+        with suppress(Timeout, LeaseSettingsMismatch):  # the latter: held by a version with another SILENCE
+            lease.acquire(timeout=0)
+            return lease
+        try:
+            owner, touched = lease.owner, lock.path.stat().st_mtime_ns
+        except FileNotFoundError:  # given back just now
+            continue
+        if owner is None:
+            if time.monotonic() - begun > 2 * _UNREADABLE:
+                raise UserError(f"{lock.path}: is no lock of this program; remove it, or give another output than "
+                                f"{lock.output}")
+            if time.monotonic() - begun > _UNREADABLE:
+                lease.force_break()  # a power cut as it was written
+            time.sleep(_POLL / 10)
+            continue
+        if lease.is_lock_held_by_us or owner.token in os.environ.get(_HELD, "").split():
+            return None
+        host = owner.hostname.partition("?")[0]  # beyond it filelock notes the namespace of process ids
+        words = f"{lock.output}: process {owner.pid} on host {host} is writing there"
+        alive = UserError(f"{words}; wait until it ends, stop it, or give another output (in a copied folder: remove "
+                          f"{lock.path.name})")
+        if owner.hostname == _this_host():
+            if not psutil.pid_exists(owner.pid):  # it ended just now
+                continue
+            if _is_zombie(owner.pid) and lease.owner == owner:
+                lease.force_break()  # dead, but not yet taken note of by its parent: filelock counts it as alive
+                continue
+            raise alive
+        if last is None:
+            print(f"note: {words} or was when it was killed; waiting for a sign of life from that machine, up to "
+                  f"{SILENCE:.0f} s", file=sys.stderr, flush=True)
+        elif last != (owner.token, touched):
+            raise alive
+        elif time.monotonic() - begun > SILENCE + 2 * BEAT:
+            raise UserError(f"{words}, or was when it was killed; remove {lock.path} if it is gone")
+        last = owner.token, touched
+        time.sleep(_POLL)
+
+
+@cache
+def _this_host() -> str:
+    """Return this machine's name as a lock says it."""
+    with (tempfile.TemporaryDirectory() as folder,
+          SoftFileLease(Path(folder) / "lock", lease_duration=SILENCE, heartbeat_interval=BEAT) as lease):
+        return lease.owner.hostname
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False

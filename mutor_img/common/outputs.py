@@ -1,0 +1,101 @@
+"""What a command writes must not be what it reads: compared before anything is opened, whatever the paths look like."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from mutor_img.common.errors import UserError
+
+Paths = str | os.PathLike | None | Sequence[str | os.PathLike]
+# Folders of the project's own formats: what is not among these names may be written beside them.
+_STORE = {"codes.npy", "labels.npy", "codes.json", "encode.json", "parts"}
+_RUN = {"checkpoints", "config.yaml"}
+
+
+def keep_apart(outputs: Mapping[str, Paths], inputs: Mapping[str, Paths], removed: Mapping[str, Paths] | None = None,
+               ) -> None:
+    """Compare what a command writes with what it reads, and its outputs with each other.
+
+    An output may neither be an input (under this name, through a link, or a second name of the same file) nor lie in
+    a folder that is read. A run folder and a code store may be given further files, but not those that they are made
+    of. Nothing needs to exist, and nothing is opened.
+
+    Args:
+        outputs: path or paths by what a message calls them (``"--out"``); several paths of one flag may lie in each
+            other.
+        inputs: likewise; None is no path.
+        removed: folders of the outputs that are emptied on the way; no input and no other output may lie in them.
+
+    Raises:
+        UserError: naming both, and what to do.
+    """
+    removed = removed or {}
+    written = [*_each(outputs), *_each(removed)]
+    for flag, out in written:
+        for source, path in _each(inputs):
+            _compare(flag, out, source, path)
+    for flag, folder in _each(removed):
+        for source, path in [*_each(inputs), *_each(outputs)]:
+            if source != flag and _within(path, folder):
+                raise UserError(f"{source} {path} lies in {folder}, which {flag} fills and removes; give another path")
+    for flag, out in written:
+        for other, path in _each(outputs):
+            if other != flag and _same(out, path):
+                raise UserError(f"{flag} and {other} are both {out}; give two paths")
+            if other != flag and _within(out, path):
+                raise UserError(f"{flag} {out} lies in {path}, which is that of {other}; give a path outside of it")
+
+
+def _compare(flag: str, out: Path, source: str, path: Path) -> None:
+    if _same(out, path):
+        raise UserError(f"{flag} {out} is {source}{f' {path}' if path != out else ''} itself, which would be "
+                        "overwritten; give another path")
+    if not path.is_dir() or _is_free(path, out):
+        return
+    for folder in (path, *_links(path)):
+        if _same(out, folder) or _within(out, folder):
+            raise UserError(f"{flag} {out} lies in {source} {path}, which is read; give a path outside of it")
+
+
+def _each(paths: Mapping[str, Paths]) -> Iterator[tuple[str, Path]]:
+    for name, given in paths.items():
+        for path in [given] if isinstance(given, (str, os.PathLike)) else given or ():
+            yield name, Path(path)
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:  # one is not there: two names of what is not there yet, perhaps
+        return bool(_places(one) & _places(other))
+
+
+def _within(path: Path, folder: Path) -> bool:
+    """Tell whether a path lies below a folder, by its own name or by where a link of that name leads."""
+    return any(Path(os.path.realpath(folder)) in place.parents for place in _places(path))
+
+
+def _places(path: Path) -> set[Path]:
+    """Return where a path leads, and where its own entry stands: writing replaces the entry, be it a link."""
+    return {Path(os.path.realpath(path)), Path(os.path.realpath(path.parent)) / path.name}
+
+
+def _is_free(folder: Path, out: Path) -> bool:
+    """Tell whether a folder is of a format of ours in which this output stands beside the files that count."""
+    names = _STORE if (folder / "codes.json").is_file() else _RUN if any(folder.glob("checkpoints/step_*")) else None
+    if names is None:
+        return False
+    root = Path(os.path.realpath(folder))
+    return not any(root in place.parents and place.relative_to(root).parts[0] in names for place in _places(out))
+
+
+def _links(folder: Path) -> Iterator[Path]:
+    """Yield where the links below a folder lead."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_symlink():
+                yield Path(os.path.realpath(entry))
+            elif entry.is_dir():
+                yield from _links(Path(entry))

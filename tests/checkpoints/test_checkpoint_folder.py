@@ -1,0 +1,39 @@
+"""Checkpoints that follow each other on a disk that will not let the old ones go."""
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from mutor_img.checkpoints.folder import find_checkpoint, read_tensors, write_checkpoint
+
+
+def save(run_dir: Path, step: int) -> None:
+    write_checkpoint(run_dir, step, {"model": {"w": torch.full((2,), float(step))}}, {}, keep=1)
+
+
+def shown(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir() if path.is_dir())
+
+
+def test_old_checkpoints_that_cannot_be_removed_stop_no_save_and_go_with_a_later_one(tmp_path, monkeypatch, capsys):
+    (tmp_path / "checkpoints" / ".step_00000002.part" / "of_a_kill").mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, **_: (_ for _ in ()).throw(OSError(16, "busy", str(path))))
+        for step in (1, 2, 3):
+            save(tmp_path, step)
+            assert find_checkpoint(tmp_path).name == f"step_0000000{step}"
+    warnings = capsys.readouterr().err.splitlines()
+    assert warnings and len(set(warnings)) == len(warnings) and all("cannot be removed (busy)" in w for w in warnings)
+    assert [name for name in shown(tmp_path) if not name.startswith(".")] == ["step_00000003"]
+    save(tmp_path, 4)
+    assert shown(tmp_path) == ["step_00000004"]
+
+
+def test_a_damaged_checkpoint_that_cannot_be_removed_gives_up_its_name(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    (find_checkpoint(tmp_path) / "model.safetensors").write_bytes(b"half")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, **_: (_ for _ in ()).throw(OSError(16, "busy", str(path))))
+        save(tmp_path, 1)
+    assert read_tensors(find_checkpoint(tmp_path), "model")["w"].tolist() == [1, 1]

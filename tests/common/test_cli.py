@@ -1,0 +1,26 @@
+"""Options: the home folder, and paths that no system takes."""
+
+import pytest
+
+from mutor_img.common.cli import Parser, run
+
+
+@pytest.fixture
+def parser():
+    parser = Parser(description="d", example="e")
+    parser.add_argument("--out")
+    parser.add_argument("words", nargs="*")
+    return parser
+
+
+def test_a_value_that_begins_with_a_tilde_lies_in_the_home_folder(parser, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    for argv in (["--out", "~/x.npz"], ["--out=~/x.npz"]):
+        assert parser.parse_args(argv).out == "/home/me/x.npz"
+    assert parser.parse_intermixed_args(["run_dir=~/x", "--out", "a~b", "~/c"]).words == ["run_dir=~/x", "/home/me/c"]
+
+
+def test_a_name_that_is_too_long_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(lambda argv: (tmp_path / ("x" * 300)).write_text(""), [])
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1

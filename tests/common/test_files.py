@@ -1,0 +1,87 @@
+"""Removing what is old ends nothing: it is said once, it goes later, and its name is free."""
+
+import ast
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mutor_img.common import files
+from mutor_img.common.errors import UserError
+from mutor_img.common.files import clear, discard, remove, wait_until_seen
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def stuck(monkeypatch):
+    """Nothing can be removed until the context that is returned is undone."""
+    def busy(path, *arguments, **options):
+        raise OSError(16, "Device or resource busy", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", busy)
+        patch.setattr(Path, "unlink", busy)
+        yield patch
+
+
+def fill(path: Path, folder: bool) -> Path:
+    (path / "in").mkdir(parents=True) if folder else path.write_text("x")
+    return path
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_what_cannot_be_removed_is_said_once_and_goes_later(stuck, tmp_path, capsys, folder):
+    path = fill(tmp_path / "old", folder)
+    assert [remove(path), remove(path)] == [False, False]
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: {path} cannot be removed (Device or resource busy); it is left there"]
+    stuck.undo()
+    assert remove(path) and not path.exists() and remove(path)
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_name_is_free_though_what_bears_it_cannot_be_removed(stuck, tmp_path, folder):
+    for _ in range(2):
+        path = fill(tmp_path / ".step_1.part", folder)
+        clear(path)
+        assert not path.exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".step_1.0.part", ".step_1.1.part"]
+
+
+def test_what_is_discarded_is_whole_or_out_of_sight(monkeypatch, tmp_path, capsys):
+    path = fill(tmp_path / "step_1", True)
+    monkeypatch.setattr(shutil, "rmtree", lambda gone: seen.append((gone.name, path.exists())))
+    seen = []
+    discard(path)
+    assert seen == [(".step_1.0.part", False)]
+    monkeypatch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted")))
+    discard(fill(tmp_path / "step_2", True))
+    assert "step_2 cannot be removed (Operation not permitted)" in capsys.readouterr().err
+
+
+def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path):
+    folder = fill(tmp_path / "kept", True)
+    (tmp_path / "link").symlink_to(folder)
+    assert remove(tmp_path / "link") and (folder / "in").is_dir() and not (tmp_path / "link").is_symlink()
+
+
+def test_files_that_another_machine_wrote_may_come_late(monkeypatch):
+    views = iter([Path("a"), Path("b"), None])
+    wait_until_seen(lambda: next(views), "--out")
+    assert next(views, "asked to the end") == "asked to the end"
+    monkeypatch.setattr(files, "PATIENCE", 0.0)
+    with pytest.raises(UserError, match=r"^c: .* does not see what another one wrote; --out must be on"):
+        wait_until_seen(lambda: Path("c"), "--out")
+
+
+def test_files_are_removed_in_one_place():
+    removing = ("rmtree", "unlink", "os.remove", "rmdir", "removedirs")
+    found = set()
+    for path in [p for package in ("mutor_img", "tokenizer") for p in (ROOT / package).rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(removing):
+                found.add(f"{path.relative_to(ROOT)}: {ast.unparse(node.func)}")
+    assert found == {"mutor_img/common/files.py: shutil.rmtree", "mutor_img/common/files.py: path.unlink",
+                     "mutor_img/common/locks.py: path.rmdir"}

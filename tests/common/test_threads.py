@@ -1,0 +1,62 @@
+"""Every command tells OpenMP to spin briefly before torch is loaded; a library import and a user's choice stay."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mutor_img.common.threads import CHOICES, SHORT
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ["train.py", "sample.py", "evaluate_fid.py"]
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+    for room in ("mutor_img", "tokenizer", "benchmarks") for path in (ROOT / room).rglob("*.py")
+    if 'if __name__ == "__main__":' in (text := path.read_text()) and "serve(" not in text)  # children inherit
+INSTALLED = [f"from mutor_img.common.doors import {door}; {door}()" for door in ("train", "sample", "evaluate_fid")]
+COMMANDS = [*([script] for script in SCRIPTS), *(["-m", module] for module in MODULES),
+            *(["-c", code] for code in INSTALLED)]
+LIBRARY = "import mutor_img, tokenizer, mutor_img.common.cli; from tokenizer import load_tokenizer"
+
+
+@pytest.fixture
+def seen_by_torch(tmp_path):
+    """Return a function that runs a command with a stand-in for torch: what torch would find in its environment."""
+    (tmp_path / "torch.py").write_text(
+        f"import os\nprint(*[os.environ.get(name) for name in {CHOICES}], flush=True)\nos._exit(0)\n")
+
+    def run(*words, **environment):
+        clean = {name: value for name, value in os.environ.items() if name not in CHOICES}
+        done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True,
+                              env=clean | {"PYTHONPATH": f"{tmp_path}:{ROOT}"} | environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    return run
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda words: words[-1])
+def test_a_command_spins_briefly(seen_by_torch, command):
+    assert seen_by_torch(*command) == ["None", *SHORT.values()]
+
+
+@pytest.mark.parametrize("name, value", [("OMP_WAIT_POLICY", "PASSIVE"), ("GOMP_SPINCOUNT", "7"),
+                                         ("KMP_BLOCKTIME", "0")])
+def test_a_user_s_choice_wins(seen_by_torch, name, value):
+    assert seen_by_torch("sample.py", **{name: value}) == [value if n == name else "None" for n in CHOICES]
+
+
+def test_a_library_import_changes_nothing(seen_by_torch):
+    assert seen_by_torch("-c", LIBRARY) == ["None"] * 3
+    assert seen_by_torch("-c", "import tokenizer.encode, mutor_img.pretraining.command") == ["None"] * 3
+
+
+def test_the_tests_and_their_children_spin_briefly():
+    assert any(name in os.environ for name in CHOICES)
+
+
+def test_there_are_commands_of_every_package():
+    assert {"tokenizer.encode", "tokenizer.train", "mutor_img.sweep", "mutor_img.metrics.digits",
+            "benchmarks.train_step"} <= set(MODULES)

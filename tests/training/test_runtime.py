@@ -1,0 +1,47 @@
+"""Slurm's tasks without a launcher are refused, since each would take itself for the whole run."""
+
+import pytest
+
+from mutor_img.common.errors import UserError
+from mutor_img.evaluation import networks
+from mutor_img.training.runtime import Runtime
+
+SLURM = ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_JOB_ID", "ENVIRONMENT", "RANK",
+         "WORLD_SIZE")
+
+
+@pytest.fixture(params=[Runtime.start, lambda: networks.start("cpu")])
+def start(request, monkeypatch):
+    """A function that starts a runtime, as a command does, among these variables alone."""
+    def among(**variables):
+        for name in SLURM:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        return request.param()
+
+    return among
+
+
+@pytest.mark.parametrize("variables", [
+    {"SLURM_NTASKS": "2"}, {"SLURM_NTASKS": "8", "SLURM_PROCID": "3"},
+    {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8"},
+    {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "ENVIRONMENT": "BATCH"},
+])
+def test_several_slurm_tasks_without_a_launcher_are_told_which_to_use(start, variables):
+    with pytest.raises(UserError, match="srun --ntasks-per-node=1 torchrun") as caught:
+        start(**variables)
+    assert "SLURM_NTASKS" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("variables", [
+    {}, {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"},
+    {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_STEP_ID": "2"},
+    {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7", "ENVIRONMENT": "BATCH"},  # the batch script itself
+])
+def test_one_task_is_one_process(start, variables):
+    assert start(**variables).world == 1
+
+
+def test_a_launcher_within_slurm_tells_each_process_its_rank(start):
+    assert start(SLURM_NTASKS="2", SLURM_PROCID="0", RANK="0", WORLD_SIZE="1").rank == 0
