@@ -1,10 +1,12 @@
-"""Checks of whole runs: one that is resumed ends where one in one go ends, and one that does everything on its way."""
+"""Checks of whole runs: one that is resumed ends where it ended before, and one that does everything on its way."""
 
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from mutor_img.gpu_report.place import CheckFailed, Place, draw_convolutions, re
 from mutor_img.gpu_report.training import EMA, SmallConfig, small_run
 from mutor_img.metrics.digits import ABOUT_FILE, WEIGHTS_FILE, DigitNet
 from mutor_img.pretraining.config import CodesConfig, EvalConfig
-from mutor_img.pretraining.rehearsal import random_task, with_steps
+from mutor_img.pretraining.rehearsal import random_task
 from mutor_img.pretraining.task import GeneratorTask
 from mutor_img.registers import RegisterLaw
 from mutor_img.training.log import read_metrics
@@ -37,7 +39,7 @@ APART = 0.25
 
 
 def check_resume(place: Place, law: RegisterLaw, precision: str, checkpointing: bool = False) -> str:
-    """A generator's run with dropout and EMA, stopped after half of its updates, against one in one go."""
+    """A generator's run with dropout and EMA, resumed after half of its updates, against the run in one go."""
     with tempfile.TemporaryDirectory() as folder:
         config = small_run(Path(folder), law, precision, True, model={"dropout": 0.1},
                            train={"ema": EMA, "activation_checkpointing": checkpointing})
@@ -55,7 +57,7 @@ def check_tokenizer_resume(place: Place, precision: str) -> str:
 
 
 def resumed(place: Place, config: Any, task: Callable[..., Task], root: Path) -> str:
-    """Train two runs of four updates, one in two sittings; every tensor of their checkpoints is to be the same.
+    """Train a run of four updates, and go on once more from its middle; both are to end with the same tensors.
 
     Kernels that sum in no fixed order (the backward pass of fused attention) may part them a little. What a resume has
     lost parts them by as much as an update moves: masks of dropout, moments, an average, an order.
@@ -69,17 +71,18 @@ def resumed(place: Place, config: Any, task: Callable[..., Task], root: Path) ->
     Raises:
         CheckFailed: they end more than ``APART`` of the way of the last two updates from each other.
     """
-    for run, sittings in (("whole", (4,)), ("parts", (2, 4))):
-        config.run_dir, config.train.checkpoint_every = str(root / run), 2
-        for steps in sittings:
-            part = with_steps(config, steps)
-            train(task(part, place.runtime), part, place.runtime)
-    whole, parts = find_checkpoint(root / "whole"), find_checkpoint(root / "parts")
+    config = replace(config, train=replace(config.train, steps=4, checkpoint_every=2))
+    for run in ("whole", "parts"):
+        config.run_dir = str(root / run)
+        train(task(config, place.runtime), config, place.runtime)
+        if run == "whole":
+            whole = find_checkpoint(root / run)
+            middle = shutil.copytree(whole.with_name("step_00000002"), root / "parts" / "checkpoints" / "step_00000002")
+    parts = find_checkpoint(root / "parts")
     groups = sorted({name.split(".")[0] for name in read_meta(whole)["files"]})
     wrong, same, count, worst = [], 0, 0, 0.0
     for group in groups:
-        one, two, half = (read_tensors(folder, group) for folder in (
-            whole, parts, parts.with_name("step_00000002")))
+        one, two, half = (read_tensors(folder, group) for folder in (whole, parts, middle))
         for name in one:
             count, same = count + 1, same + torch.equal(one[name], two[name])
             share = relative(two[name], one[name], one[name].double() - half[name].double())

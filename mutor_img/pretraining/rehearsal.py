@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +60,3 @@ def random_task(config: GeneratorConfig, runtime: Runtime) -> GeneratorTask:
         task.preflight = Preflight("not compared")
     return task
 
-
-def with_steps(config: GeneratorConfig, steps: int) -> GeneratorConfig:
-    """Return the config with another number of updates."""
-    return replace(config, train=replace(config.train, steps=steps))

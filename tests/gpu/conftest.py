@@ -7,11 +7,24 @@ from bodies import CPU
 
 from mutor_img.decoding import cpu as packed
 from mutor_img.training import loop, parallel
+from mutor_img.training.log import RunLog
 
 
 @pytest.fixture
-def eager(monkeypatch, tiny):
-    """Trainers compile as :data:`CPU` says, and bf16 decoding on a CPU not at all."""
-    monkeypatch.setattr(parallel, "compile_blocks", partial(parallel.compile_blocks, backend=CPU.backend))
+def brief(monkeypatch, tiny):
+    """What takes long on a CPU and no check looks at is left out: compiled kernels, loss curves, a CPU's peak."""
     monkeypatch.setattr(packed.shutil, "which", lambda name: None)
     monkeypatch.setattr(loop, "peak_flops", lambda *given: None)  # half a minute in bf16 on some CPUs
+    monkeypatch.setattr(RunLog, "draw", lambda self, names: None)
+
+
+@pytest.fixture
+def eager(monkeypatch, brief):
+    """Trainers compile as :data:`CPU` says: torch traces each block, and runs it as it is."""
+    monkeypatch.setattr(parallel, "compile_blocks", partial(parallel.compile_blocks, backend=CPU.backend))
+
+
+@pytest.fixture
+def uncompiled(monkeypatch, brief):
+    """Trainers compile nothing: a fault that lies elsewhere needs no tracing."""
+    monkeypatch.setattr(parallel, "compile_blocks", lambda blocks: None)

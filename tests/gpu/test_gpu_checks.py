@@ -7,7 +7,6 @@ from bodies import BODIES, CHECKS, CPU, SMALL
 from mutor_img.gpu_report import training
 from mutor_img.gpu_report.checks import LAWS, all_checks
 from mutor_img.gpu_report.place import Place
-from mutor_img.training import parallel
 from mutor_img.transformer import PRESETS
 
 pytestmark = pytest.mark.usefixtures("usual_limits")
@@ -47,7 +46,6 @@ def test_the_body_of_a_check_runs_on_a_cpu(body, eager):
     assert BODIES[body](CPU)
 
 
-def test_masks_of_checkpointed_blocks_are_checked_uncompiled_on_a_cpu(monkeypatch):
+def test_masks_of_checkpointed_blocks_are_checked_uncompiled_on_a_cpu(uncompiled):
     """The eager backend of torch.compile draws other masks when it computes a block again."""
-    monkeypatch.setattr(parallel, "compile_blocks", lambda blocks: None)
     assert training.check_dropout_gradient(CPU, SMALL, checkpointing=True)
