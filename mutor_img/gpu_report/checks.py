@@ -11,6 +11,7 @@ from mutor_img.gpu_report.images import (
     check_decode,
     check_encode,
     check_features,
+    check_lpips,
     check_scores,
     check_tokenizer_step,
 )
@@ -103,6 +104,7 @@ def other_checks() -> dict[str, Check]:
         for name, scale in (("no guidance", 1.0), ("guidance 2", 2.0)):
             checks[f"decoding, {name}, {precision}"] = partial(check_decoding, cfg_scale=scale, precision=precision)
         checks[f"tokenizer, training step, {precision}"] = partial(check_tokenizer_step, precision=precision)
+        checks[f"tokenizer, LPIPS, {precision}"] = partial(check_lpips, precision=precision)
         checks[f"tokenizer, resume, {precision}"] = partial(check_tokenizer_resume, precision=precision)
     checks["tokenizer, encode"] = partial(check_encode)
     checks["tokenizer, decode"] = partial(check_decode)

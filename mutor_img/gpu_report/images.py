@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from mutor_img.common.config import OptimConfig, TrainConfig
+from mutor_img.common.full_precision import full_precision
 from mutor_img.common.images import write_png
 from mutor_img.gpu_report.place import CheckFailed, Place, draw_convolutions, expect, in_double
 from mutor_img.metrics.digits import DigitFeatures, DigitNet, grey
@@ -24,6 +25,7 @@ from mutor_img.metrics.extraction import extract
 from mutor_img.metrics.features import FeatureNetwork, Inception, InceptionGraph, to_nchw
 from mutor_img.metrics.image_sets import ArrayImages
 from mutor_img.pretraining.parity import FLOORS, PLAIN_FACTOR, rms_difference
+from mutor_img.training.runtime import Runtime
 from mutor_img.training.trainer import Trainer
 from tokenizer.encode import VIEWS, encode_images
 from tokenizer.images.crops import center_rule, read_squares, to_float
@@ -32,9 +34,11 @@ from tokenizer.network.quantizer import Quantised
 from tokenizer.network.vq import VQModel
 from tokenizer.train import TokenizerTask
 from tokenizer.training.config import ImagesConfig, LossConfig, RevivalConfig, TokenizerConfig, VQConfig
+from tokenizer.training.perceptual import LPIPS
 
 CLASSES = [str(number) for number in range(10)]
 SIZE = 32  # pixels a side
+JUDGED = LossConfig(adversarial_weight=0.5, adversarial_start=0, discriminator_channels=8, discriminator_layers=1)
 SCORE_TOLERANCE = {"precision": 0.03, "recall": 0.03}  # one of 48 samples on the edge of a neighbourhood
 
 
@@ -75,20 +79,20 @@ def tokenizer_run(folder: Path, precision: str, fast: bool, loss: LossConfig | N
 
 
 def tokenizer_trainer(place: Place, config: TokenizerConfig,
-                      change: Callable[[VQModel], VQModel] | None = None) -> Trainer:
-    """Return the Trainer of a tokenizer with drawn weights, which ``change`` may replace."""
+                      change: Callable[[TokenizerTask], None] = lambda task: None) -> Trainer:
+    """Return the Trainer of a tokenizer with drawn weights; ``change`` may replace parts of its task."""
     task = TokenizerTask(config, place.runtime)
     draw_convolutions(task.model)
-    if change:
-        task.model = change(task.model)
+    change(task)
     return Trainer(task, config, place.runtime)
 
 
 def tokenizer_tensors(trainer: Trainer) -> tuple[dict[str, Tensor], Quantised]:
-    """Return loss and gradients of the first update by name, and what the quantiser made of its images."""
+    """Return losses and gradients of the first update by name, and what the quantiser made of its images."""
     logged = trainer.gradients()
-    found = {"loss": torch.tensor(logged["loss"], device=trainer.runtime.device)}
-    found |= {f"gradient of {name}": weight.grad for name, weight in trainer.model.named_parameters()}
+    found = {name: torch.tensor(logged[name], device=trainer.runtime.device) for name in ("loss", "discriminator")}
+    for owner, network in (("", trainer.model), ("the discriminator's ", trainer.task.adversary.discriminator)):
+        found |= {f"gradient of {owner}{name}": weight.grad for name, weight in network.named_parameters()}
     return found, trainer.task.seen[0][1]
 
 
@@ -124,25 +128,57 @@ def expect_nearest(found: Tensor, rounded: Tensor, true: Tensor, codes: Tensor, 
 
 
 def check_tokenizer_step(place: Place, precision: str) -> str:
-    """Codes, loss and every gradient of a tokenizer's compiled update against float64, given the same codes."""
+    """Codes, losses and every gradient of a compiled update, the discriminator's too, against float64.
+
+    Rounding may decide between two codes, and all that follows hangs on which: the others are given those that the
+    compiled update chose, which must be the nearest but for rounding.
+    """
     rounding = "tf32" if precision == "fp32" and place.device.type == "cuda" else precision
     with tempfile.TemporaryDirectory() as folder:
         write_images(Path(folder) / "images")
-        found, fast = tokenizer_tensors(tokenizer_trainer(place, tokenizer_run(Path(folder), precision, fast=True)))
+        found, fast = tokenizer_tensors(tokenizer_trainer(
+            place, tokenizer_run(Path(folder), precision, fast=True, loss=JUDGED)))
 
-        def same_codes(model: VQModel) -> VQModel:
-            model.quantize.nearest = lambda unit: fast.indices
-            return model
+        def same_codes(task: TokenizerTask) -> None:
+            task.model.quantize.nearest = lambda unit: fast.indices
 
-        plain, rounded = tokenizer_tensors(tokenizer_trainer(
-            place, tokenizer_run(Path(folder), precision, fast=False), same_codes))
-        wide = tokenizer_trainer(place, tokenizer_run(Path(folder), "fp32", fast=False),
-                                 lambda model: same_codes(in_double(model)))
-        exact, true = tokenizer_tensors(wide)
-        codes = wide.model.quantize.codes()
+        def wide(task: TokenizerTask) -> None:
+            task.model, task.adversary.discriminator = in_double(task.model), in_double(task.adversary.discriminator)
+            same_codes(task)
+
+        trainers = [tokenizer_trainer(place, tokenizer_run(Path(folder), rounded, fast=False, loss=JUDGED), change)
+                    for rounded, change in ((precision, same_codes), ("fp32", wide))]
+        (plain, rounded), (exact, true) = (tokenizer_tensors(trainer) for trainer in trainers)
+        codes = trainers[1].model.quantize.codes()
     used = expect_nearest(fast.indices, rounded.unit, true.unit, codes, rounding)
     right = expect([rms_difference(name, found[name], plain[name], exact[name], rounding) for name in found])
     return f"{right}; {used}"
+
+
+def check_lpips(place: Place, precision: str, count: int = 2) -> str:
+    """LPIPS of pairs of images, and its gradient, as a tokenizer's training computes it, against float64 features.
+
+    In fp32 in whole fp32, though training lets convolutions round to TF32: what that may amount to after 13 of them is
+    no measure of anything.
+    """
+    lpips = draw_convolutions(LPIPS())
+    for head in lpips.heads:
+        head.weight.abs_()  # as the published ones are, whose distances are positive
+    exact = copy.deepcopy(lpips)
+    exact.features = in_double(exact.features)
+    images, others = to_float(torch.from_numpy(random_images(2 * count, 3)).permute(0, 3, 1, 2)).chunk(2)
+
+    def tensors(network: LPIPS, device: torch.device, rounded: str) -> dict[str, Tensor]:
+        leaf = others.to(device).requires_grad_()
+        with full_precision(), torch.enable_grad(), Runtime(device).autocast(rounded):
+            distance = network.to(device)(leaf, images.to(device))  # (count,)
+            gradient, = torch.autograd.grad(distance.sum(), leaf)  # (count, 3, 32, 32)
+        return {"distance": distance.detach().cpu(), "gradient": gradient.cpu()}
+
+    cpu = torch.device("cpu")
+    true, plain = tensors(exact, cpu, "fp32"), tensors(copy.deepcopy(lpips), cpu, precision)
+    found = tensors(lpips, place.device, precision)
+    return expect([rms_difference(name, found[name], plain[name], true[name], precision) for name in found])
 
 
 def drawn_tokenizer() -> VQModel:
@@ -194,7 +230,7 @@ def check_features(place: Place, network: str, count: int = 8) -> str:
 
 def features_of(network: FeatureNetwork, images: np.ndarray) -> dict[str, Tensor]:
     """Return every output of a feature network, (B, dimension) by name, by the pass that scores make."""
-    return extract(ArrayImages(images), network, statistics={"pool"}, rows=set(network.dimensions), batch_size=3).rows
+    return extract(ArrayImages(images), network, statistics=(), rows=set(network.dimensions), batch_size=3).rows
 
 
 def check_scores(place: Place, count: int = 48) -> str:

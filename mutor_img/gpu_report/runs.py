@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from mutor_img.checkpoints.folder import find_checkpoint, read_meta, read_tensors, write_checkpoint
 from mutor_img.common.files import file_hash, read_json, write_json
-from mutor_img.gpu_report.images import CLASSES, SIZE, tokenizer_run, write_images
+from mutor_img.gpu_report.images import CLASSES, JUDGED, SIZE, tokenizer_run, write_images
 from mutor_img.gpu_report.place import CheckFailed, Place, draw_convolutions, relative
 from mutor_img.gpu_report.training import EMA, SmallConfig, small_run
 from mutor_img.metrics.digits import ABOUT_FILE, WEIGHTS_FILE, DigitNet
@@ -31,11 +31,11 @@ from tokenizer.images.folder import list_images
 from tokenizer.loading import load_tokenizer
 from tokenizer.network.vq import VQModel
 from tokenizer.train import TokenizerTask
-from tokenizer.training.config import LossConfig
 
 # Of the way that the last two updates went. Adam makes whole steps of the signs of gradients near 0, which may differ
 # where kernels sum in no fixed order: a few hundredths. Whatever a resume forgets is nearer to 1.
 APART = 0.25
+MEASURED = ("loss", "val_next_token", "eval_fd", "eval_recall")
 
 
 def check_resume(place: Place, law: RegisterLaw, precision: str, checkpointing: bool = False) -> str:
@@ -48,8 +48,7 @@ def check_resume(place: Place, law: RegisterLaw, precision: str, checkpointing: 
 
 def check_tokenizer_resume(place: Place, precision: str) -> str:
     """A tokenizer's run with a discriminator, revived codes and EMA, likewise."""
-    loss = LossConfig(entropy=0.1, adversarial_weight=0.5, adversarial_start=0, discriminator_channels=8,
-                      discriminator_layers=1)
+    loss = replace(JUDGED, entropy=0.1)
     with tempfile.TemporaryDirectory() as folder:
         write_images(Path(folder) / "images")
         config = tokenizer_run(Path(folder), precision, True, loss, {"ema": EMA})
@@ -103,13 +102,14 @@ def check_run(place: Place, law: RegisterLaw) -> str:
         config = whole_run(place, Path(folder), law)
         trainer = train(GeneratorTask(config, place.runtime), config, place.runtime)
         values = {key: value for row in read_metrics(trainer.run_dir) for key, value in row.items()}
-        for key in ("loss", "val_next_token", "eval_fd", "eval_recall"):
-            if not math.isfinite(values.get(key, math.nan)):
-                raise CheckFailed(f"the run's {key} is {values.get(key, 'absent')}")
+        faults = [f"the run's {key} is {values.get(key, 'absent')}" for key in MEASURED
+                  if not math.isfinite(values.get(key, math.nan))]
         if not list((trainer.run_dir / "pictures").glob("samples_*.png")):
-            raise CheckFailed("the run drew no sample grid")
+            faults.append("the run drew no sample grid")
         if place.flex and (found := read_json(trainer.run_dir / "preflight.json"))["attention"] != "flex":
-            raise CheckFailed("\n".join(["the run's preflight failed", *found["failures"], found.get("log", "")]))
+            faults += ["the run's preflight failed", *found["failures"], found.get("log", "")]
+    if faults:
+        raise CheckFailed("\n".join(faults))
     return (f"loss {values['loss']:.3f}, held out {values['val_next_token']:.3f}, fd {values['eval_fd']:.4g}"
             + (f", preflight passed in {found['seconds']:.0f} s" if place.flex else ""))
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mutor_img.attention import SdpaAttention
-from mutor_img.checkpoints.folder import find_checkpoint, read_tensors
+from mutor_img.checkpoints.folder import find_checkpoint, open_group, read_tensors
 from mutor_img.common.config import OptimConfig
 from mutor_img.gpu_report.place import CheckFailed, Place, expect, process_group, relative
 from mutor_img.pretraining.config import GeneratorConfig
@@ -30,7 +30,7 @@ from mutor_img.pretraining.rehearsal import random_run, random_task
 from mutor_img.registers import RegisterLaw
 from mutor_img.training import parallel
 from mutor_img.training.hardware import peak_flops
-from mutor_img.training.optimizer import build_optimizer
+from mutor_img.training.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.trainer import Trainer
 from mutor_img.transformer import Block, ModelConfig, RotaryTable
@@ -181,7 +181,10 @@ def check_ema(place: Place, law: RegisterLaw, updates: int = 4) -> str:
 
 
 def check_several(place: Place, law: RegisterLaw, wrapper: str, precision: str, checkpointing: bool = False) -> str:
-    """An all-reduce, and an update under DDP or FSDP2 in a group of one process: its gradients, weights and files."""
+    """An all-reduce, and an update under DDP or FSDP2 in a group of one process: its gradients, weights and files.
+
+    Of sharded weights also a whole copy, and the checkpoint read back.
+    """
     with tempfile.TemporaryDirectory() as folder, process_group(place.device) as backend:
         ones = torch.ones(1000, device=place.device)
         dist.all_reduce(ones)
@@ -205,7 +208,35 @@ def check_several(place: Place, law: RegisterLaw, wrapper: str, precision: str, 
             share = relative(whole(weight), expected, expected - before[name])
             if not share <= 0.05:  # the signs of gradients near 0 are whole steps, and may differ
                 raise CheckFailed(f"an update moves {name} elsewhere, by {share:.2f} of the way")
+        if wrapper == "fsdp":
+            expect_sharded_state(fast, parallel.blank_copy(exact.model))
     return f"{backend}: {detail}; the weights move as they should and are written as they are"
+
+
+def expect_sharded_state(trainer: Trainer, blank: nn.Module) -> None:
+    """Check a sharded model's whole copy, as pictures are drawn from, and what a resume reads from its checkpoint.
+
+    Args:
+        trainer: sharded; its newest checkpoint is of this moment.
+        blank: a model without memory, for the copy.
+
+    Raises:
+        CheckFailed: a tensor of either is not the run's.
+    """
+    def state() -> dict[str, Tensor]:
+        return {**trainer.model.state_dict(), **optimizer_tensors(trainer.model, trainer.optimizer)}
+
+    expected = {name: whole(tensor).clone() for name, tensor in state().items()}
+    copied = parallel.gather(trainer.model, blank, trainer.runtime, wanted=True).state_dict()
+    for tensor in state().values():
+        tensor.zero_()
+    folder = find_checkpoint(trainer.run_dir)
+    parallel.load_model(trainer.model, open_group(folder, "model"))
+    load_optimizer_tensors(trainer.model, trainer.optimizer, open_group(folder, "optimizer"))
+    for what, found in (("gathered", copied), ("read back", {name: whole(tensor) for name, tensor in state().items()})):
+        for name, tensor in found.items():
+            if not torch.equal(tensor, expected[name]):
+                raise CheckFailed(f"{name}, {what}, is not the run's")
 
 
 def first_adamw_step(weight: Tensor, gradient: Tensor, lr: float, config: OptimConfig) -> Tensor:

@@ -13,6 +13,9 @@ CHECKS = all_checks(batch=2)
 CPU = Place(torch.device("cpu"), backend="eager")
 SMALL, PLAIN, EVEN = RegisterLaw("2d", (4, 5), 3, 6), RegisterLaw("none", (4, 5)), RegisterLaw("2d", (8, 8), 3, 6)
 
+# Traced as torch.compile does it; in the other rehearsals blocks run as they are, since nothing new would be traced.
+TRACED = ("training step", "training step, no registers", "training step, checkpointed, chunked loss", "DDP", "FSDP2",
+          "resume", "dropout, gradient", "tokenizer step")
 BODIES = {
     "flex": partial(attention.check_flex, law=SMALL, head_dim=100, precision="fp32"),
     "sdpa": partial(attention.check_sdpa, law=SMALL, head_dim=100, precision="bf16", compiled=True),
@@ -35,9 +38,10 @@ BODIES = {
     "decoding": partial(decoding.check_decoding, cfg_scale=2.0, precision="fp32"),
     "decoding, bf16": partial(decoding.check_decoding, cfg_scale=1.0, precision="bf16"),
     "tokenizer step": partial(images.check_tokenizer_step, precision="bf16"),
+    "LPIPS": partial(images.check_lpips, precision="fp32", count=1),
     "encode": partial(images.check_encode, count=10),
-    "decode": partial(images.check_decode, count=4),
-    "inception": partial(images.check_features, network="inception", count=2),
+    "decode": partial(images.check_decode, count=2),
+    "inception": partial(images.check_features, network="inception", count=1),
     "digits": partial(images.check_features, network="mnist"),
     "scores": partial(images.check_scores),
     "update": partial(training.measure_update, law=SMALL, preset="mnist", batch=2, rounds=1, vocabulary=32),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bodies import BODIES, CHECKS, CPU, SMALL
+from bodies import BODIES, CHECKS, CPU, SMALL, TRACED
 
 from mutor_img.gpu_report import training
 from mutor_img.gpu_report.checks import LAWS, all_checks
@@ -42,7 +42,8 @@ def test_every_check_of_the_table_is_rehearsed_on_a_cpu():
 
 
 @pytest.mark.parametrize("body", BODIES)
-def test_the_body_of_a_check_runs_on_a_cpu(body, eager):
+def test_the_body_of_a_check_runs_on_a_cpu(body, request):
+    request.getfixturevalue("eager" if body in TRACED else "uncompiled")
     assert BODIES[body](CPU)
 
 

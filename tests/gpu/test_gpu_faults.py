@@ -192,6 +192,18 @@ def rows_that_are_written_in_place_of_others(monkeypatch):
     wrap(monkeypatch, parallel, "local_rows", shifted)
 
 
+@fault(training.check_several, r"cls_embedding\S+, gathered, is not the run's", law=SMALL, wrapper="fsdp",
+       precision="fp32")
+def a_whole_copy_of_other_rows(monkeypatch):
+    wrap(monkeypatch, parallel, "fill_blank", lambda right, model, weights, device: right(
+        model, {name: weight.flip(0) for name, weight in weights.items()}, device))
+
+
+@fault(training.check_several, r"\S+, read back, is not the run's", law=SMALL, wrapper="fsdp", precision="fp32")
+def moments_that_are_not_read_back(monkeypatch):
+    monkeypatch.setattr(training, "load_optimizer_tensors", lambda *given: None)
+
+
 @fault(training.measure_update, "the first loss is", law=SMALL, preset="mnist", batch=2, rounds=1, vocabulary=32)
 def a_loss_that_counts_twice(monkeypatch):
     wrap(monkeypatch, transformer, "cross_entropy_sum", lambda right, *given: 2 * right(*given))
@@ -266,6 +278,32 @@ def codes_of_other_places(monkeypatch):
     wrap(monkeypatch, Quantizer, "nearest", lambda right, self, unit: right(self, unit).roll(1, 1))
 
 
+@fault(images.check_tokenizer_step, r"gradient of the discriminator's main\S+ differs", precision="fp32")
+def a_discriminator_that_learns_too_fast(monkeypatch):
+    calls = []
+
+    def around(right, self, *given):
+        found = right(self, *given)
+        if not calls:  # the compiled run's
+            for weight in self.discriminator.parameters():
+                weight.grad.mul_(1.2)
+        return calls.append(1) or found
+
+    wrap(monkeypatch, Adversary, "learn", around)
+
+
+@fault(images.check_lpips, "gradient differs by", precision="fp32", count=1)
+def a_perceptual_loss_of_half_precision(monkeypatch):
+    calls = []
+
+    def around(right, self, *given):
+        calls.append(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=len(calls) == 3):  # after the two references
+            return right(self, *given)
+
+    wrap(monkeypatch, images.LPIPS, "forward", around)
+
+
 @fault(images.check_encode, "farther from its latent than the nearest", count=10)
 def a_mirror_that_does_not_mirror(monkeypatch):
     wrap(monkeypatch, images, "encode_images", lambda right, *given, **options: (
@@ -273,13 +311,13 @@ def a_mirror_that_does_not_mirror(monkeypatch):
         monkeypatch.setitem(images.VIEWS, "mirror", lambda squares: squares.flip(-1)))[1])
 
 
-@fault(images.check_decode, "pixels differs by", count=4)
+@fault(images.check_decode, "pixels differs by", count=2)
 def pixels_of_half_precision(monkeypatch):
     wrap(monkeypatch, images.VQModel, "decode", only_first(rounded))
 
 
 @fault(images.check_features, "pool differs by", network="mnist")
-@fault(images.check_features, "spatial differs by", network="inception", count=2)
+@fault(images.check_features, "spatial differs by", network="inception", count=1)
 def features_of_half_precision(monkeypatch):
     wrap(monkeypatch, images, "features_of", only_first(lambda found: {k: rounded(v) for k, v in found.items()}))
 
@@ -293,7 +331,6 @@ def a_distance_a_hundredth_too_large(monkeypatch):
 
 
 @fault(runs.check_resume, r"of the resumed run is \d\.\d\d of the way", law=PLAIN, precision="bf16")
-@fault(runs.check_tokenizer_resume, r"of the resumed run is \d\.\d\d of the way", precision="bf16")
 def moments_that_a_resume_forgets(monkeypatch):
     monkeypatch.setattr(trainer_module, "load_optimizer_tensors", lambda *given: None)
 
@@ -303,13 +340,9 @@ def a_discriminator_that_a_resume_forgets(monkeypatch):
     monkeypatch.setattr(Adversary, "resume", lambda self, folder: None)
 
 
-@fault(runs.check_run, "eval_fd is absent", law=EVEN)
-def scores_that_do_not_come(monkeypatch):
+@fault(runs.check_run, "eval_fd is absent\n(.*\n)*the run drew no sample grid", law=EVEN)
+def scores_and_pictures_that_do_not_come(monkeypatch):
     monkeypatch.setattr(GeneratorTask, "score", lambda self, model, step: {})
-
-
-@fault(runs.check_run, "drew no sample grid", law=EVEN)
-def pictures_that_do_not_come(monkeypatch):
     monkeypatch.setattr(GeneratorTask, "draw_pictures", lambda self, model, folder, step: None)
 
 
