@@ -105,9 +105,10 @@ def main(argv: Sequence[str]) -> dict[str, float]:
     print(f"share of a GPU's step   {shares['gpu']:.2%} of the paper's {GPU_STEP} s for {GPU_BATCH} sequences per GPU "
           "(computed, not measured)")
     if args.steps:
-        step = make_step("B", RegisterLaw("2d", GRID, 4, 80), args.step_batch, bf16=True, compiled=False)
-        step()
-        measured = statistics.median(seconds(step) for _ in range(args.steps)) * BATCH / args.step_batch
+        with tempfile.TemporaryDirectory() as folder:
+            step = make_step(Path(folder), "B", RegisterLaw("2d", GRID, 4, 80), args.step_batch, "bf16", compiled=False)
+            step()
+            measured = statistics.median(seconds(step) for _ in range(args.steps)) * BATCH / args.step_batch
         shares["cpu"] = whole / measured
         print(f"share of the CPU's step {shares['cpu']:.5%} of {measured:.0f} s for {BATCH} sequences with 80 "
               f"registers (from {args.step_batch})")
