@@ -42,8 +42,8 @@ A variation of a run is a file of a few lines, or the same file with overrides a
 
     python train.py --config configs/mnist/mutor2d.yaml registers.d_max=3 run_dir=runs/mnist/mutor2d_d3
 
-A run that is there goes on with the same seed, model, registers, data and global batch only; another learning rate,
-precision or EMA is said at the start, and the earlier config stays beside the new one.
+A run that is there goes on with the same seed, model, objective, registers, data and global batch only; another
+learning rate, precision or EMA is said at the start, and the earlier config stays beside the new one.
 """
 
 
