@@ -12,21 +12,27 @@ from mutor_img.common.errors import UserError
 from mutor_img.objectives.mutor import Mutor
 from mutor_img.objectives.objective import Objective
 from mutor_img.objectives.parallel_heads import ParallelHeads
+from mutor_img.objectives.sequential_heads import SequentialHeads
 from mutor_img.registers import RegisterLaw
 
-KINDS: dict[str, type[Objective]] = {"parallel-heads": ParallelHeads}  # beside mutor
+KINDS: dict[str, type[Objective]] = {  # beside mutor
+    "parallel-heads": ParallelHeads, "sequential-heads": SequentialHeads,
+}
 
 
 @dataclass
 class ObjectiveConfig:
     """What the run trains for. A setting that is left out has its kind's own default (docs/objectives.md)."""
 
-    kind: str = "mutor"  # mutor: set by registers.*, next-token prediction where registers.kind is none; parallel-heads
-    weight: float | None = None  # a, the share of the loss; parallel-heads: 0.1
+    kind: str = "mutor"  # mutor (next-token prediction where registers.kind is none), parallel-heads, sequential-heads
+    weight: float | None = None  # parallel-heads: a, their share of the loss; 0.1. sequential-heads: lambda; 0.3
     offsets: list[int] = field(default_factory=list)  # parallel-heads: a head for each raster offset; [2]
     tap_from_end: int | None = None  # parallel-heads: how many of the model's last blocks the heads leave out; 1
     blocks: int | None = None  # parallel-heads: blocks of each head; 1
     own_output: bool | None = None  # parallel-heads: an output matrix for each head; false: the model's
+    depths: int | None = None  # sequential-heads: links of the chain; 1
+    late_weight: float | None = None  # sequential-heads: lambda from update late_from on; 0.1
+    late_from: int | None = None  # sequential-heads: null: lambda stays
 
     def given(self) -> dict[str, Any]:
         """Return the settings that are not left out."""

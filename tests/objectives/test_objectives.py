@@ -19,9 +19,10 @@ from mutor_img.transformer import Transformer, sampled_weights
 
 NEXT_TOKEN = ("registers.kind=none",)
 HEADS = (*NEXT_TOKEN, "objective.kind=parallel-heads")
-# On 4 x 5 codes; the first of each pair is what switches the objective off.
+# On 4 x 5 codes: what switches an objective off, and its settings.
 OFF = {
     "parallel heads": ("objective.weight=0", (*HEADS, "objective.offsets=[2,6]")),
+    "sequential heads": ("objective.weight=0", (*NEXT_TOKEN, "objective.kind=sequential-heads", "objective.depths=2")),
     "heads with an output": ("objective.weight=0", (*HEADS, "objective.offsets=[5]", "objective.tap_from_end=0",
                                                     "objective.blocks=2", "objective.own_output=true")),
 }
@@ -128,6 +129,8 @@ def test_another_objective_is_another_run(name, run_training):
     ((*HEADS, "objective.tap_from_end=7"), r"objective.tap_from_end is 7; give a value in \[0, 2\]"),
     ((*HEADS, "objective.blocks=0"), r"objective.blocks is 0"),
     ((*HEADS, "objective.weight=1.5"), r"objective.weight is 1.5"),
+    ((*HEADS, "objective.depths=2"), "objective.depths is no setting of objective.kind=parallel-heads; it has offsets"),
+    ((*NEXT_TOKEN, "objective.kind=sequential-heads", "objective.depths=20"), r"objective.depths is 20; .* \[1, 19\]"),
 ])
 def test_what_cannot_be_is_one_line_before_anything_is_built(override, message, run_file, tiny):
     with pytest.raises(UserError, match=message) as caught:
@@ -145,7 +148,8 @@ B = Path(__file__).parents[2] / "configs" / "imagenet256" / "ntp_b.yaml"
     (("objective.kind=parallel-heads", "objective.offsets=[2,17]"), 2 * 7_079_424, 1.384),
     (("objective.kind=parallel-heads", "objective.offsets=[2,3,4]"), 3 * 7_079_424, 1.592),
     (("objective.kind=parallel-heads", "objective.offsets=[16]", "objective.tap_from_end=0", "objective.blocks=2",
-      "objective.own_output=true"), 26_741_760, 1.27)])
+      "objective.own_output=true"), 26_741_760, 1.27),
+    (("objective.kind=sequential-heads",), 8_261_376, 1.210)])
 def test_the_plan_names_what_is_trained_and_computed_beside_next_token_prediction(overrides, parameters, ratio):
     sections = plan_generator(load_config(GeneratorConfig, B, overrides))
     assert sections["model"]["of the objective, dropped after training"] == parameters

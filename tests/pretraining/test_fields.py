@@ -89,6 +89,7 @@ class FakeScores:
 
 PICTURES: list = []
 HEADS = ("registers.kind=none", "objective.kind=parallel-heads")
+CHAIN = ("registers.kind=none", "objective.kind=sequential-heads")
 SCORED = "eval.reference=some.npz"
 
 # field -> (overrides both runs share, changed value, what must differ)
@@ -112,6 +113,9 @@ FIELDS = {
     "objective.tap_from_end": (HEADS, "0", losses),
     "objective.blocks": (HEADS, "2", shapes),
     "objective.own_output": (HEADS, "true", shapes),
+    "objective.depths": (CHAIN, "2", shapes),
+    "objective.late_weight": ((*CHAIN, "objective.late_from=1"), "0.2", losses),
+    "objective.late_from": (CHAIN, "1", losses),
     "registers.kind": ((), "1d", drawn),
     "registers.offsets": (("registers.kind=set", "registers.offsets=[3]"), "[3,5]", drawn),
     "registers.count": ((), "5", drawn),
