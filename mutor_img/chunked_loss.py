@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mutor_img.registers import IGNORE
+from mutor_img.registers import IGNORE, cross_entropy_sum
+
+
+def head_loss(hidden: Tensor, head: nn.Linear, targets: Tensor, rows: int = 0) -> Tensor:
+    """Return the cross-entropy, summed, of what an output head reads in ``hidden``.
+
+    Args:
+        hidden: (B, S, dim), past the last norm.
+        head: dim to V, without a bias.
+        targets: (B, S) int64, ``IGNORE`` where there is none.
+        rows: the most rows of logits at a time; 0: all of them.
+
+    Returns:
+        A scalar fp32 tensor.
+    """
+    if rows:
+        return chunked_cross_entropy_sum(hidden, head.weight, targets, rows)
+    return cross_entropy_sum(head(hidden), targets)
 
 
 def chunked_cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:

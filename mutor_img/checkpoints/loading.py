@@ -19,7 +19,7 @@ from mutor_img.checkpoints.tensor_files import group_hash, has_group
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import file_hash
 from mutor_img.registers import RegisterLaw
-from mutor_img.transformer import PRESETS, ModelConfig, Transformer
+from mutor_img.transformer import PRESETS, ModelConfig, Transformer, sampled_weights
 
 RELEASED_GRID = (16, 16)  # of a state dict that does not say its grid; this is 256 pixels at stride 16
 
@@ -111,7 +111,7 @@ def _load_folder(path: Path, ema: bool | None, grid: tuple[int, int] | None, hea
         model = _build(config)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{origin}: does not describe a generator ({error})") from None
-    load_strict(model, read_tensors(folder, _group(which)), folder / f"{_group(which)}.safetensors")
+    load_strict(model, sampled_weights(read_tensors(folder, _group(which))), folder / f"{_group(which)}.safetensors")
     return Loaded(model, folder, which, meta)
 
 
@@ -131,7 +131,7 @@ def _load_file(path: Path, ema: bool, grid: tuple[int, int] | None, heads: int |
     chosen = own or (RELEASED_GRID if grid is None else tuple(grid))
     config = config_from_weights(weights, path, chosen, heads)
     model = _build(config).to(weights["output.weight"].dtype)
-    load_strict(model, weights, path)
+    load_strict(model, sampled_weights(weights), path)
     return Loaded(model, path, "ema" if ema else "raw", {}, guessed_grid=own is None and grid is None)
 
 

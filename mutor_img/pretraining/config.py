@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
+from mutor_img.blocks import ModelConfig
 from mutor_img.common.config import OptimConfig, TrainConfig, check_choice
 from mutor_img.common.errors import UserError, check_range
 from mutor_img.metrics.networks import check_features
 from mutor_img.metrics.requirements import check_names
+from mutor_img.objectives.config import ObjectiveConfig, build_objective
+from mutor_img.objectives.objective import Objective
 from mutor_img.registers import RegisterLaw
-from mutor_img.transformer import PRESETS, ModelConfig
 
 
 @dataclass
@@ -56,9 +60,10 @@ class ModelSection:
 class RegistersConfig:
     """MuToR (method sections 2 to 5)."""
 
-    kind: str = "2d"  # none, 1d, 2d
+    kind: str = "2d"  # none, 1d, 2d, set
     count: int | None = None  # registers per sequence at random anchors; null: one after each input (dense)
     d_max: int = 4  # largest offset, per axis in 2D
+    offsets: list[int] = field(default_factory=list)  # for kind set: the raster offsets to draw from, as in [3, 5, 7]
     loss_weight: float = 0.5  # weight of the registers' loss; the next-token loss has 1 minus this
     every: int | None = None  # one register after every this many inputs; null: off
     mixed_offsets: bool = False  # one offset per register instead of one per sequence
@@ -134,6 +139,7 @@ class GeneratorConfig:
     init_from: str | None = None  # weights to start from: a run, a checkpoint, or a released LlamaGen .pt
     data: CodesConfig = field(default_factory=CodesConfig)
     model: ModelSection = field(default_factory=ModelSection)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     registers: RegistersConfig = field(default_factory=RegistersConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -143,9 +149,8 @@ class GeneratorConfig:
 
     def validate(self) -> None:
         self.data.folders()
-        self.law()
-        if self.model.preset not in PRESETS:
-            self.model_config()  # raises, naming the nearest
+        with torch.device("meta"):
+            self.build_objective()  # raises for registers, a preset or settings that cannot be
 
     def inputs(self) -> dict[str, Any]:
         """Return every path that a run reads, by its key."""
@@ -155,7 +160,12 @@ class GeneratorConfig:
     def law(self) -> RegisterLaw:
         """Return the registers' law; raises :class:`UserError` where it cannot be drawn."""
         r = self.registers
-        return RegisterLaw(r.kind, tuple(self.model.grid), r.d_max, r.count, r.every, r.mixed_offsets, r.wrap)
+        return RegisterLaw(r.kind, tuple(self.model.grid), r.d_max, r.count, r.every, r.mixed_offsets, r.wrap,
+                           tuple(r.offsets))
+
+    def build_objective(self) -> Objective:
+        """Build what the run trains for; raises :class:`UserError` where that cannot be."""
+        return build_objective(self.objective, self.model_config(), self.law(), self.registers.loss_weight)
 
     def model_config(self) -> ModelConfig:
         """Return the model's shapes."""
