@@ -257,7 +257,7 @@ def wrap(trainer: Trainer, wrapper: str) -> None:
 
 def measure_update(place: Place, law: RegisterLaw, checkpointing: bool = False, preset: str = "B", batch: int = 32,
                    rounds: int = 10, vocabulary: int = 16384) -> str:
-    """Time of a whole update of a bf16 run, compiled: tokens per second, peak memory beside the planned; the first loss.
+    """Time of a whole compiled update in bf16: tokens per second, peak memory beside the planned; the first loss.
 
     On a full GPU with half as many sequences, and so on.
     """
