@@ -91,8 +91,9 @@ def run(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = No
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except OSError as error:
-        if error.errno in _CLOSED and error.filename:
-            _fail(f"{error.filename}: {error.strerror}; give another path, or fix this one", error)
+        path = error.filename2 or error.filename  # of a file that is renamed, what it was to become
+        if error.errno in _CLOSED and path:
+            _fail(f"{path}: {error.strerror}; give another path, or fix this one", error)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         _fail(f"no space left on the device while writing {error.filename or 'a file'}; free some and run the "

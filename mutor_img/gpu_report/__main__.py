@@ -26,8 +26,9 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         UserError: there is no CUDA device.
     """
-    parser = Parser(description="Check everything that only a GPU can check, and print a report to paste into a bug "
-                                "report: versions, each check's result and errors, tokens a second and peak memory.",
+    parser = Parser(prog="python -m mutor_img.gpu_report",
+                    description="Check everything that only a GPU can check, and print a report to paste into a bug "
+                                "report: versions, each check's result and errors, tokens per second and peak memory.",
                     example="python -m mutor_img.gpu_report --out report.md")
     parser.add_argument("--quick", action="store_true", help="fewer masks: those of the paper's image rows")
     parser.add_argument("--batch", type=int, default=32, help="sequences in a measured update of B")

@@ -21,7 +21,7 @@ from mutor_img.gpu_report.training import (
     check_dropout,
     check_dropout_gradient,
     check_ema,
-    check_several,
+    check_group,
     check_training_step,
     measure_update,
 )
@@ -81,12 +81,10 @@ def training_checks() -> dict[str, Check]:
             checks[f"training step, 2d sparse, head 64, {precision}, {how}"] = partial(
                 check_training_step, law=sparse, head_dim=64, precision=precision, **switches)
         checks[f"dropout, masks, {precision}"] = partial(check_dropout, precision=precision)
-        checks[f"several processes, DDP, {precision}"] = partial(
-            check_several, law=sparse, wrapper="ddp", precision=precision)
-        checks[f"several processes, FSDP2, {precision}"] = partial(
-            check_several, law=sparse, wrapper="fsdp", precision=precision)
-        checks[f"several processes, FSDP2, checkpointed, {precision}"] = partial(
-            check_several, law=sparse, wrapper="fsdp", precision=precision, checkpointing=True)
+        for name, wrapper, checkpointing in (("DDP", "ddp", False), ("FSDP2", "fsdp", False),
+                                             ("FSDP2, checkpointed", "fsdp", True)):
+            checks[f"group of one process, {name}, {precision}"] = partial(
+                check_group, law=sparse, wrapper=wrapper, precision=precision, checkpointing=checkpointing)
     checks["dropout, gradient"] = partial(check_dropout_gradient, law=sparse, checkpointing=False)
     checks["dropout, gradient, checkpointed"] = partial(check_dropout_gradient, law=sparse, checkpointing=True)
     checks["averaged weights"] = partial(check_ema, law=sparse)

@@ -95,7 +95,7 @@ def run_checks(names: Sequence[str], worker: Worker, note: Callable[[list[Outcom
 
 
 def to_markdown(facts: dict[str, str], outcomes: Sequence[Outcome], planned: int) -> str:
-    """Return the report: verdict, machine, failures in full, then a line a check; ``planned`` checks make it whole."""
+    """Return the report: verdict, machine, failures in full, a line per check; ``planned`` checks make it whole."""
     failed = [outcome for outcome in outcomes if not outcome.passed]
     verdict = f"{len(failed)} of {planned} checks FAILED" if failed else f"all {planned} checks passed"
     if len(outcomes) < planned:

@@ -180,7 +180,7 @@ def check_ema(place: Place, law: RegisterLaw, updates: int = 4) -> str:
     return f"{len(wrong)} tensors after {updates} updates, the worst off by {wrong[worst]:.1e}"
 
 
-def check_several(place: Place, law: RegisterLaw, wrapper: str, precision: str, checkpointing: bool = False) -> str:
+def check_group(place: Place, law: RegisterLaw, wrapper: str, precision: str, checkpointing: bool = False) -> str:
     """An all-reduce, and an update under DDP or FSDP2 in a group of one process: its gradients, weights and files.
 
     Of sharded weights also a whole copy, and the checkpoint read back.
@@ -257,7 +257,7 @@ def wrap(trainer: Trainer, wrapper: str) -> None:
 
 def measure_update(place: Place, law: RegisterLaw, checkpointing: bool = False, preset: str = "B", batch: int = 32,
                    rounds: int = 10, vocabulary: int = 16384) -> str:
-    """Time of a whole update of a bf16 run, compiled: tokens a second, peak memory beside the planned; the first loss.
+    """Time of a whole compiled update in bf16: tokens per second, peak memory beside the planned; the first loss.
 
     On a full GPU with half as many sequences, and so on.
     """

@@ -3,6 +3,7 @@
 import pytest
 
 from mutor_img.common.cli import Parser, run
+from mutor_img.common.files import write_atomic
 
 
 @pytest.fixture
@@ -30,3 +31,11 @@ def test_a_name_that_is_too_long_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run(lambda argv: (tmp_path / ("x" * 300)).write_text(""), [])
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_folder_in_a_file_s_place_is_named_and_nothing_is_left_beside_it(tmp_path, capsys):
+    (tmp_path / "report.md").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        run(lambda argv: write_atomic(tmp_path / "report.md", lambda path: path.write_text("")), [])
+    assert stop.value.code == 2 and f"error: {tmp_path}/report.md: Is a directory" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["report.md"]

@@ -223,7 +223,8 @@ RIVALS = {  # objective and offsets, as in docs/objectives.md
     "mtar_b": ("parallel-heads", [16]), "mtar_b_17": ("parallel-heads", [17]), "mtar_b_2": ("parallel-heads", [2]),
     "mtar_b_234": ("parallel-heads", [2, 3, 4]), "heads_b_234": ("parallel-heads", [2, 3, 4]),
     "heads_b_23": ("parallel-heads", [2, 3]), "heads_b_2_17": ("parallel-heads", [2, 17]),
-    "sequential_b": ("sequential-heads", []), "leaps_b": ("mutor", [3, 5, 7]), "leaps2d_b": ("mutor", [2, 4, 32, 34, 64]),
+    "sequential_b": ("sequential-heads", []), "leaps_b": ("mutor", [3, 5, 7]),
+    "leaps2d_b": ("mutor", [2, 4, 32, 34, 64]),
 }
 
 

@@ -78,7 +78,7 @@ def a_mask_of_the_fallback_one_too_far(monkeypatch):
 
 @fault(training.check_training_step, r"gradient of layers\.0\.ffn_norm\.weight differs", law=SMALL, head_dim=16,
        precision="fp32")
-@fault(training.check_several, r"gradient of layers\.0\.ffn_norm\.weight differs", law=SMALL, wrapper="ddp",
+@fault(training.check_group, r"gradient of layers\.0\.ffn_norm\.weight differs", law=SMALL, wrapper="ddp",
        precision="bf16")
 @fault(images.check_tokenizer_step, r"gradient of encoder\.norm_out\.weight differs", precision="fp32")
 def a_gradient_of_a_compiled_block_that_is_too_large(monkeypatch):
@@ -98,7 +98,7 @@ def a_chunk_that_the_loss_forgets(monkeypatch):
 
 @fault(training.check_training_step, r"gradient of cls_embedding\S+ differs", law=SMALL, head_dim=16, precision="bf16",
        checkpointing=True)
-@fault(training.check_several, "differs", law=SMALL, wrapper="fsdp", precision="fp32", checkpointing=True)
+@fault(training.check_group, "differs", law=SMALL, wrapper="fsdp", precision="fp32", checkpointing=True)
 def a_checkpoint_through_which_half_the_gradient_flows(monkeypatch):
     def half(right, function, x, *rest, **options):
         return right(function, 0.5 * x + 0.5 * x.detach(), *rest, **options)
@@ -166,13 +166,13 @@ def weights_that_stay(monkeypatch):
     wrap(monkeypatch, trainer_module, "learning_rate", lambda right, *given: 0.0)
 
 
-@fault(training.check_several, "an all-reduce over one process changed its values", law=SMALL, wrapper="ddp",
+@fault(training.check_group, "an all-reduce over one process changed its values", law=SMALL, wrapper="ddp",
        precision="bf16")
 def a_sum_over_one_process_that_doubles(monkeypatch):
     monkeypatch.setattr(training.dist, "all_reduce", lambda x: x.mul_(2))
 
 
-@fault(training.check_several, "an update moves .* elsewhere", law=SMALL, wrapper="fsdp", precision="fp32")
+@fault(training.check_group, "an update moves .* elsewhere", law=SMALL, wrapper="fsdp", precision="fp32")
 def an_update_of_sharded_weights_the_wrong_way(monkeypatch):
     def uphill(right, model, config):
         optimizer = right(model, config)
@@ -183,7 +183,7 @@ def an_update_of_sharded_weights_the_wrong_way(monkeypatch):
     wrap(monkeypatch, training, "build_optimizer", uphill)
 
 
-@fault(training.check_several, "the checkpoint's .* is not the run's", law=SMALL, wrapper="fsdp", precision="fp32")
+@fault(training.check_group, "the checkpoint's .* is not the run's", law=SMALL, wrapper="fsdp", precision="fp32")
 def rows_that_are_written_in_place_of_others(monkeypatch):
     def shifted(right, tensor):
         rows = right(tensor)
@@ -192,14 +192,14 @@ def rows_that_are_written_in_place_of_others(monkeypatch):
     wrap(monkeypatch, parallel, "local_rows", shifted)
 
 
-@fault(training.check_several, r"cls_embedding\S+, gathered, is not the run's", law=SMALL, wrapper="fsdp",
+@fault(training.check_group, r"cls_embedding\S+, gathered, is not the run's", law=SMALL, wrapper="fsdp",
        precision="fp32")
 def a_whole_copy_of_other_rows(monkeypatch):
     wrap(monkeypatch, parallel, "fill_blank", lambda right, model, weights, device: right(
         model, {name: weight.flip(0) for name, weight in weights.items()}, device))
 
 
-@fault(training.check_several, r"\S+, read back, is not the run's", law=SMALL, wrapper="fsdp", precision="fp32")
+@fault(training.check_group, r"\S+, read back, is not the run's", law=SMALL, wrapper="fsdp", precision="fp32")
 def moments_that_are_not_read_back(monkeypatch):
     monkeypatch.setattr(training, "load_optimizer_tensors", lambda *given: None)
 
