@@ -20,7 +20,7 @@ from mutor_img.common.errors import UserError, suggest
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 PRESETS = {  # layers, heads, dim
-    "mnist": (6, 3, 192),
+    "mnist": (6, 2, 128),
     "B": (12, 12, 768),
     "L": (24, 16, 1024),
     "XL": (36, 20, 1280),
