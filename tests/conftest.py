@@ -8,9 +8,9 @@ from pathlib import Path
 # `tests/` is on the path and holds a folder `mutor_img` of its own: the package's folder must come first.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mutor_img.common.threads import spin_briefly
+from mutor_img.common.threads import set_spinning
 
-spin_briefly()  # before torch is loaded: the tests' own threads, and their child processes'
+set_spinning()  # before torch is loaded: the tests' own threads, and their child processes'
 
 import numpy as np
 import pytest
