@@ -51,8 +51,10 @@ def test_a_command_spins_briefly_on_a_busy_machine(seen_by_torch, command):
     assert seen_by_torch(*command, load="100 0") == ["None", *SHORT.values()]
 
 
-@pytest.mark.parametrize("load, setting", [("0 0", LONG), ("20 20", LONG), ("30 30", SHORT), ("0 100", SHORT),
-                                           ("0 0 100 100", LONG), ("0", LONG)])  # also of others' processors
+@pytest.mark.parametrize("load, setting", [
+    ("0 0", LONG), ("20 20", LONG), ("30 30", SHORT), ("0 100", SHORT), ("0", LONG),
+    ("0 0 100 100", LONG),  # processors that this process may not use
+])
 def test_how_long_it_spins_depends_on_the_load_of_its_processors(seen_by_torch, load, setting):
     assert seen_by_torch("sample.py", load=load) == ["None", *setting.values()]
 
