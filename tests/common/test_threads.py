@@ -81,7 +81,8 @@ def test_the_load_is_that_of_others():
 @pytest.mark.parametrize("name, value", [("OMP_WAIT_POLICY", "PASSIVE"), ("GOMP_SPINCOUNT", "7"),
                                          ("KMP_BLOCKTIME", "0")])
 def test_a_user_s_choice_wins(seen_by_torch, name, value):
-    assert seen_by_torch("sample.py", load="100 100", **{name: value}) == [value if n == name else "None" for n in CHOICES]
+    seen = seen_by_torch("sample.py", load="100 100", **{name: value})
+    assert seen == [value if n == name else "None" for n in CHOICES]
 
 
 def test_a_library_import_changes_nothing(seen_by_torch):
