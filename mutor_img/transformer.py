@@ -162,7 +162,7 @@ class Transformer(nn.Module):
         known = self.config.register_offsets
         if not known:
             return self.register_embedding(torch.zeros_like(offsets))
-        rows = sum((offsets > d).to(torch.int64) for d in known[:-1])  # (B, R)
+        rows = sum(((offsets > d).to(torch.int64) for d in known[:-1]), start=torch.zeros_like(offsets))  # (B, R)
         return self.register_embedding(rows)
 
     def _attend(self, length: int, anchors: Tensor | None) -> Attend:
