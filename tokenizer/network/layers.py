@@ -53,13 +53,14 @@ class SelfAttention(nn.Module):
 class Downsample(nn.Module):
     """Halve height and width with a strided convolution; the padding is on the right and at the bottom only."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, kernel: int = 3):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.padding = (0, kernel - 2) * 2  # none where each output sees its own 2 x 2 inputs
+        self.conv = nn.Conv2d(channels, channels, kernel, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H / 2, W / 2)."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return self.conv(F.pad(x, self.padding))
 
 
 class Upsample(nn.Module):
@@ -98,22 +99,22 @@ class Level(nn.Module):
 class Encoder(nn.Module):
     """Pixels (B, image_channels, H, W) -> latents (B, latent_channels, H / f, W / f), f = 2 ** (levels - 1).
 
-    A ``local`` encoder has no norms (their statistics are the whole image's), no middle, and 1x1 convolutions in
-    the blocks below full resolution: a latent depends on the pixels nearby alone, and equal strokes get equal codes.
+    A latent of a ``local`` encoder depends on its own square of f x f pixels alone, so that equal squares get equal
+    codes: it has no norms (their statistics are the whole image's), no middle, 1x1 convolutions, and 2x2 ones to halve.
     """
 
     def __init__(self, image_channels: int, channels: int, multipliers: Sequence[int], blocks: int,
                  latent_channels: int, groups: int, attention: bool, local: bool):
         super().__init__()
-        groups, kernel = (0, 1) if local else (groups, 3)
+        groups, kernel, halving = (0, 1, 2) if local else (groups, 3, 3)
         widths = [channels] + [channels * m for m in multipliers]
-        self.conv_in = nn.Conv2d(image_channels, channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(image_channels, channels, kernel, padding=kernel // 2)
         self.conv_blocks = nn.ModuleList()
         for index, (inputs, outputs) in enumerate(pairwise(widths)):
             lowest = index == len(multipliers) - 1
-            level = Level(inputs, outputs, blocks, groups, attention and lowest, kernel if index else 3)
+            level = Level(inputs, outputs, blocks, groups, attention and lowest, kernel)
             if not lowest:
-                level.downsample = Downsample(outputs)
+                level.downsample = Downsample(outputs, halving)
             self.conv_blocks.append(level)
         self.mid = nn.Identity() if local else _middle(widths[-1], groups, attention)
         self.norm_out = _norm(widths[-1], groups)

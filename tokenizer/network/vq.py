@@ -44,7 +44,7 @@ class VQModel(nn.Module):
         vocabulary: number of codes, up to 65536.
         groups: groups of every GroupNorm.
         attention: self-attention at the lowest resolution.
-        local: an encoder whose codes depend on nearby pixels only, without attention.
+        local: an encoder whose codes depend on their own square of pixels alone, without attention.
 
     Attributes:
         image_channels, vocabulary: as above.
