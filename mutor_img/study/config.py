@@ -22,12 +22,11 @@ class StudyConfig:
     baseline: str = "configs/mnist/ntp.yaml"  # next-token config for compare=true
     compare: bool = False  # train the baseline too: for as many updates, and for as many seconds
     samples: int = 1000  # number of samples scored for the table
-    selection_samples: int = 500  # number of samples that judge one choice of guidance and temperature
+    selection_samples: int = 500  # number of samples that judge one choice of guidance; of one alone, none are drawn
     selection_seed: int = 1  # their seed; not the same as seed, so nothing is chosen on the reported samples
-    least_recognised: float = 0.0  # the choice with the lowest fd wins, among those with this share recognised
     cfg_scales: list[float] = field(default_factory=lambda: [1.0, 1.5, 2.0, 2.5])  # guidance scales to choose from
     cfg_schedules: list[str] = field(default_factory=lambda: ["constant"])  # and schedules, as in power-cosine:2
-    temperatures: list[float] = field(default_factory=lambda: [1.0])  # and temperatures
+    top_p: float = 1.0  # with all of them, a code is one of the most likely that have this probability together
 
     def inputs(self) -> dict[str, Any]:
         """Return every path that a study reads, and those of its own that runs read, by its key."""
@@ -44,11 +43,7 @@ class StudyConfig:
             raise UserError("cfg_schedules is empty; give at least one schedule, as in constant")
         for schedule in self.cfg_schedules:
             parse_schedule(schedule)
-        if not self.temperatures:
-            raise UserError("temperatures is empty; give at least one temperature, as in 1.0")
-        check_range("least_recognised", self.least_recognised, 0.0, 1.0)
-        for temperature in self.temperatures:
-            check_range("temperatures", temperature, 0.0, 1e6, low_open=True)
+        check_range("top_p", self.top_p, 0.0, 1.0, low_open=True)
         for scale in self.cfg_scales:
             check_range("cfg_scales", scale, 1.0, 100.0)
         if self.selection_seed == self.seed:

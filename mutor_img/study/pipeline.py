@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from mutor_img.checkpoints.folder import find_checkpoint, newest_checkpoint, read_meta
@@ -23,19 +22,19 @@ from mutor_img.common.files import clear, read_json, remove, write_json
 from mutor_img.common.locks import claim, file_lock
 from mutor_img.data.store import Codes
 from mutor_img.decoding.guidance import parse_schedule, schedule_text
-from mutor_img.decoding.sampler import SamplingSettings, generate_samples
+from mutor_img.decoding.sampler import SamplingSettings
 from mutor_img.metrics.digits import load_digits
 from mutor_img.metrics.image_sets import FolderImages
 from mutor_img.metrics.references import Reference, as_reference
 from mutor_img.pretraining.config import GeneratorConfig
-from mutor_img.sampling.labels import make_labels
+from mutor_img.sampling.pictures import decode_images
 from mutor_img.sampling.source import SampleSource
 from mutor_img.study.config import StudyConfig
 from mutor_img.study.mnist import prepare_mnist
 from mutor_img.sweep.points import grid, sweep
 from tokenizer import load_tokenizer
 
-CHOSEN = ("cfg_scale", "cfg_schedule", "cfg_parameter", "temperature")  # settings to choose: sample.py's names
+CHOSEN = ("cfg_scale", "cfg_schedule", "cfg_parameter")  # what is chosen, by sample.py's names
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -169,24 +168,23 @@ def train_generator(generator: Generator) -> None:
 
 
 def score_generator(config: StudyConfig, generator: Generator, reference: Reference) -> dict[str, Any]:
-    """Choose guidance and temperature, sample with them, and score; returns what the table shows.
+    """Choose the guidance, sample with it, and score; returns what the table shows.
 
-    :func:`best_row` chooses over ``selection_samples`` of ``selection_seed``; the scores are those of ``samples``
-    others, of ``seed``. They are kept in the run folder and reused while weights, classifier and settings are the same.
+    The guidance with the lowest Frechet distance is chosen, over ``selection_samples`` of ``selection_seed``; the
+    scores are those of ``samples`` others, of ``seed``. They are kept in the run folder and reused while weights,
+    classifier and settings are the same.
     """
     loaded, network = load_run(generator.run_dir), load_digits(classifier_dir(config))
     key = {"weights": loaded.weights_hash, "features": network.weights_hash,
            "images": config.images, "samples": config.samples, "seed": config.seed,
            "selection_samples": config.selection_samples, "selection_seed": config.selection_seed,
-           "cfg_scales": config.cfg_scales, "cfg_schedules": config.cfg_schedules,
-           "temperatures": config.temperatures}
+           "cfg_scales": config.cfg_scales, "cfg_schedules": config.cfg_schedules, "top_p": config.top_p}
     kept = generator.run_dir / "study.json"
     with claim(file_lock(kept)):  # studies may share a generator
         selection = _kept(generator.run_dir / "guidance.json", key,
-                          lambda: score_settings(config, loaded, reference, network))
-        best = best_row(selection, config.least_recognised)
-        settings = {name: best[name] for name in CHOSEN}
-        key = {**key, "least_recognised": config.least_recognised}  # which chooses among rows that stay what they are
+                          lambda: score_guidance(config, loaded, reference, network))
+        best = min(selection, key=lambda row: row.get("fd", 0.0))  # one choice alone has no scores
+        settings = {name: best[name] for name in CHOSEN} | {"top_p": config.top_p}
         if kept.is_file() and read_json(kept).get("key") != key:  # sample.py goes on with samples of its settings only
             for name in ("samples.npz", "samples.json", "study.json"):
                 clear(generator.run_dir / name)
@@ -216,19 +214,14 @@ def _score_samples(config: StudyConfig, generator: Generator, settings: dict[str
     command("evaluate_fid.py", "--samples", samples, "--reference", f"{config.images}/train", "--features", "mnist",
             "--features-weights", classifier_dir(config), "--held-out", f"{config.images}/val", "--json", scores)
     result = read_json(scores)
-    # The images do not tell their codes; drawing those again is the price of the plain npz that others read.
-    drawn = sampled_codes(generator, config.samples, SamplingSettings(**settings, seed=config.seed))
     training, held_out = (codes_of(Codes(folder)) for folder in (config.codes, f"{config.codes}_val"))
-    result["same_codes"] = repeated(drawn, training)
-    result["real_against_real"]["same_codes"] = repeated(held_out, training)
+    # The npz that others read holds no codes. Decoding the training set's is cheaper than drawing the samples' again,
+    # and on CPUs equal codes are decoded to equal bytes.
+    loaded = load_run(generator.run_dir)
+    decoded = decode_images(load_tokenizer(loaded.codes["tokenizer"]), training, loaded.model.config.grid)
+    result["same_codes"] = repeated(np.load(samples)["arr_0"], decoded)
+    result["real_against_real"]["same_codes"] = repeated(held_out.numpy(), training.numpy())
     return result
-
-
-def sampled_codes(generator: Generator, count: int, settings: SamplingSettings) -> Tensor:
-    """Return the codes (count, N) behind the first images of ``sample.py``: they depend on seed and number alone."""
-    model = load_run(generator.run_dir).model
-    labels = make_labels("random", range(model.config.classes), count, settings.seed)
-    return generate_samples(model, labels, torch.arange(count), settings)
 
 
 def codes_of(store: Codes) -> Tensor:
@@ -237,33 +230,26 @@ def codes_of(store: Codes) -> Tensor:
     return store.batch(numbers, numbers * 0)[0]
 
 
-def repeated(codes: Tensor, known: Tensor) -> int:
-    """Return how many rows of codes (B, N) stand in known (M, N), code for code: images learnt by heart."""
-    seen = {row.tobytes() for row in known.numpy()}
-    return sum(row.tobytes() in seen for row in codes.numpy())
+def repeated(rows: np.ndarray, known: np.ndarray) -> int:
+    """Return how many of ``rows`` stand in ``known``, of the same type, to the byte: images learnt by heart."""
+    seen = {row.tobytes() for row in known}
+    return sum(row.tobytes() in seen for row in rows)
 
 
-def best_row(rows: list[dict[str, Any]], least_recognised: float) -> dict[str, Any]:
-    """Return the row with the lowest Frechet distance among those recognised at least so often.
-
-    Where no row is, the one that is recognised most often.
+def score_guidance(config: StudyConfig, loaded: Loaded, reference: Reference, network) -> list[dict[str, Any]]:
+    """Return a row for each guidance scale and schedule; with its scores, where there is more than one to choose from.
     """
-    enough = [row for row in rows if row["recognised"] >= least_recognised]
-    return min(enough, key=lambda row: row["fd"]) if enough else max(rows, key=lambda row: row["recognised"])
-
-
-def score_settings(config: StudyConfig, loaded: Loaded, reference: Reference, network) -> list[dict[str, Any]]:
-    """Return one row of scores for each guidance scale, schedule and temperature."""
-    settings = SamplingSettings(seed=config.selection_seed)
+    points = grid(config.cfg_scales, [1.0], [parse_schedule(word) for word in config.cfg_schedules])
+    if len(points) == 1:
+        return [{name: getattr(points[0], name) for name in CHOSEN}]
+    settings = SamplingSettings(top_p=config.top_p, seed=config.selection_seed)
     source = SampleSource(loaded, load_tokenizer(loaded.codes["tokenizer"]), settings, "random", None, (), "fp32")
-    schedules, rows = [parse_schedule(word) for word in config.cfg_schedules], []
-    points = grid(config.cfg_scales, config.temperatures, schedules)
+    rows = []
     for row in sweep(source, points, config.selection_samples, reference, network, metrics=("fid", "pr")):
         rows.append({key: row[key] for key in (*CHOSEN, "fd", "recognised", "precision", "recall")})
         schedule = schedule_text(row["cfg_schedule"], row["cfg_parameter"])
-        print(f"guidance {row['cfg_scale']:<4} {schedule}  temperature {row['temperature']:<4}  fd {row['fd']:.2f}  "
-              f"recognised {row['recognised']:.1%}  precision {row['precision']:.3f}  recall {row['recall']:.3f}  "
-              f"({row['seconds']:.0f} s)", flush=True)
+        print(f"guidance {row['cfg_scale']:<4} {schedule}  fd {row['fd']:.2f}  recognised {row['recognised']:.1%}  "
+              f"precision {row['precision']:.3f}  recall {row['recall']:.3f}  ({row['seconds']:.0f} s)", flush=True)
     return rows
 
 

@@ -20,12 +20,14 @@ from mutor_img.common import cli, locks
 from mutor_img.common.config import field_names, load_config
 from mutor_img.common.errors import UserError
 from mutor_img.common.locks import claim, file_lock
+from mutor_img.sampling.pictures import decode_images
 from mutor_img.study import __main__ as study
 from mutor_img.study import pipeline
 from mutor_img.study.config import StudyConfig
 from mutor_img.study.mnist import prepare_mnist
 from mutor_img.study.pipeline import Generator, equal_seconds, repeated
 from mutor_img.study.report import score_table
+from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,11 +83,15 @@ def test_the_table_has_columns_of_real_images_and_lines_per_class():
     assert ones.split() == ["1", *["90.0%"] * 4, *["3.0%"] * 4]  # two generators, decoded and real: below the scores
 
 
-def test_a_sample_with_every_code_of_a_training_image_is_a_copy():
-    known = torch.randint(16, (20, 12))
+def test_a_sample_with_every_code_of_a_training_image_is_a_copy(run_of, tmp_path):
+    run_of()
+    vq = load_tokenizer(tmp_path / "tokenizer")
+    known = torch.randint(vq.vocabulary, (150, 16))  # more than one pass of the decoder
     almost = known[3:4].clone()
-    almost[0, 5] = (almost[0, 5] + 1) % 16
-    assert repeated(torch.cat([known[7:9], almost]), known) == 2
+    almost[0, 5] = (almost[0, 5] + 1) % vq.vocabulary
+    samples = torch.cat([known[140:142], almost])
+    decoded, training = (decode_images(vq, codes, (4, 4)) for codes in (samples, known))
+    assert repeated(samples.numpy(), known.numpy()) == repeated(decoded, training) == 2
 
 
 def test_the_baseline_of_as_many_seconds_gets_the_updates_it_can_do_in_them(tmp_path):
@@ -135,7 +141,7 @@ def test_a_small_study_runs_from_images_to_scores_and_reuses_what_is_done(digits
     # The same study again: what is trained says so itself, and nothing is sampled, scored or drawn again.
     asked = []
     monkeypatch.setattr(pipeline, "command", lambda *arguments: asked.append(str(arguments[:2])))
-    monkeypatch.setattr(pipeline, "generate_samples", None)
+    monkeypatch.setattr(pipeline, "decode_images", None)
     study.main(["--config", str(configs / "study.yaml")])
     assert [a for a in asked if "train" not in a and "encode" not in a and "digits" not in a] == []
     assert json.loads((tmp_path / "runs" / "study" / "scores.json").read_text())["generators"] == scores
@@ -159,35 +165,38 @@ def prepared(config: StudyConfig, monkeypatch) -> None:
 def scored(config: StudyConfig, monkeypatch) -> None:
     """Ask for the commands that sample and score."""
     monkeypatch.setattr(pipeline, "read_json", lambda path: {})
-    monkeypatch.setattr(pipeline, "sampled_codes", lambda *arguments: (_ for _ in ()).throw(UserError("enough")))
+    monkeypatch.setattr(pipeline, "Codes", lambda *arguments: (_ for _ in ()).throw(UserError("enough")))
     with pytest.raises(UserError, match="enough"):
         pipeline._score_samples(config, pipeline.generators(config)[0],
                                 {"cfg_scale": 2.0, "cfg_schedule": "linear", "cfg_parameter": None})
 
 
 def chosen(config: StudyConfig, monkeypatch) -> str:
-    """Return the samples that guidance and temperature are judged by."""
+    """Return the samples that guidance is judged by, or the one guidance there is."""
     monkeypatch.setattr(pipeline, "load_tokenizer", lambda path: None)
     swept = []
     monkeypatch.setattr(pipeline, "sweep", lambda *arguments, **named: swept.append(arguments[:3]) or [])
-    pipeline.score_settings(config, SimpleNamespace(codes={"tokenizer": ""}), None, None)
-    return repr(swept)
+    rows = pipeline.score_guidance(config, SimpleNamespace(codes={"tokenizer": ""}), None, None)
+    return repr((rows, swept))
 
 
-CHOICES = [{"fd": 3.0, "recognised": 0.6}, {"fd": 4.0, "recognised": 0.7}, {"fd": 5.0, "recognised": 0.99}]
-
-
-@pytest.mark.parametrize("least, fd", [(0.0, 3.0), (0.6, 3.0), (0.65, 4.0), (0.99, 5.0), (1.0, 5.0)])
-def test_the_lowest_fd_is_taken_among_choices_that_are_recognised_often_enough(least, fd):
-    assert pipeline.best_row(CHOICES, least)["fd"] == fd
-
-
-@pytest.mark.parametrize("words, message", [(["temperatures=[]"], "temperatures is empty"),
-                                            (["temperatures=[0.0]"], "temperatures is 0.0"),
-                                            (["least_recognised=1.5"], "least_recognised is 1.5")])
-def test_choices_that_cannot_be_are_refused(words, message):
-    with pytest.raises(UserError, match=message):
-        load_config(StudyConfig, ROOT / "configs" / "mnist" / "study.yaml", words)
+def test_the_guidance_of_the_lowest_fd_is_taken_and_one_alone_is_not_judged(monkeypatch, tmp_path):
+    monkeypatch.setattr(pipeline, "load_run", lambda folder: SimpleNamespace(weights_hash="", codes={"tokenizer": ""}))
+    monkeypatch.setattr(pipeline, "load_digits", lambda folder: SimpleNamespace(weights_hash=""))
+    monkeypatch.setattr(pipeline, "load_tokenizer", lambda folder: None)
+    monkeypatch.setattr(pipeline, "find_checkpoint", lambda folder: folder)
+    monkeypatch.setattr(pipeline, "read_meta", lambda folder: {"step": 1, "seconds": 1.0})
+    monkeypatch.setattr(pipeline, "_score_samples", lambda config, generator, settings: dict(settings))
+    scores = {"recognised": 1.0, "precision": 1.0, "recall": 1.0, "seconds": 1.0}
+    judged = []
+    monkeypatch.setattr(pipeline, "sweep", lambda source, points, *rest, **named: judged.append(points) or (
+        {**point._asdict(), **scores, "fd": abs(point.cfg_scale - 1.8)} for point in points))
+    generator = Generator("g", "g.yaml", tmp_path)
+    for scales, best in (([1.5, 2.0, 3.0], 2.0), ([3.0], 3.0)):
+        config = StudyConfig(cfg_scales=scales, cfg_schedules=["linear"], top_p=0.9)
+        chosen = pipeline.score_generator(config, generator, None)
+        assert (chosen["cfg_scale"], chosen["cfg_schedule"], chosen["top_p"]) == (best, "linear", 0.9)
+    assert [len(points) for points in judged] == [3]
 
 
 @pytest.mark.parametrize("change, observe", [
@@ -195,8 +204,7 @@ def test_choices_that_cannot_be_are_refused(words, message):
     ("tokenizer=other/tokenizer.yaml", prepared), ("generator=configs/mnist/mutor1d.yaml", scored), ("seed=7", scored),
     ("samples=150", scored), ("selection_samples=150", chosen), ("selection_seed=3", chosen),
     ("cfg_scales=[1.0,3.0]", chosen), ("cfg_schedules=[constant,power-cosine:2]", chosen),
-    ("temperatures=[0.5]", chosen), ("least_recognised=0.65", lambda config, _: repr(
-        pipeline.best_row(CHOICES, config.least_recognised))),
+    ("top_p=0.5", chosen),
     ("compare=true", lambda config, _: repr(pipeline.generators(config))),
     ("baseline=configs/mnist/mutor1d.yaml", lambda config, _: repr(pipeline.generators(config))),
 ])
@@ -208,7 +216,7 @@ def test_every_field_of_a_study_changes_what_it_does(change, observe, monkeypatc
     monkeypatch.setattr(pipeline, "tokenizer_dir", lambda config: Path(config.tokenizer).with_suffix(""))
     seen = []
     for words in ([], [change]):
-        extra = ["compare=true"] if change.startswith("baseline") else []
+        extra = ["compare=true"] if change.startswith("baseline") else ["cfg_scales=[1.0,2.0]"]
         config = load_config(StudyConfig, "configs/mnist/study.yaml", [*extra, *words])
         asked.clear()
         seen.append((observe(config, monkeypatch), tuple(asked)))
