@@ -226,7 +226,7 @@ def main(argv: Sequence[str]) -> None:
                {"--tokenizer": options.tokenizer, "--images": options.images, "--labels": options.labels,
                 "--classes": None if options.classes == IMAGENET else options.classes}, {"--out": out / "parts"})
     runtime = Runtime.start(timeout_minutes=24 * 60)  # at the end all wait for the one with the slowest disk
-    with runtime.one_voice(), runtime.claim(folder_lock(options.out)):
+    with runtime.one_voice(), runtime.claim(folder_lock(options.out, keeps=True)):
         _encode_folder(options, rule, views, runtime)
 
 
