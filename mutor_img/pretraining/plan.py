@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
+from mutor_img.blocks import ModelConfig
 from mutor_img.common.errors import UserError
 from mutor_img.objectives.objective import Objective
 from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.pretraining.memory import FP32, Memory, Step, step_memory
 from mutor_img.registers import RegisterLaw
 from mutor_img.training.hardware import gpu_peak
-from mutor_img.transformer import ModelConfig, Transformer
+from mutor_img.transformer import Transformer
 
 GIB = 2.0**30
 

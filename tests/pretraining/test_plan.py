@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from mutor_img.blocks import ModelConfig
 from mutor_img.common.config import load_config
 from mutor_img.common.errors import UserError
 from mutor_img.pretraining.command import main
 from mutor_img.pretraining.config import GeneratorConfig, PlanConfig
 from mutor_img.pretraining.memory import Step, step_memory
 from mutor_img.pretraining.plan import GIB, largest_micro_batch, plan_generator
-from mutor_img.transformer import ModelConfig, Transformer
+from mutor_img.transformer import Transformer
 
 FOLDER = Path(__file__).parents[2] / "configs" / "imagenet256"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "tokenizer")
