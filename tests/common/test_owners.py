@@ -57,7 +57,8 @@ def test_a_second_command_on_one_output_ends_with_status_2_and_names_the_first(
     assert not list(tmp_path.rglob("*.lock"))
 
 
-KEEPS = {"--checkpoint a --out {out}.npz", "--checkpoint a --out {out}/"}  # what is there may be these samples
+KEEPS = {"--checkpoint a --out {out}.npz", "--checkpoint a --out {out}/",  # what is there may be these samples
+         "--tokenizer a --images b --samples {out}"}  # it says so itself, once it has read its tokenizer
 
 
 def output_of(arguments: str, out: Path) -> Path:
