@@ -207,7 +207,8 @@ def rule_of(options: Namespace) -> CropRule:
         taken = signature(CROPS[options.crop]).parameters
         for name in given:
             if name not in taken:
-                raise UserError(f"--{flags[name].replace('_', '-')} is of another crop rule than {options.crop}")
+                flag = flags[name].replace("_", "-")
+                raise UserError(f"--{flag} does not belong to --crop {options.crop}; leave it out")
     return crop_rule(options.crop, **given)
 
 

@@ -138,7 +138,7 @@ def _acquire(lock: Lock) -> SoftFileLease | None:
             continue
         if owner is None:
             if time.monotonic() - begun > 2 * _UNREADABLE:
-                raise UserError(f"{lock.path}: is no lock of this program; remove it, or give another output than "
+                raise UserError(f"{lock.path}: is not a lock of this program; remove it, or give another output than "
                                 f"{lock.output}")
             if time.monotonic() - begun > _UNREADABLE:
                 lease.force_break()  # a power cut as it was written

@@ -31,7 +31,7 @@ def plan_generator(config: GeneratorConfig) -> dict[str, dict[str, Any]]:
     micro_batch = min(config.train.micro_batch or share, share)
     if share % micro_batch:
         raise UserError(f"train.micro_batch is {micro_batch}, but each of plan.devices={config.plan.devices} has "
-                        f"{share} of the global batch, which is not a multiple of it")
+                        f"{share} of the global batch; give a divisor of {share}")
     sampled, extra, passes = model.parameter_count(), objective.extra_parameters(), share // micro_batch
     return {
         "model": {"preset": config.model.preset, "parameters": sampled,
