@@ -35,6 +35,7 @@ COMMANDS = [
     ("tokenizer.reconstruct", "--tokenizer a --images b --json {out}", file_lock),
     ("tokenizer.reconstruct", "--tokenizer a --images b --samples {out}", file_lock),
     ("tokenizer.inspect", "--codes a --out {out}.png", lambda out: file_lock(f"{out}.png")),
+    ("benchmarks.tokenizer_sharpness", "--out {out}.png", lambda out: file_lock(f"{out}.png")),
 ]
 ROOT = Path(__file__).resolve().parents[2]
 

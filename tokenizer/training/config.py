@@ -58,7 +58,7 @@ class LossConfig:
     lpips_weights: str | None = None  # folder of vgg16-397923af.pth and vgg.pth; null: torch's cache, package lpips
     codebook: float = 1.0  # weight of the term that pulls codes towards latents
     commitment: float = 0.25  # weight of the term that pulls latents towards codes
-    entropy: float = 0.0  # weight of the term for sure choices and equal use of all codes; 0: off
+    entropy: float = 0.0  # weight of the term that makes choices certain and uses all codes equally; 0: off
     adversarial_weight: float = 0.0  # weight of a discriminator's judgement; 0: no discriminator
     adversarial_start: int = 20_000  # first update in which the discriminator judges and learns
     discriminator_channels: int = 64  # channels of its first layer
