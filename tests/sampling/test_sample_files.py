@@ -102,7 +102,7 @@ def test_the_bytes_do_not_depend_on_batch_size_or_number_of_processes(run_of, tm
     assert out.read_bytes() == expected
 
 
-def test_torchrun_launches_the_start_sampling(run_of, tmp_path):
+def test_torchrun_launches_the_command(run_of, tmp_path):
     run = run_of()
     process = start_sampling("--checkpoint", run, "--num-samples", 70, "--out", "two.npz", processes=2, cwd=tmp_path)
     output, errors = process.communicate(timeout=200)
