@@ -95,7 +95,7 @@ def test_only_fifty_thousand_samples_make_an_fid_50k(count, name):
     (["--samples", "x.npz", "--reference", "y.npz", "--role", "generate"], "did you mean 'generation'"),
     (["--sample", "x.npz"], "did you mean '--samples'"),
     (["--samples", "x.npz", "--reference", "y.npz", "--batch-size", "0"], "--batch-size is 0"),
-    (["--samples", "x.npz", "--reference", "y.npz", "--device", "abacus"], "no device"),
+    (["--samples", "x.npz", "--reference", "y.npz", "--device", "abacus"], "is not a device"),
     (["--samples", "x.npz", "--reference", "y.npz", "--device", "cuda:99"], "no such device"),
     (["--samples", "x.npz", "--reference", "y.npz", "--out", "z.npz"], "--out is for --make-reference"),
     (["--samples", "x.npz", "--reference", "y.npz", "--features-weights", "z"], "--features-weights is for"),

@@ -104,7 +104,7 @@ def test_sharding_divides_what_is_kept_and_sends_more_with_every_forward_pass():
 
 
 @pytest.mark.parametrize("override, message", [
-    ("plan.devices=3", "not divisible by plan.devices=3"), ("train.micro_batch=60", "not a multiple"),
+    ("plan.devices=3", "not divisible by plan.devices=3"), ("train.micro_batch=60", "give a divisor of"),
     ("plan.mfu=1.5", "plan.mfu is 1.5"), ("plan.devices=0", "plan.devices is 0"),
     ("plan.device_gib=0", "plan.device_gib is 0"), ("plan.usable=2", "plan.usable is 2"),
     ("plan.peak_tflops=-1", "plan.peak_tflops is -1")])
