@@ -28,10 +28,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mutor_img import generate
+from mutor_img.blocks import ModelConfig
 from mutor_img.common.cli import Parser, run
 from mutor_img.common.config import check_choice
 from mutor_img.common.errors import check_range
-from mutor_img.transformer import ModelConfig, Transformer
+from mutor_img.transformer import Transformer
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SCALE = 2.0

@@ -166,14 +166,14 @@ def main(argv: Sequence[str]) -> None:
     """The command; see ``--help``."""
     parser = Parser(description="Measure feature extraction beside torch-fidelity's own, and the metrics at full size.",
                     example="python -m benchmarks.scoring extraction --images 64 --threads 1")
-    parser.add_argument("part", metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of this process")
-    parser.add_argument("--rounds", type=int, default=5, help="of extraction and frechet")
-    parser.add_argument("--images", type=int, default=64, help="of extraction")
-    parser.add_argument("--side", type=int, default=256, help="of extraction's images, in pixels")
-    parser.add_argument("--batch-size", type=int, default=32, help="of extraction")
-    parser.add_argument("--samples", type=int, default=50_000, help="of metrics")
-    parser.add_argument("--reference-images", type=int, default=10_000, help="of metrics")
+    parser.add_argument("part", metavar="PART", help=f"what to measure: {', '.join(PARTS)}")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of this process")
+    parser.add_argument("--rounds", type=int, default=5, help="how often extraction and frechet are timed")
+    parser.add_argument("--images", type=int, default=64, help="images whose features are extracted")
+    parser.add_argument("--side", type=int, default=256, help="side of these images, in pixels")
+    parser.add_argument("--batch-size", type=int, default=32, help="images at a time in extraction")
+    parser.add_argument("--samples", type=int, default=50_000, help="samples that metrics scores")
+    parser.add_argument("--reference-images", type=int, default=10_000, help="reference images of metrics")
     args = parser.parse_args(argv)
     check_choice("PART", args.part, PARTS)
     for name in ("threads", "rounds", "images", "side", "batch_size", "samples", "reference_images"):

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from benchmarks.train_step import make_step, processor
 from mutor_img import generate
+from mutor_img.blocks import ModelConfig
 from mutor_img.common.cli import Parser, run
 from mutor_img.common.config import OptimConfig
 from mutor_img.common.errors import check_range
@@ -37,7 +38,7 @@ from mutor_img.common.threads import CHOICES, LONG, SHORT
 from mutor_img.registers import RegisterLaw
 from mutor_img.training.hardware import keep_freed_memory, precision_on
 from mutor_img.training.optimizer import build_optimizer
-from mutor_img.transformer import ModelConfig, Transformer
+from mutor_img.transformer import Transformer
 from tokenizer.network.vq import VQModel, preset
 
 SETTINGS = {"default": {"KMP_BLOCKTIME": "200"},  # its own default, which libgomp does not read

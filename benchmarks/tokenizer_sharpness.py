@@ -27,7 +27,8 @@ from skimage import data
 from mutor_img.common.cli import Parser, run
 from mutor_img.common.config import load_config
 from mutor_img.common.errors import check_range
-from mutor_img.common.images import grid_picture, to_nhwc, write_png
+from mutor_img.common.images import check_png, grid_picture, to_nhwc, write_png
+from mutor_img.common.locks import claim, file_lock
 from mutor_img.training.command import run_task
 from tokenizer import load_tokenizer
 from tokenizer.images.crops import to_float
@@ -106,19 +107,20 @@ def main(argv: Sequence[str]) -> None:
     parser = Parser(description=__doc__.splitlines()[0], prog="python -m benchmarks.tokenizer_sharpness",
                     example="python -m benchmarks.tokenizer_sharpness --out docs/adversarial.png")
     parser.add_argument("--weights", type=float, nargs="+", default=[0.002, 0.005, 0.02],
-                        help="of the adversarial term")
+                        help="weights of the adversarial term, a run for each")
     parser.add_argument("--start", type=int, default=600, help="first update of the adversarial term")
     parser.add_argument("--steps", type=int, default=1000, help="updates in all")
     parser.add_argument("--lr", type=float, default=3e-4, help="learning rate from --start on")
     parser.add_argument("--out", type=Path, metavar="PNG", help="picture of held-out crops, before and after")
     options = parser.parse_args(argv)
     check_range("--steps", options.steps, options.start, 10**6)
-    with tempfile.TemporaryDirectory() as name:
+    check_png(options.out)
+    with claim(file_lock(options.out)), tempfile.TemporaryDirectory() as name:
         write_crops(Path(name))
         runs = train_all(Path(name), options.weights, options.start, options.steps, options.lr)
         picture = compare(Path(name), runs)
-    if options.out:
-        write_png(options.out, picture)
+        if options.out:
+            write_png(options.out, picture)
 
 
 if __name__ == "__main__":

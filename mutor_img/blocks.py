@@ -92,6 +92,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise x (..., dim) of any float dtype; what comes back is of x's dtype, or of the weight's if wider."""
         wide = x.float()
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).type_as(x) * self.weight
 
@@ -151,6 +152,16 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, rope: Tensor, attend: Attend) -> Tensor:
+        """Return what attention adds to x.
+
+        Args:
+            x: (B, S, dim), normalised.
+            rope: (1 or B, S, 2, head_dim / 2) fp32, as :class:`RotaryTable` gives it.
+            attend: takes q, k and v (B, H, S, head_dim) and returns the same shape.
+
+        Returns:
+            (B, S, dim).
+        """
         qkv = rearrange(self.wqkv(x), "b s (three h d) -> b s three h d", three=3, h=self.heads)
         q, k = rotate(qkv[:, :, :2], rope).transpose(1, 3).unbind(2)  # (B, H, S, head_dim) each
         out = attend(q, k, qkv[:, :, 2].transpose(1, 2))  # (B, H, S, head_dim)
@@ -168,11 +179,12 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return what the feed-forward adds to x (..., dim), which is normalised; the same shape."""
         return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
 
 
 class Block(nn.Module):
-    """A pre-norm block."""
+    """A pre-norm block: attention, then feed-forward, each added to what it reads."""
 
     def __init__(self, config: ModelConfig, drop_path: float):
         super().__init__()
@@ -184,6 +196,7 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, rope: Tensor, attend: Attend) -> Tensor:
+        """Return the residual stream x (B, S, dim) after this block; arguments as for :meth:`Attention.forward`."""
         x = x + self.drop_path(self.attention(self.attention_norm(x), rope, attend))
         return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))
 
@@ -196,6 +209,7 @@ class LabelEmbedding(nn.Module):
         self.embedding_table = nn.Embedding(classes + 1, dim)
 
     def forward(self, labels: Tensor) -> Tensor:
+        """Embed labels (B,) int64 in 0 .. classes, the last being the null class; returns (B, dim)."""
         return self.embedding_table(labels)
 
 

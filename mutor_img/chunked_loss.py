@@ -55,6 +55,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int, wanted: bool) -> Tensor:
+        """Return the summed loss, an fp32 scalar; if ``wanted``, make both gradients chunk by chunk on the way.
+
+        Args:
+            ctx: keeps the gradients for :meth:`backward`.
+            hidden: (rows, dim), the states before the output matrix, in the dtype of its product.
+            weight: (V, dim).
+            targets: (rows,) int64, ``IGNORE`` where there is none.
+            rows: rows of logits at a time.
+            wanted: whether anything needs gradients.
+        """
         total, head = torch.zeros((), device=hidden.device), weight.to(hidden.dtype)
         hidden_grad = torch.empty_like(hidden) if wanted else hidden  # (rows, dim)
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if wanted else None  # (V, dim)
@@ -69,6 +79,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        """Return the gradients of ``hidden`` and ``weight``, those made in :meth:`forward` times ``grad``, a scalar."""
         hidden_grad, weight_grad = ctx.saved_tensors
         scaled = (hidden_grad.float() * grad).to(hidden_grad.dtype)  # a factor rounded to bf16 would bias every row
         return scaled, (weight_grad * grad).to(ctx.dtype), None, None, None

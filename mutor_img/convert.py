@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import mutor_img.common.own_tokenizer  # noqa: F401 (first: what follows imports tokenizer)
+from mutor_img.blocks import ModelConfig, RotaryTable
 from mutor_img.checkpoints.folder import find_checkpoint, read_meta, write_checkpoint
 from mutor_img.checkpoints.llamagen import read_pt
 from mutor_img.checkpoints.loading import load_run
@@ -25,7 +26,6 @@ from mutor_img.common.files import write_atomic
 from mutor_img.common.locks import claim, file_lock
 from mutor_img.common.outputs import keep_apart
 from mutor_img.sampling.options import guess_of
-from mutor_img.transformer import ModelConfig, RotaryTable
 from tokenizer import load_tokenizer
 
 
@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> None:
     out = Path(args.out)
     keep_apart({"--out": out}, {"--source": args.source})
     grid = None if args.grid_size is None else parse_grid(args.grid_size, "--grid")
-    with claim(file_lock(out)):
+    with claim(file_lock(out, keeps=True)):
         if out.exists():
             raise UserError(f"{out} exists already; give another --out or remove it")
         weights, meta = read_any(Path(args.source), choices[args.weights], grid)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from mutor_img.attention import FlexAttention, SdpaAttention
 from mutor_img.blocks import (
-    PRESETS,
     Attend,
     Block,
     LabelEmbedding,
@@ -28,8 +27,6 @@ from mutor_img.blocks import (
     draw_weights,
 )
 from mutor_img.registers import register_ids
-
-__all__ = ["PRESETS", "Block", "ModelConfig", "RMSNorm", "RotaryTable", "Run", "Transformer", "sampled_weights"]
 
 T = TypeVar("T")
 

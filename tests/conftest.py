@@ -20,7 +20,8 @@ from projection import Projection
 from tiny_runs import write_generator, write_tokenizer
 from torch._functorch import config as functorch
 
-from mutor_img import transformer
+from mutor_img import blocks
+from mutor_img.blocks import ModelConfig
 from mutor_img.common.config import load_config
 from mutor_img.common.files import write_json
 from mutor_img.data.store import CodesInfo, block_checksum
@@ -30,7 +31,7 @@ from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.pretraining.task import GeneratorTask
 from mutor_img.training.loop import train
 from mutor_img.training.runtime import Runtime
-from mutor_img.transformer import ModelConfig, Transformer
+from mutor_img.transformer import Transformer
 
 torch.set_num_threads(1)  # the same sums in the same order, and no contention between test workers
 
@@ -166,8 +167,8 @@ def run_file(tmp_path, codes_folder) -> Path:
 @pytest.fixture
 def tiny(monkeypatch):
     """Shrink the presets, for runs in this process."""
-    for name in transformer.PRESETS:
-        monkeypatch.setitem(transformer.PRESETS, name, (2 if name == "mnist" else 1, 2, 16))
+    for name in blocks.PRESETS:
+        monkeypatch.setitem(blocks.PRESETS, name, (2 if name == "mnist" else 1, 2, 16))
 
 
 @pytest.fixture

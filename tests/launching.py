@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mutor_img import transformer
+from mutor_img import blocks
 from mutor_img.common.config import load_config
 from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.pretraining.task import GeneratorTask
@@ -22,6 +24,8 @@ from mutor_img.training import parallel
 from mutor_img.training.loop import train
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def join(rank: int, world: int, port: int) -> None:
@@ -50,7 +54,7 @@ def launch(context: BaseContext, world: int, target: Callable, root: Path) -> li
 def small_preset() -> Iterator[None]:
     """Let the preset mnist be two blocks of 16, in this process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(transformer.PRESETS, "mnist", (2, 2, 16))
+        patch.setitem(blocks.PRESETS, "mnist", (2, 2, 16))
         yield
 
 
@@ -75,3 +79,11 @@ def counted_graphs() -> Iterator[list]:
         patch.setattr(parallel, "compile_blocks", functools.partial(parallel.compile_blocks, backend=collect))
         torch._dynamo.reset()
         yield graphs
+
+
+def start_sampling(*flags: object, processes: int = 1, cwd: Path) -> subprocess.Popen:
+    """Start ``sample.py`` in another process, or under torchrun in several."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    program = [sys.executable, *(launch if processes > 1 else ()), str(ROOT / "sample.py"), *map(str, flags)]
+    return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})

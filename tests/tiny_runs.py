@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from mutor_img.checkpoints.folder import write_checkpoint
+from mutor_img.sampling import main
 from mutor_img.transformer import Transformer
 from tokenizer import load_tokenizer
 from tokenizer.network.vq import VQModel
@@ -31,3 +32,8 @@ def write_generator(folder: Path, model: Transformer, vq: VQModel, **codes) -> s
     write_checkpoint(folder, 3, {"model": model.state_dict()},
                      {"kind": "generator", "model": model.config.to_json(), "codes": about}, 1)
     return str(folder)
+
+
+def sample(run: str, out: Path, *flags: str, count: int = 150) -> Path:
+    """Write ``count`` samples of a run by ``sample.py``'s code, in this process; returns what was written."""
+    return main(["--checkpoint", run, "--out", str(out), "--num-samples", str(count), *flags])

@@ -207,7 +207,8 @@ def rule_of(options: Namespace) -> CropRule:
         taken = signature(CROPS[options.crop]).parameters
         for name in given:
             if name not in taken:
-                raise UserError(f"--{flags[name].replace('_', '-')} is of another crop rule than {options.crop}")
+                flag = flags[name].replace("_", "-")
+                raise UserError(f"--{flag} does not belong to --crop {options.crop}; leave it out")
     return crop_rule(options.crop, **given)
 
 
@@ -226,7 +227,7 @@ def main(argv: Sequence[str]) -> None:
                {"--tokenizer": options.tokenizer, "--images": options.images, "--labels": options.labels,
                 "--classes": None if options.classes == IMAGENET else options.classes}, {"--out": out / "parts"})
     runtime = Runtime.start(timeout_minutes=24 * 60)  # at the end all wait for the one with the slowest disk
-    with runtime.one_voice(), runtime.claim(folder_lock(options.out)):
+    with runtime.one_voice(), runtime.claim(folder_lock(options.out, keeps=True)):
         _encode_folder(options, rule, views, runtime)
 
 

@@ -144,7 +144,7 @@ def main(argv: Sequence[str]) -> None:
                {"--tokenizer": options.tokenizer, "--images": options.images,
                 "--inception-weights": options.inception_weights, "--lpips-weights": options.lpips_weights})
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with claim(*(file_lock(path) for path in (options.out, options.samples, options.json))):
+    with claim(file_lock(options.out), file_lock(options.samples, keeps=True), file_lock(options.json)):
         scores = reconstruct_folder(
             load_tokenizer(options.tokenizer, device), options.images, split=options.split,
             num_images=options.num_images, image_size=options.image_size, batch_size=options.batch_size,

@@ -57,11 +57,11 @@ class StoreWriter:
         made = read_json(self.out / "encode.json") if (self.out / "encode.json").is_file() else {}
         for name, value in self.manifest.items():
             if made.get(name) != value:
-                raise UserError(f"{self.out}: holds other codes ({name} is {made.get(name)}, asked for is {value}); "
+                raise UserError(f"{self.out}: holds other codes ({name} is {made.get(name)}, but now it is {value}); "
                                 "give another --out, or remove that folder")
         codes = Codes(self.out)  # raises where an array is damaged
         if codes.info.class_names != self.source.class_names():
-            raise UserError(f"{self.out}: holds codes of {len(codes.info.class_names)} other classes than these "
+            raise UserError(f"{self.out}: holds codes of {len(codes.info.class_names)} classes, which are not these "
                             f"{len(self.source.classes)}; give another --out, or remove that folder")
         remove(self.parts)  # left by a kill between the last file and this
         return True

@@ -97,10 +97,10 @@ def _refuse_foreign(weights: dict[str, Tensor], path: str | Path) -> None:
     """Raise :class:`UserError` for weights that a reader would only call unknown, saying what they are."""
     if any(name.startswith(_TEXT) for name in weights):
         raise UserError(f"{path}: a text-to-image generator (its {_TEXT[0]}* takes captions); this project makes "
-                        "images of classes: give a class-conditional file, as LlamaGen's c2i_*.pt are")
+                        "images of classes; give a class-conditional file, such as LlamaGen's c2i_*.pt")
     parts = {part for name in weights for part in name.split(".")}
     found = [part for part in _PACKAGING if part in parts]
     if found:
         words = " and ".join(f"{part!r}, {_PACKAGING[part]}" for part in found)
-        raise UserError(f"{path}: weights of a wrapped model: in their names stands {words}; save the state dict of "
-                        f"the model inside the wrapper, or take {found[0] + '.'!r} out of the names and save again")
+        raise UserError(f"{path}: weights of a wrapped model: their names contain {words}; save the state dict of "
+                        f"the model inside the wrapper, or remove {found[0] + '.'!r} from the names and save again")

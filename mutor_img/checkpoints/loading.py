@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mutor_img.blocks import PRESETS, ModelConfig
 from mutor_img.checkpoints.folder import find_checkpoint, load_strict, read_meta, read_tensors
 from mutor_img.checkpoints.llamagen import read_released
 from mutor_img.checkpoints.tensor_files import group_hash, has_group
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import file_hash
 from mutor_img.registers import RegisterLaw
-from mutor_img.transformer import PRESETS, ModelConfig, Transformer, sampled_weights
+from mutor_img.transformer import Transformer, sampled_weights
 
 RELEASED_GRID = (16, 16)  # of a state dict that does not say its grid; this is 256 pixels at stride 16
 

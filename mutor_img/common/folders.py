@@ -79,8 +79,8 @@ def _entry(entry: os.DirEntry) -> Entry:
         if is_image(entry.name) or not entry.is_symlink():
             return Entry(entry.name, False, GONE)
         raise UserError(f"{entry.path}: a link to {os.readlink(entry.path)}, which cannot be reached "
-                        f"({error.strerror}); repair or remove it: if it is a class folder, the class would be missing "
-                        "and the labels of all later ones wrong") from None
+                        f"({error.strerror}); repair or remove it: without a class folder, the labels of all later "
+                        "classes would be wrong") from None
     if stat.S_ISDIR(status.st_mode):
         return Entry(entry.name, True, 0)
     return Entry(entry.name, False, status.st_size if stat.S_ISREG(status.st_mode) else GONE)

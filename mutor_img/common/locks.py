@@ -28,7 +28,6 @@ BEAT, SILENCE = 20.0, 300.0  # seconds; a process may hold Python's lock for a m
 _POLL = 1.0  # seconds between looks at another machine's lock
 _UNREADABLE = 5.0  # seconds after which a lock that names nobody is not one that is just being written
 _HELD = "MUTOR_IMG_LOCKS"  # in the environment: what this process and those above it hold, so that children inherit it
-_NO_LOCK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class Lock(NamedTuple):
@@ -37,31 +36,36 @@ class Lock(NamedTuple):
     Attributes:
         output: the folder or file, for messages.
         path: the hidden file.
+        keeps: an output that exists already may be complete: the command looks for itself what it still has to write.
     """
 
     output: Path
     path: Path
+    keeps: bool = False
 
 
-def folder_lock(folder: str | os.PathLike) -> Lock:
-    """Return the lock of a folder that fills while a command runs; it lies in it."""
-    return Lock(Path(folder), Path(folder) / ".lock")
+def folder_lock(folder: str | os.PathLike, keeps: bool = False) -> Lock:
+    """Return the lock of a folder that fills while a command runs; the lock lies in it."""
+    return Lock(Path(folder), Path(folder) / ".lock", keeps)
 
 
-def file_lock(file: str | os.PathLike | None) -> Lock | None:
-    """Return the lock of a file, or of a folder that appears when it is whole; it lies beside. None has none."""
-    return Lock(Path(file), Path(file).with_name(f".{Path(file).name}.lock")) if file else None
+def file_lock(file: str | os.PathLike | None, keeps: bool = False) -> Lock | None:
+    """Return the lock of a file; the lock lies beside it. None has none.
+
+    With ``keeps`` the output may also be a folder that appears when it is whole.
+    """
+    return Lock(Path(file), Path(file).with_name(f".{Path(file).name}.lock"), keeps) if file else None
 
 
 @contextmanager
 def claim(*locks: Lock | None) -> Iterator[None]:
     """Own outputs while inside; what this process or one above it owns already stays theirs. None is skipped.
 
-    An output that cannot be written to needs no owner: who writes there will be told so. A file system that knows no
-    exclusive files has none.
+    So a command learns before its work begins that it could not write down what comes out. An output that ``keeps``
+    what is there needs no owner where it cannot be written to. A file system without exclusive files has no owners.
 
     Raises:
-        UserError: another process owns one of them; it is named, with its host.
+        UserError: another process owns one of them (it is named, with its host), or one cannot be written.
     """
     with ExitStack() as held:
         for lock in filter(None, locks):
@@ -72,6 +76,9 @@ def claim(*locks: Lock | None) -> Iterator[None]:
 @contextmanager
 def _claim(lock: Lock) -> Iterator[None]:
     folder = lock.path.parent
+    if folder != lock.output and lock.output.is_dir() and not lock.keeps:
+        raise UserError(f"{lock.output}: is a folder; give the name of a file")
+    there = folder.is_dir() if folder == lock.output else os.path.lexists(lock.output)
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     lease = None
     try:
@@ -79,8 +86,10 @@ def _claim(lock: Lock) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             lease = _acquire(lock)
         except OSError as error:
-            if error.errno not in _NO_LOCK:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
+            if not (lock.keeps and there):
+                _check_writable(lock)
         if lease is None:
             yield
             return
@@ -95,6 +104,19 @@ def _claim(lock: Lock) -> Iterator[None]:
         for path in new:  # what a refused command made; a folder that holds something stays
             with suppress(OSError):
                 path.rmdir()
+
+
+def _check_writable(lock: Lock) -> None:
+    """Return if an output can be written to although its lock cannot; raise :class:`UserError` if not."""
+    folder = lock.path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            return
+    except OSError as error:
+        at = "" if folder == lock.output else f" in {folder}"
+        raise UserError(f"{lock.output}: cannot be written{at} ({error.strerror}); give another path, or make this one "
+                        "writable") from None
 
 
 def _acquire(lock: Lock) -> SoftFileLease | None:
@@ -116,7 +138,7 @@ def _acquire(lock: Lock) -> SoftFileLease | None:
             continue
         if owner is None:
             if time.monotonic() - begun > 2 * _UNREADABLE:
-                raise UserError(f"{lock.path}: is no lock of this program; remove it, or give another output than "
+                raise UserError(f"{lock.path}: is not a lock of this program; remove it, or give another output than "
                                 f"{lock.output}")
             if time.monotonic() - begun > _UNREADABLE:
                 lease.force_break()  # a power cut as it was written

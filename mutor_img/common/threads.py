@@ -9,6 +9,7 @@ virtual machine up to a third. So each command looks whether its processors are 
 from __future__ import annotations
 
 import os
+import sys
 
 # Turns of the waiting loop of GNU's libgomp, which torch's wheels for Linux bring; milliseconds for LLVM's and Intel's.
 SHORT = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
@@ -22,10 +23,21 @@ def set_spinning() -> None:
     """Set a short spin if other work uses the processors, else a long one, for this process and its children.
 
     What the user has set in the environment stays. For commands only, before torch is loaded: importing the packages
-    changes no environment.
+    changes no environment. Nor does a command that prints its help, or that has one thread, which waits for no other.
     """
-    if _OURS in os.environ or not any(name in os.environ for name in CHOICES):
+    chosen = _OURS not in os.environ and any(name in os.environ for name in CHOICES)
+    if not chosen and not {"-h", "--help"} & set(sys.argv) and _threads() != "1":
         os.environ.update(SHORT if in_use() else LONG, **{_OURS: "1"})
+
+
+def _threads() -> str:
+    """Return how many threads OpenMP's outermost teams will have."""
+    return os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip() or str(len(_processors()))
+
+
+def _processors() -> set[int]:
+    """Return the numbers of the processors that this process may use."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def in_use() -> bool:
@@ -33,5 +45,4 @@ def in_use() -> bool:
     import psutil
 
     shares = psutil.cpu_percent(_LOOK, percpu=True)  # this process sleeps meanwhile
-    mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(shares))
-    return sum(shares[cpu] for cpu in mine if cpu < len(shares)) > 50
+    return sum(shares[cpu] for cpu in _processors() if cpu < len(shares)) > 50

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from mutor_img.common import cli
@@ -134,8 +133,6 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--samples is missing, or --checkpoint to generate them (see --help)")
     if not args.reference:
         raise UserError("--reference is missing (see --help)")
-    if args.json and Path(args.json).is_dir():
-        raise UserError(f"--json {args.json} is a folder; give a file name")
 
 
 def _outputs(args: argparse.Namespace) -> dict[str, str | None]:

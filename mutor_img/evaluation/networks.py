@@ -58,7 +58,7 @@ def start(name: str | None) -> Runtime:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
-        raise UserError(f"--device {name!r} is no device; give cpu, cuda or cuda:N") from None
+        raise UserError(f"--device {name!r} is not a device; give cpu, cuda or cuda:N") from None
     devices = {"cpu": 1, "cuda": torch.cuda.device_count()}
     if (device.index or 0) >= devices.get(device.type, 0):
         raise UserError(f"--device {name}: there is no such device here ({torch.cuda.device_count()} CUDA devices); "
@@ -67,6 +67,6 @@ def start(name: str | None) -> Runtime:
     if launched.world == 1:
         return Runtime(device)
     if name is not None and (device.index is not None or device.type != launched.device.type):
-        raise UserError(f"--device {name}: {launched.world} processes have joined on {launched.device.type}, a device "
+        raise UserError(f"--device {name}: the {launched.world} processes use {launched.device.type}, one device "
                         "each; leave it out, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to score on CPUs")
     return launched

@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
                     example="python -m mutor_img.gpu_report --out report.md")
     parser.add_argument("--quick", action="store_true", help="fewer masks: those of the paper's image rows")
     parser.add_argument("--batch", type=int, default=32, help="sequences in a measured update of B")
-    parser.add_argument("--out", metavar="FILE", help="write the report there, too")
+    parser.add_argument("--out", metavar="FILE", help="file to write the report to; it is printed as well")
     args = parser.parse_args(argv)
     check_range("--batch", args.batch, 1, 4096)
     if not torch.cuda.is_available():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from mutor_img.blocks import PRESETS
 from mutor_img.gpu_report.attention import check_flex, check_one_mask, check_sdpa
 from mutor_img.gpu_report.decoding import check_decoding
 from mutor_img.gpu_report.images import (
@@ -26,7 +27,6 @@ from mutor_img.gpu_report.training import (
     measure_update,
 )
 from mutor_img.registers import RegisterLaw
-from mutor_img.transformer import PRESETS
 
 Check = Callable[[Place], str]
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from mutor_img.blocks import ModelConfig
 from mutor_img.decoding.sampler import generate
 from mutor_img.gpu_report.place import CheckFailed, Place, dtype_of
 from mutor_img.pretraining.examination import HEADS
 from mutor_img.pretraining.parity import FLOORS, PLAIN_FACTOR, draw_at_scale_one
-from mutor_img.transformer import ModelConfig, Transformer
+from mutor_img.transformer import Transformer
 
 GRID = (8, 8)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mutor_img.attention import SdpaAttention
+from mutor_img.blocks import Block, ModelConfig, RotaryTable
 from mutor_img.checkpoints.folder import find_checkpoint, open_group, read_tensors
 from mutor_img.common.config import OptimConfig
 from mutor_img.gpu_report.place import CheckFailed, Place, expect, process_group, relative
@@ -33,7 +34,6 @@ from mutor_img.training.hardware import peak_flops
 from mutor_img.training.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.trainer import Trainer
-from mutor_img.transformer import Block, ModelConfig, RotaryTable
 
 EMA = 0.9
 

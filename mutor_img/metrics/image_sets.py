@@ -162,8 +162,8 @@ def _image_shape(path: Path, name: str) -> tuple[int, ...]:
                 raise UserError(f"{path}: {name} is in Fortran order; save it C-contiguous")
             held = archive.getinfo(f"{name}.npy").file_size - stream.tell()
             if held != int(np.prod(shape)):
-                raise UserError(f"{path}: {name} announces {shape[0]} images and holds {held} bytes, "
-                                f"not {int(np.prod(shape))}; it is damaged or cut off")
+                raise UserError(f"{path}: {name} should hold {shape[0]} images of {int(np.prod(shape))} bytes, but "
+                                f"holds {held} bytes; it is damaged or cut off")
             return shape
     except UserError:
         raise

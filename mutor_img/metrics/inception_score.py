@@ -36,7 +36,7 @@ def inception_score(logits: Tensor, *, order: str = "shuffle", seed: int = 0, ch
         raise UserError(f"unknown Inception Score order {order!r}{suggest(order, ORDERS)}")
     count = logits.shape[0]
     if count == 0:
-        raise UserError("the Inception Score of no images does not exist; give at least 1")
+        raise UserError("the Inception Score needs at least 1 image")
     if not torch.isfinite(logits).all():
         raise UserError("the classifier's outputs hold NaN or infinity; look at the images and at the weights")
     if order == "shuffle":

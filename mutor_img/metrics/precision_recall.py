@@ -11,6 +11,8 @@ of the matrix products, in memory that grows with the tile and not with the squa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -68,7 +70,8 @@ class _Set:
         self.count, self.dimension = features.shape
         self.norms = torch.cat([(part - self.centre).double().square().sum(1) for part in features.split(_COLUMNS)])
 
-    def tiles(self, size: int):
+    def tiles(self, size: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yield up to ``size`` rows at a time: where they are, centred (rows, D), and their squared norms (rows,)."""
         for start in range(0, self.count, size):
             rows = slice(start, min(start + size, self.count))
             yield rows, self.features[rows] - self.centre, self.norms[rows].float()

@@ -93,7 +93,7 @@ def open_reference(path: str | os.PathLike, split: str | None = None) -> Referen
         images = FolderImages(path, split)
         return Reference(images.name, "folder", images=images)
     if split is not None:
-        raise UserError(f"--split {split}: {path} is no folder, and has no splits; leave --split out")
+        raise UserError(f"--split {split}: {path} is not a folder and has no splits; leave --split out")
     if not path.exists():
         raise UserError(f"{path}: no such reference file or folder")
     members, digest = npz_members(path), file_hash(path)
@@ -102,8 +102,8 @@ def open_reference(path: str | os.PathLike, split: str | None = None) -> Referen
     images = NpzImages(path) if "arr_0" in members else None
     pool, spatial = _statistics(path, members, "mu", "sigma"), _statistics(path, members, "mu_s", "sigma_s")
     if pool is None and images is None:
-        raise UserError(f"{path}: no reference: it holds {', '.join(sorted(members)) or 'nothing'}, neither mu and "
-                        "sigma nor images (arr_0)")
+        raise UserError(f"{path}: not a reference: it holds {', '.join(sorted(members)) or 'nothing'}, but neither "
+                        "mu and sigma nor images (arr_0)")
     adm = members >= _ADM
     kind = "adm" if adm else "images" if pool is None else "statistics"
     return Reference(path.name, kind, digest, "generation" if adm else None, pool, spatial, images=images)
@@ -195,7 +195,7 @@ def _statistics(path: Path, members: set[str], mean: str, covariance: str, count
     mu, sigma = read_npz_array(path, mean), read_npz_array(path, covariance)
     if mu.dtype.kind != "f" or sigma.dtype.kind != "f" or mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
         raise UserError(f"{path}: {mean} is {mu.dtype} {mu.shape} and {covariance} {sigma.dtype} {sigma.shape}; "
-                        "a mean (D,) and a covariance (D, D) are wanted")
+                        "expected a mean (D,) and a covariance (D, D)")
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise UserError(f"{path}: {mean} or {covariance} holds NaN or infinity; make or download the file again")
     return Statistics(torch.from_numpy(mu).double(), torch.from_numpy(sigma).double(), count)

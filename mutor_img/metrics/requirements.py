@@ -35,7 +35,7 @@ def check_names(names: Sequence[str]) -> None:
         if name not in KNOWN:
             raise UserError(f"unknown metric {name!r}{suggest(name, KNOWN)}")
     if not names:
-        raise UserError(f"no metric asked for; choose from {', '.join(KNOWN)}")
+        raise UserError(f"no metric is given; choose from {', '.join(KNOWN)}")
 
 
 def moment_outputs(metrics: Sequence[str]) -> set[str]:

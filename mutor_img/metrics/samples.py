@@ -31,8 +31,8 @@ def open_samples(path: str | os.PathLike) -> NpzImages | FolderImages:
         if listed.exists():
             labels = _labels(listed, len(images))
             if images.labels is not None and not np.array_equal(labels, images.labels):
-                raise UserError(f"{listed}: its labels are others than those of the class folders beside it; remove "
-                                "the file, or put the images into one folder")
+                raise UserError(f"{listed}: its labels differ from those of the class folders beside it; remove the "
+                                "file, or put the images into one folder")
             images.labels = labels
         return images
     if not path.exists():

@@ -47,6 +47,7 @@ class ModelSection:
     loss_chunk: int = 0  # rows of logits that the training loss holds at a time; saves memory; 0: all rows
 
     def validate(self) -> None:
+        """Raise :class:`UserError` for a value out of range."""
         check_choice("model.attention", self.attention, ("auto", "sdpa"))
         check_range("model.loss_chunk", self.loss_chunk, 0, 10**9)
         check_range("model.dropout", self.dropout, 0.0, 0.99)
@@ -71,6 +72,7 @@ class RegistersConfig:
     wrap: bool = True  # a 2D offset past the right edge continues in the next row; false: it has no target
 
     def validate(self) -> None:
+        """Raise :class:`UserError` for a value out of range."""
         check_range("registers.loss_weight", self.loss_weight, 0.0, 1.0)
         if self.embedding not in ("shared", "per_offset"):
             raise UserError(f"registers.embedding is {self.embedding!r}; give shared or per_offset")
@@ -84,6 +86,7 @@ class PicturesConfig:
     per_class: int = 8  # images per class, for the first ten classes
 
     def validate(self) -> None:
+        """Raise :class:`UserError` for a value out of range."""
         check_range("pictures.cfg_scale", self.cfg_scale, 1.0, 100.0)
         check_range("pictures.per_class", self.per_class, 1, 64)
 
@@ -99,6 +102,7 @@ class PlanConfig:
     mfu: float = 0.4  # expected share of that peak that the model's FLOPs reach
 
     def validate(self) -> None:
+        """Raise :class:`UserError` for a value out of range."""
         check_range("plan.devices", self.devices, 1, 10**6)
         check_range("plan.device_gib", self.device_gib, 0.0, 1e5, low_open=True)
         check_range("plan.usable", self.usable, 0.0, 1.0, low_open=True)
@@ -120,6 +124,7 @@ class EvalConfig:
     cfg_scale: float = 2.0  # guidance scale
 
     def validate(self) -> None:
+        """Raise :class:`UserError` for a value out of range, unknown metrics or features, or a missing reference."""
         check_range("eval.every", self.every, 0, 10**9)
         check_range("eval.samples", self.samples, 2, 10**7)
         check_range("eval.cfg_scale", self.cfg_scale, 1.0, 100.0)
@@ -148,6 +153,7 @@ class GeneratorConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def validate(self) -> None:
+        """Raise :class:`UserError` for sections that do not fit each other; each section has checked itself before."""
         self.data.folders()
         with torch.device("meta"):
             self.build_objective()  # raises for registers, a preset or settings that cannot be

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from mutor_img.attention import FlexAttention, SdpaAttention
+from mutor_img.blocks import Block, ModelConfig, RotaryTable
 from mutor_img.common.child import serve
 from mutor_img.pretraining.parity import Difference, compare_attention, draw_at_scale_one, rms_difference
 from mutor_img.registers import RegisterLaw, register_ids
 from mutor_img.training.compiling import compile_whole
-from mutor_img.transformer import Block, ModelConfig, RotaryTable
 
 BATCH, HEADS = 2, 2
 

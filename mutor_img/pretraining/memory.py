@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mutor_img.transformer import ModelConfig
+from mutor_img.blocks import ModelConfig
 
 FP32 = 4  # bytes
 

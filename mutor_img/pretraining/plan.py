@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
+from mutor_img.blocks import ModelConfig
 from mutor_img.common.errors import UserError
 from mutor_img.objectives.objective import Objective
 from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.pretraining.memory import FP32, Memory, Step, step_memory
 from mutor_img.registers import RegisterLaw
 from mutor_img.training.hardware import gpu_peak
-from mutor_img.transformer import ModelConfig, Transformer
+from mutor_img.transformer import Transformer
 
 GIB = 2.0**30
 
@@ -30,7 +31,7 @@ def plan_generator(config: GeneratorConfig) -> dict[str, dict[str, Any]]:
     micro_batch = min(config.train.micro_batch or share, share)
     if share % micro_batch:
         raise UserError(f"train.micro_batch is {micro_batch}, but each of plan.devices={config.plan.devices} has "
-                        f"{share} of the global batch, which is not a multiple of it")
+                        f"{share} of the global batch; give a divisor of {share}")
     sampled, extra, passes = model.parameter_count(), objective.extra_parameters(), share // micro_batch
     return {
         "model": {"preset": config.model.preset, "parameters": sampled,

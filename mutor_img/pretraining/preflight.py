@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from mutor_img.blocks import ModelConfig
 from mutor_img.common.child import Child, ChildFailed, module_command
 from mutor_img.common.files import write_json
 from mutor_img.pretraining.examination import Findings, Subject
 from mutor_img.pretraining.parity import Difference
 from mutor_img.registers import RegisterLaw
 from mutor_img.training.runtime import Runtime
-from mutor_img.transformer import ModelConfig
 
 # An examination compiles two graphs, forward and backward: a matter of a minute, or of several where eight processes
 # start at once with cold disks and caches. Ten times that is a hang. Ranks that are done wait in a collective for the

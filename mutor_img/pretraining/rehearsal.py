@@ -47,7 +47,8 @@ def random_run(folder: Path, law: RegisterLaw, *, schema: type[GeneratorConfig] 
     """
     section = ModelSection(grid=law.grid, **(model or {}))
     codes = write_random_codes(folder / "codes", law.grid, section.vocabulary, section.classes)
-    registers = RegistersConfig(law.kind, law.count, law.d_max, every=law.every, mixed_offsets=law.mixed, wrap=law.wrap)
+    registers = RegistersConfig(law.kind, law.count, law.d_max, list(law.chosen), every=law.every,
+                                mixed_offsets=law.mixed, wrap=law.wrap)
     once = {"log_every": 1, "checkpoint_every": 0, "validate_every": 0, "picture_every": 0}
     return schema(run_dir=str(folder / "run"), data=CodesConfig(str(codes)), model=section, registers=registers,
                   optim=OptimConfig(**(optim or {})), train=TrainConfig(**{**once, **(train or {})}), **fields)

@@ -54,7 +54,7 @@ class SampleArchive:
             self._compare(read_json(self.parts / "settings.json"), self.parts,
                           "finish that run with its own settings, remove the folder")
         if not self._is_there():
-            if self.manifest.is_file() and not _is_ours(read_json(self.manifest)):
+            if self.manifest.is_dir() or (self.manifest.is_file() and not _is_ours(read_json(self.manifest))):
                 raise UserError(f"{self.manifest}: the manifest of {self.out.name} would overwrite it, but it is "
                                 "not a manifest; choose another --out")
             return False

@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> Path:
     _check(args, _given(parser, argv))
     _keep_apart(args, {"--checkpoint": args.checkpoint, "--tokenizer": args.tokenizer})
     runtime = _runtime(args.device)
-    outputs = [file_lock(path) for path in (args.out, args.grid, args.show_steps)]
+    outputs = file_lock(args.out, keeps=True), file_lock(args.grid), file_lock(args.show_steps)
     with runtime.one_voice(), runtime.claim(*outputs):
         return _write(args, runtime)
 

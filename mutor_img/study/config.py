@@ -47,5 +47,5 @@ class StudyConfig:
         for scale in self.cfg_scales:
             check_range("cfg_scales", scale, 1.0, 100.0)
         if self.selection_seed == self.seed:
-            raise UserError(f"selection_seed is {self.seed}, as seed is; the guidance scale would be chosen on the "
-                            "samples that are reported")
+            raise UserError(f"selection_seed and seed are both {self.seed}; give different ones, or guidance would be "
+                            "chosen on the samples that are reported")

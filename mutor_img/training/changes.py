@@ -37,10 +37,10 @@ def check_changes(recorded: Mapping[str, Any], current: Mapping[str, Any], folde
     if other:
         key = other[0]
         raise UserError(f"{folder} was trained with {key} {before[key]}, now it is {now[key]}, which is another run; "
-                        "give another run_dir (there, init_from starts from this one's weights)")
+                        "give another run_dir (with init_from it can start from the weights of this one)")
     if _hashes(recorded) != _hashes(current):
-        raise UserError(f"{folder} was trained on other codes than data.codes={now.get('data.codes')}; give those, or "
-                        "another run_dir")
+        raise UserError(f"{folder} was trained on other codes than data.codes={now.get('data.codes')}; give the former "
+                        "codes, or another run_dir")
     return [f"{key} {before[key]} -> {now[key]}" for key in changed]
 
 

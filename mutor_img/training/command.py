@@ -88,7 +88,7 @@ def run_task(task: type[Task], config: Any) -> Trainer:
                       "in fp32 on it; train.precision=auto takes what is fast", file=sys.stderr)
             with runtime.one_voice(), ExitStack() as owned:
                 with stop.at_once():
-                    owned.enter_context(runtime.claim(folder_lock(config.run_dir)))
+                    owned.enter_context(runtime.claim(folder_lock(config.run_dir, keeps=True)))
                     job = task(config, runtime)
                 trainer = train(job, config, runtime, stop)
                 runtime.leave()

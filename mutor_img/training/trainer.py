@@ -57,7 +57,7 @@ class Trainer:
         self.micro_batch = min(config.train.micro_batch or self.local_batch, self.local_batch)
         if self.local_batch % self.micro_batch:
             raise UserError(f"train.micro_batch is {self.micro_batch}, but each of {runtime.world} processes has "
-                            f"{self.local_batch} of the global batch, which is not a multiple of it")
+                            f"{self.local_batch} of the global batch; give a divisor of {self.local_batch}")
         if config.train.parallel == "fsdp" and not task.shardable:
             raise UserError("train.parallel is 'fsdp', which is for generators; give train.parallel=ddp")
         self.sharded = parallel.is_sharded(config.train, runtime)

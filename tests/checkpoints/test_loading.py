@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from mutor_img import draw_registers, load_checkpoint
+from mutor_img.blocks import ModelConfig
 from mutor_img.checkpoints.folder import write_checkpoint
 from mutor_img.checkpoints.loading import config_from_weights, load_run
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import file_hash
-from mutor_img.transformer import ModelConfig, Transformer
+from mutor_img.transformer import Transformer
 
 LABELS, CODES = torch.tensor([0, 2]), torch.arange(14).view(2, 7) % 11
 

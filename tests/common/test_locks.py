@@ -1,6 +1,7 @@
 """One owner for each output: it is named, it goes, and what a killed one left is in nobody's way."""
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import signal
@@ -162,12 +163,40 @@ def test_what_a_process_owns_it_and_its_commands_may_own_again(tmp_path):
     assert not lock.path.exists()
 
 
-def test_an_output_that_cannot_be_written_to_has_no_owner_and_needs_none(tmp_path, monkeypatch):
+@pytest.fixture
+def lockless(monkeypatch):
     def closed(lease, timeout):
         raise PermissionError(13, "Permission denied", lease.lock_file)
 
     monkeypatch.setattr(SoftFileLease, "acquire", closed)
-    with claim(folder_lock(tmp_path)):
+
+
+def test_a_file_system_without_exclusive_files_has_no_owners(tmp_path, lockless):
+    with claim(folder_lock(tmp_path), file_lock(tmp_path / "a" / "x.json")):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_there_and_may_only_be_read_has_no_owner_where_it_may_be_complete(tmp_path, lockless, monkeypatch):
+    def read_only(**_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(locks.tempfile, "NamedTemporaryFile", read_only)
+    (tmp_path / "x.npz").touch()
+    with claim(folder_lock(tmp_path, keeps=True), file_lock(tmp_path / "x.npz", keeps=True)):
+        pass
+    for lock in (folder_lock(tmp_path), file_lock(tmp_path / "x.npz"), file_lock(tmp_path / "y.npz", keeps=True),
+                 folder_lock(tmp_path / "run", keeps=True)):
+        assert refused(lock).startswith(f"{lock.output}: cannot be written") and "Read-only" in refused(lock)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_is_told_as_such(tmp_path, monkeypatch):
+    def full(lease, timeout):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(SoftFileLease, "acquire", full)
+    with pytest.raises(OSError, match="No space"), claim(folder_lock(tmp_path)):
         pass
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mutor_img import transformer
+from mutor_img import blocks
 from mutor_img.checkpoints.folder import find_checkpoint, read_meta
 from mutor_img.common import cli, locks
 from mutor_img.common.locks import claim, file_lock, folder_lock
@@ -33,7 +33,9 @@ COMMANDS = [
     ("mutor_img.convert", "--source a --out {out}", file_lock),
     ("tokenizer.reconstruct", "--tokenizer a --images b --out {out}.png", lambda out: file_lock(f"{out}.png")),
     ("tokenizer.reconstruct", "--tokenizer a --images b --json {out}", file_lock),
+    ("tokenizer.reconstruct", "--tokenizer a --images b --samples {out}", file_lock),
     ("tokenizer.inspect", "--codes a --out {out}.png", lambda out: file_lock(f"{out}.png")),
+    ("benchmarks.tokenizer_sharpness", "--out {out}.png", lambda out: file_lock(f"{out}.png")),
 ]
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,9 +58,47 @@ def test_a_second_command_on_one_output_ends_with_status_2_and_names_the_first(
     assert not list(tmp_path.rglob("*.lock"))
 
 
+KEEPS = {"--checkpoint a --out {out}.npz", "--checkpoint a --out {out}/",  # what is there may be these samples
+         "--tokenizer a --images b --samples {out}"}  # it says so itself, once it has read its tokenizer
+
+
+def output_of(arguments: str, out: Path) -> Path:
+    """Return what a command of the list writes."""
+    return Path(next(word for word in arguments.split() if "{out}" in word).format(out=out).removeprefix("run_dir="))
+
+
+@pytest.mark.parametrize("place", ["/proc/out", "/proc/a/out", "{tmp}/file/out", "{tmp}/file/a/out"])
+@pytest.mark.parametrize("module, arguments, lock", [
+    *COMMANDS, ("mutor_img.gpu_report.__main__", "--out {out}.md", None)])
+def test_an_output_that_cannot_be_written_is_one_line_before_any_work(
+        run_file, tmp_path, monkeypatch, capsys, module, arguments, lock, place):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: "gpu_report" in module)
+    (tmp_path / "file").touch()
+    out = place.format(tmp=tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(importlib.import_module(module).main, arguments.format(run=run_file, root=ROOT, out=out).split())
+    error = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and "\n" not in error
+    assert error.startswith(f"error: {output_of(arguments, out)}: cannot be written")
+
+
+@pytest.mark.parametrize("module, arguments, lock", [
+    *(command for command in COMMANDS if command[2] is not folder_lock and command[1] not in KEEPS),
+    ("mutor_img.gpu_report.__main__", "--out {out}.md", None)])
+def test_an_output_file_that_is_a_folder_is_one_line_before_any_work(
+        tmp_path, monkeypatch, capsys, module, arguments, lock):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: "gpu_report" in module)
+    output_of(arguments, tmp_path / "out").mkdir()
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(importlib.import_module(module).main, arguments.format(out=tmp_path / "out").split())
+    error = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and "\n" not in error
+    assert error.startswith(f"error: {output_of(arguments, tmp_path / 'out')}")
+
+
 def in_process(words) -> None:
     """Run ``train.py`` as the program does."""
-    transformer.PRESETS["mnist"] = (2, 2, 16)
+    blocks.PRESETS["mnist"] = (2, 2, 16)
     cli.run(train, words)
 
 

@@ -31,12 +31,13 @@ def seen_by_torch(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import os, psutil\n"
         "psutil.cpu_percent = lambda *a, **k: [float(share) for share in os.environ['LOAD'].split()]\n"
-        "os.sched_getaffinity = lambda pid: {0, 1}\n")
+        "os.sched_getaffinity = lambda pid: set(range(int(os.environ.get('PROCESSORS', 2))))\n")
     (tmp_path / "torch.py").write_text(
         f"import os\nprint(*[os.environ.get(name) for name in {CHOICES}], flush=True)\nos._exit(0)\n")
 
     def run(*words, load="0 0", **environment):
-        clean = {name: value for name, value in os.environ.items() if name not in (*CHOICES, threads._OURS)}
+        ours = (*CHOICES, threads._OURS, "OMP_NUM_THREADS")
+        clean = {name: value for name, value in os.environ.items() if name not in ours}
         environment["LOAD"] = load
         done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True,
                               env=clean | {"PYTHONPATH": f"{tmp_path}:{ROOT}"} | environment)
@@ -57,6 +58,19 @@ def test_a_command_spins_briefly_on_a_busy_machine(seen_by_torch, command):
 ])
 def test_how_long_it_spins_depends_on_the_load_of_its_processors(seen_by_torch, load, setting):
     assert seen_by_torch("sample.py", load=load) == ["None", *setting.values()]
+
+
+@pytest.mark.parametrize("words, environment", [
+    (["--help"], {}), (["--out", "s.npz", "-h"], {}), ([], {"OMP_NUM_THREADS": "1"}), ([], {"OMP_NUM_THREADS": "1,2"}),
+    ([], {"PROCESSORS": "1"}), (["--help"], {threads._OURS: "1"}),
+])
+def test_a_command_that_prints_its_help_or_has_one_thread_sets_nothing(seen_by_torch, words, environment):
+    assert seen_by_torch("sample.py", *words, load="100 100", **environment) == ["None"] * 3
+
+
+def test_the_users_number_of_threads_counts_before_the_processors(seen_by_torch):
+    seen = seen_by_torch("sample.py", load="100 100", OMP_NUM_THREADS="2", PROCESSORS="1")
+    assert seen == ["None", *SHORT.values()]
 
 
 def test_a_child_looks_anew(seen_by_torch):

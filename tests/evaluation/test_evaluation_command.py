@@ -57,7 +57,7 @@ def test_the_folder_above_the_splits_is_refused_unless_one_is_named(samples, dig
     arguments = digits(samples, {"train": above}, classifier, "--metrics", "fid")
     assert main([*arguments, "--split", "train"])["fd"] == main(digits(samples, digit_folders, classifier))["fd"]
     for more, message in ((["--split", "test"], "no split 'test' in it; .*train, val"),
-                          (["--split", "train", "--reference", str(samples)], "is no folder, and has no splits")):
+                          (["--split", "train", "--reference", str(samples)], "is not a folder and has no splits")):
         with pytest.raises(UserError, match=message):
             main([*arguments, *more])
 
@@ -95,7 +95,7 @@ def test_only_fifty_thousand_samples_make_an_fid_50k(count, name):
     (["--samples", "x.npz", "--reference", "y.npz", "--role", "generate"], "did you mean 'generation'"),
     (["--sample", "x.npz"], "did you mean '--samples'"),
     (["--samples", "x.npz", "--reference", "y.npz", "--batch-size", "0"], "--batch-size is 0"),
-    (["--samples", "x.npz", "--reference", "y.npz", "--device", "abacus"], "no device"),
+    (["--samples", "x.npz", "--reference", "y.npz", "--device", "abacus"], "is not a device"),
     (["--samples", "x.npz", "--reference", "y.npz", "--device", "cuda:99"], "no such device"),
     (["--samples", "x.npz", "--reference", "y.npz", "--out", "z.npz"], "--out is for --make-reference"),
     (["--samples", "x.npz", "--reference", "y.npz", "--features-weights", "z"], "--features-weights is for"),
@@ -138,6 +138,6 @@ def test_inception_is_the_default_network(monkeypatch):
 def test_several_processes_have_a_device_each(monkeypatch):
     launched = networks.Runtime(torch.device("cuda", 1), 1, 2)
     monkeypatch.setattr(networks.Runtime, "start", lambda: launched)
-    with pytest.raises(UserError, match="2 processes have joined on cuda"):
+    with pytest.raises(UserError, match="the 2 processes use cuda"):
         networks.start("cpu")
     assert networks.start(None) is launched

@@ -4,10 +4,10 @@ import pytest
 import torch
 from bodies import BODIES, CHECKS, CPU, SMALL, TRACED
 
+from mutor_img.blocks import PRESETS
 from mutor_img.gpu_report import training
 from mutor_img.gpu_report.checks import LAWS, all_checks
 from mutor_img.gpu_report.place import Place
-from mutor_img.transformer import PRESETS
 
 pytestmark = pytest.mark.usefixtures("usual_limits")
 

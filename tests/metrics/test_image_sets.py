@@ -72,7 +72,7 @@ def test_an_array_shorter_than_its_header_is_refused(tmp_path, noise):
     np.save(tmp_path / "arr_0.npy", noise(40))
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
         archive.writestr("arr_0.npy", (tmp_path / "arr_0.npy").read_bytes()[:-100])
-    with pytest.raises(UserError, match="announces 40 images"):
+    with pytest.raises(UserError, match="should hold 40 images"):
         NpzImages(tmp_path / "x.npz")
 
 

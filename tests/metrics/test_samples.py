@@ -66,5 +66,5 @@ def test_labels_that_contradict_the_class_folders_are_refused(tmp_path, noise):
     (tmp_path / "labels.json").write_text("[0, 0, 1]")
     assert open_samples(tmp_path).labels.tolist() == [0, 0, 1]
     (tmp_path / "labels.json").write_text("[0, 1, 1]")
-    with pytest.raises(UserError, match=r"labels\.json: its labels are others than those of the class folders"):
+    with pytest.raises(UserError, match=r"labels\.json: its labels differ from those of the class folders"):
         open_samples(tmp_path)

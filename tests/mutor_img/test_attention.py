@@ -9,8 +9,8 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 from mutor_img import draw_registers
 from mutor_img.attention import BLOCK, FlexAttention, SdpaAttention, may_attend
+from mutor_img.blocks import Block, ModelConfig, RotaryTable
 from mutor_img.training.compiling import compile_blocks
-from mutor_img.transformer import Block, ModelConfig, RotaryTable
 
 pytestmark = pytest.mark.usefixtures("usual_limits")
 PLACEMENTS = {"dense": {}, "sparse": {"count": 4}, "every": {"every": 3}}

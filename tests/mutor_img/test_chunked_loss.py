@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mutor_img.blocks import ModelConfig
 from mutor_img.chunked_loss import chunked_cross_entropy_sum
 from mutor_img.objectives.mutor import Mutor
 from mutor_img.objectives.objective import Batch, Objective
 from mutor_img.registers import IGNORE, RegisterLaw, cross_entropy_sum
-from mutor_img.transformer import ModelConfig, Transformer
+from mutor_img.transformer import Transformer
 
 BATCH, LENGTH, DIM, VOCABULARY = 3, 7, 16, 37
 

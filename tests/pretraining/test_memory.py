@@ -5,12 +5,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
+from mutor_img.blocks import Block, ModelConfig
 from mutor_img.objectives.mutor import Mutor
 from mutor_img.objectives.objective import Batch
 from mutor_img.pretraining.memory import Step, block_bytes, step_memory
 from mutor_img.registers import RegisterLaw, register_ids
 from mutor_img.training.saved_bytes import SavedBytes, autocast_as_trained, fake_gpu
-from mutor_img.transformer import Block, ModelConfig, Transformer
+from mutor_img.transformer import Transformer
 
 
 def saved_bytes(saved, model):

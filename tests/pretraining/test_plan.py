@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from mutor_img.blocks import ModelConfig
 from mutor_img.common.config import load_config
 from mutor_img.common.errors import UserError
 from mutor_img.pretraining.command import main
 from mutor_img.pretraining.config import GeneratorConfig, PlanConfig
 from mutor_img.pretraining.memory import Step, step_memory
 from mutor_img.pretraining.plan import GIB, largest_micro_batch, plan_generator
-from mutor_img.transformer import ModelConfig, Transformer
+from mutor_img.transformer import Transformer
 
 FOLDER = Path(__file__).parents[2] / "configs" / "imagenet256"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "tokenizer")
@@ -103,7 +104,7 @@ def test_sharding_divides_what_is_kept_and_sends_more_with_every_forward_pass():
 
 
 @pytest.mark.parametrize("override, message", [
-    ("plan.devices=3", "not divisible by plan.devices=3"), ("train.micro_batch=60", "not a multiple"),
+    ("plan.devices=3", "not divisible by plan.devices=3"), ("train.micro_batch=60", "give a divisor of"),
     ("plan.mfu=1.5", "plan.mfu is 1.5"), ("plan.devices=0", "plan.devices is 0"),
     ("plan.device_gib=0", "plan.device_gib is 0"), ("plan.usable=2", "plan.usable is 2"),
     ("plan.peak_tflops=-1", "plan.peak_tflops is -1")])

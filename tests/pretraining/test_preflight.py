@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from mutor_img import transformer
 from mutor_img.attention import FlexAttention
+from mutor_img.blocks import ModelConfig
 from mutor_img.checkpoints.folder import find_checkpoint, read_meta
 from mutor_img.pretraining import preflight as module
 from mutor_img.pretraining import task as generator
@@ -24,7 +25,6 @@ from mutor_img.pretraining.task import GeneratorTask
 from mutor_img.registers import RegisterLaw
 from mutor_img.training.log import read_metrics
 from mutor_img.training.runtime import Runtime
-from mutor_img.transformer import ModelConfig
 
 SPARSE, DENSE = RegisterLaw("2d", (8, 8), 4, 20), RegisterLaw("2d", (8, 8), 4)
 CPU = Runtime(torch.device("cpu"))

@@ -140,12 +140,12 @@ def test_a_finished_store_is_reused_and_another_one_refused(tokenizer_run, image
     assert "nothing to do" in capsys.readouterr().out and content(out) == before
     words = ("--tokenizer", run, "--images", images, "--out", out, "--workers", 0)
     assert "views is" in refused(main, *words, "--views", "plain")
-    assert "image_size is 8, asked for is 12" in refused(main, *words, "--image-size", 12)
+    assert "image_size is 8, but now it is 12" in refused(main, *words, "--image-size", 12)
     other = tokenizer_run("other", seed=1)
     line = refused(main, "--tokenizer", other, *words[2:])
     assert load_tokenizer(run).hash in line and load_tokenizer(other).hash in line
     (images / "c" / "0003.png").unlink()
-    assert "images is 12, asked for is 11" in refused(main, *words)
+    assert "images is 12, but now it is 11" in refused(main, *words)
 
 
 def test_unreadable_images_are_listed_and_refused_or_left_out(tokenizer_run, image_folder, tmp_path, capsys, refused):

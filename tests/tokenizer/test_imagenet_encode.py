@@ -142,14 +142,14 @@ def test_ten_crops_and_random_crops_name_their_views(rgb_run, tree, tmp_path, re
     (tmp_path / "list").write_text("\n".join([*imagenet_words(), "one more"]))
     line = refused(main, *words(rgb_run, tree, tmp_path / "random", "--crop", "random", "--num-views", 3, "--seed", 5,
                                 "--classes", tmp_path / "list"))
-    assert "codes of 1000 other classes than these 1001" in line
+    assert "codes of 1000 classes, which are not these 1001" in line
 
 
 def test_flags_of_another_rule_and_wrong_numbers_are_refused(rgb_run, tree, tmp_path, refused):
     begin = words(rgb_run, tree, tmp_path / "out")
     for more, message in (
-        (("--crop-scale", 1.1), "--crop-scale is of another crop rule than center"),
-        (("--crop", "ten-crop", "--seed", 1), "--seed is of another crop rule than ten-crop"),
+        (("--crop-scale", 1.1), "--crop-scale does not belong to --crop center"),
+        (("--crop", "ten-crop", "--seed", 1), "--seed does not belong to --crop ten-crop"),
         (("--crop", "ten-crop", "--views", "plain"), "makes its own views"),
         (("--crop", "ten-crop", "--crop-scale", 0.9), "--crop-scale is 0.9"),
         (("--crop", "random", "--crop-min", 0), "--crop-min is 0"),

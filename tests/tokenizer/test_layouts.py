@@ -107,7 +107,7 @@ def one_changed(change):
 @pytest.mark.parametrize("text, message", [
     (one_changed(lambda lines: lines[:-2]), "2 of 128 images .* have no line .first: ILSVRC2012_val_00000127"),
     (one_changed(lambda lines: [*lines, "ILSVRC2012_val_00009999.JPEG n01440764"]), "line 129 names .*9999.*no such"),
-    (one_changed(lambda lines: [*lines, lines[0]]), "line 129 names .*0001.* once more"),
+    (one_changed(lambda lines: [*lines, lines[0]]), "line 129 names .*0001.* a second time"),
     (one_changed(lambda lines: [lines[0][:-1] + "x", *lines[1:]]), "class 'n.......x' is none of the 1000"),
     (one_changed(lambda lines: [*lines, "alone"]), "line 129 has 1 fields"),
     (one_changed(lambda lines: ["a,b,c"]), "line 1 has 3 fields"),
@@ -203,7 +203,7 @@ def test_a_split_is_named_and_must_be_whole(tree, tmp_path):
 @pytest.mark.parametrize("written, classes, message", [
     ({"image": None, "pixels": [1] * 128}, None, "columns label int64, pixels int64; expected image struct"),
     ({"label": None}, None, "expected image struct<bytes, path> and label int64"),
-    ({"names": []}, None, "metadata name no classes.*--classes"),
+    ({"names": []}, None, "metadata names no classes.*--classes"),
     ({"names": ["a", "b"]}, None, "label 15 is outside 0 to 1"),
     ({"label": [-1] * 128}, None, "label -1 is outside 0 to 15 .a split without labels"),
     ({}, "imagenet-1k", "has 16 classes, but --classes names 1000"),
@@ -229,8 +229,8 @@ def test_class_names_that_contradict_the_list_are_refused(names, classes, label,
     if label is None:
         assert open_images(data, classes=tmp_path / "classes.txt").classes == [name.strip() for name in classes]
         return
-    with pytest.raises(UserError, match=rf"train-00000-.*: label {label} is '{names[label]}' by its metadata, but "
-                                        rf"'{classes[label]}' by --classes"):
+    with pytest.raises(UserError, match=rf"train-00000-.*: label {label} is '{names[label]}' in its metadata, but "
+                                        rf"'{classes[label]}' in --classes"):
         open_images(data, classes=tmp_path / "classes.txt")
 
 
@@ -307,11 +307,11 @@ SAMPLE = [("0.jpg", b"first"), ("0.cls", b"0")]
 
 
 @pytest.mark.parametrize("members, message", [
-    ([*SAMPLE, *SAMPLE], "0.jpg is a second file of the key '0', after 0.jpg"),
-    ([*SAMPLE, ("0.png", b"x")], "0.png is a second file of the key '0', after 0.jpg"),
-    ([*SAMPLE, ("0.cls", b"1")], "0.cls is a second file of the key '0'"),
-    ([*SAMPLE, ("1.jpg", (tarfile.LNKTYPE, "0.jpg")), ("1.cls", b"1")], "1.jpg is no plain file in it but a link"),
-    ([*SAMPLE, ("1.jpg", (tarfile.SYMTYPE, "0.jpg")), ("1.cls", b"1")], "1.jpg is no plain file in it but a link")])
+    ([*SAMPLE, *SAMPLE], "0.jpg is a second file with the key '0', after 0.jpg"),
+    ([*SAMPLE, ("0.png", b"x")], "0.png is a second file with the key '0', after 0.jpg"),
+    ([*SAMPLE, ("0.cls", b"1")], "0.cls is a second file with the key '0'"),
+    ([*SAMPLE, ("1.jpg", (tarfile.LNKTYPE, "0.jpg")), ("1.cls", b"1")], "1.jpg in it is not a plain file but a link"),
+    ([*SAMPLE, ("1.jpg", (tarfile.SYMTYPE, "0.jpg")), ("1.cls", b"1")], "1.jpg in it is not a plain file but a link")])
 def test_a_tar_never_loses_an_image_without_a_word(members, message, tmp_path, two):
     with pytest.raises(UserError, match=rf"x\.tar: {message}"):
         open_images(write_tar(tmp_path / "tars" / "x.tar", *members), classes=two)
@@ -324,7 +324,7 @@ def test_one_sample_in_two_tars_is_refused_and_one_key_for_two_images_noted(tmp_
     assert source.files == ["x-0.tar:0.jpg", "x-1.tar:0.jpg"] and source.labels.tolist() == [0, 1]
     assert "1 images have a key that an earlier tar file uses for another image" in " ".join(source.notes())
     write_tar(tmp_path / "tars" / "x-2.tar", ("9.jpg", b"9"), ("9.cls", b"1"), ("0.jpg", b"other"), ("0.cls", b"1"))
-    with pytest.raises(UserError, match=r"x-2\.tar:0\.jpg is x-1\.tar:0\.jpg once more, byte for byte"):
+    with pytest.raises(UserError, match=r"x-2\.tar:0\.jpg is the same as x-1\.tar:0\.jpg, byte for byte"):
         open_images(folder, classes=two)
 
 
@@ -395,13 +395,13 @@ def test_what_lies_beside_shards_is_never_left_out_without_a_word(tree, tmp_path
 def test_a_copy_of_a_shard_is_not_read_as_one_more(tree, tmp_path):
     data = write_shards(tmp_path / "data", list_images(tree))
     shutil.copy(data / "train-00000-of-00003.parquet", data / "train-00000-of-00003 (1).parquet")
-    with pytest.raises(UserError, match=r"00003 \(1\)\.parquet is no part of the numbered row of train beside it"):
+    with pytest.raises(UserError, match=r"00003 \(1\)\.parquet is not one of the numbered files train beside it"):
         open_images(data)
 
 
 @pytest.mark.parametrize("classes, labels, message", [
     (b"caf\xe9\n", b"a", "classes.*: not a text file in UTF-8"), (b"a\n", b"caf\xe9", "labels.*: not a text file"),
-    (b"a\n", b"x," + b"y" * 200_000, "labels.*: line 1 is no line of a CSV file")])
+    (b"a\n", b"x," + b"y" * 200_000, "labels.*: line 1 is not a line of a CSV file")])
 def test_files_that_are_no_text_are_named(classes, labels, message, flat, tmp_path):
     (tmp_path / "classes").write_bytes(classes)
     (tmp_path / "labels").write_bytes(labels)
@@ -431,7 +431,7 @@ def test_labels_that_do_not_matter_need_not_be_there(tree, tmp_path):
 @pytest.mark.parametrize("label, classes, message", [
     (b"3", None, r"labels in tar files are numbers; .*--classes"),
     (b"1000", "imagenet-1k", r"train-0000\.tar:00000\.jpg: label 1000 is outside 0 to 999"),
-    (b"tench", "imagenet-1k", r"00000\.cls is no number"),
+    (b"tench", "imagenet-1k", r"00000\.cls is not a number"),
     (None, "imagenet-1k", r"00000\.jpg has no 00000\.cls"),
 ])
 def test_other_tar_files_are_refused(label, classes, message, tree, tmp_path):
@@ -445,7 +445,7 @@ def test_other_tar_files_are_refused(label, classes, message, tree, tmp_path):
 
 def test_the_archives_own_tars_are_to_be_unpacked(tmp_path):
     (tmp_path / "n01440764.tar").write_bytes(b"")
-    with pytest.raises(UserError, match=r"n01440764\.tar: a class's tar file.*unpack each"):
+    with pytest.raises(UserError, match=r"n01440764\.tar: the tar file of one class.*unpack each"):
         open_images(tmp_path)
     (tmp_path / "n01440764").mkdir()
     with pytest.raises(UserError, match="no images in this class folder"):

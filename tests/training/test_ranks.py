@@ -14,7 +14,7 @@ from PIL import Image
 from projection import Projection
 from tiny_runs import NAMES, write_generator, write_tokenizer
 
-from mutor_img import transformer
+from mutor_img import blocks
 from mutor_img.checkpoints.folder import write_checkpoint
 from mutor_img.common.config import load_config
 from mutor_img.common.errors import UserError
@@ -96,7 +96,7 @@ def look(error: Exception | None = None) -> int:
 def work(rank: int, world: int, port: int, root: Path) -> None:
     """What each of the two processes tries; what it is told is noted."""
     join(rank, world, port)
-    transformer.PRESETS["mnist"] = (2, 2, 16)
+    blocks.PRESETS["mnist"] = (2, 2, 16)
     os.chdir(root / f"disk{rank}")  # relative paths are on a disk of one's own
     runtime, told, stale = Runtime.start(3), {}, rank == 1
     write = {"checkpoint on rank 0 alone": lambda: run(root, "run_dir=first", "train.steps=4"),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mutor_img import transformer
+from mutor_img import blocks
 from mutor_img.checkpoints import folder as checkpoint
 from mutor_img.checkpoints import tensor_files
 from mutor_img.checkpoints.folder import find_checkpoint, newest_checkpoint, read_meta, read_tensors
@@ -238,7 +238,7 @@ def killed_run(run_file, run_dir, where) -> None:
         calls.append(1)
         return (act if len(calls) == call else good)(*arguments, **kwargs)
 
-    transformer.PRESETS["mnist"] = (2, 2, 16)
+    blocks.PRESETS["mnist"] = (2, 2, 16)
     setattr(owner, name, deadly)
     torch.set_num_threads(1)
     config = load_config(GeneratorConfig, run_file, [f"run_dir={run_dir}", *KILLED])

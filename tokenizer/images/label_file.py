@@ -48,7 +48,7 @@ def list_labelled(root: str | Path, labels: str | Path, classes: list[str] | Non
     stems = [Path(path).stem for path in files]
     twice = [stem for stem, count in Counter(stems).items() if count > 1]
     if twice:
-        raise UserError(f"{root}: two images are named {twice[0]!r}, so that {labels.name} cannot tell which is meant")
+        raise UserError(f"{root}: two images are named {twice[0]!r}, so {labels.name} does not say which one it means")
     rows = _read_rows(labels)
     words = _labels_of(stems, rows, root, labels)
     numbered, numbers = _numbers(words, classes, labels)
@@ -73,7 +73,7 @@ def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
         try:
             fields = next(csv.reader([line])) if "," in line else line.split(None, 1)
         except csv.Error as error:
-            raise UserError(f"--labels {path}: line {number} is no line of a CSV file ({error})") from None
+            raise UserError(f"--labels {path}: line {number} is not a line of a CSV file ({error})") from None
         fields = [field.strip() for field in fields]
         if len(fields) > 2 or (rows and len(fields) != len(rows[0][1])):
             raise UserError(f"--labels {path}: line {number} has {len(fields)} fields; expected a name and a label on "
@@ -99,7 +99,7 @@ def _labels_of(stems: list[str], rows: list[tuple[int, list[str]]], root: Path, 
         if stem not in known:
             raise UserError(f"--labels {path}: line {number} names {name!r}, but there is no such image in {root}")
         if stem in labels:
-            raise UserError(f"--labels {path}: line {number} names {name!r} once more")
+            raise UserError(f"--labels {path}: line {number} names {name!r} a second time")
         labels[stem] = _without_boxes(label, path, number)
     missing = [stem for stem in stems if stem not in labels]
     if missing:
@@ -118,8 +118,8 @@ def _refuse_kit(stems: list[str], words: list[str], alone: bool, path: Path) -> 
         return
     shown = [(word, _KIT[stem]) for stem, word in zip(stems, words) if stem in _KIT]
     if alone or (shown and all(int(word) == number for word, number in shown)):
-        raise UserError(f"--labels {path}: numbers of ImageNet's development kit, it seems, which count from 1 in an "
-                        f"order of its own ({stems[0]} is {words[0]}); use a file with WordNet ids, such as "
+        raise UserError(f"--labels {path}: these seem to be the numbers of ImageNet's development kit, which count "
+                        f"from 1 in their own order ({stems[0]} is {words[0]}); use a file with WordNet ids, such as "
                         "LOC_val_solution.csv")
 
 
@@ -151,11 +151,11 @@ def _numbers(words: list[str], classes: list[str] | None, path: Path) -> tuple[l
         place = {name: index for index, name in enumerate(numbered)}
         return numbered, [place[word] for word in words]
     if classes is None:
-        raise UserError(f"--labels {path}: labels are numbers, which do not say what they count; name the classes in "
-                        f"that order with --classes ({IMAGENET}: WordNet ids sorted, from 0)")
+        raise UserError(f"--labels {path}: its labels are numbers, and nothing says which classes they mean; name the "
+                        f"classes in label order with --classes ({IMAGENET}: WordNet ids sorted, from 0)")
     numbers = [int(word) for word in words]
     if max(numbers) >= len(classes):
         raise UserError(f"--labels {path}: label {max(numbers)} is outside 0 to {len(classes) - 1}; ImageNet's "
-                        "development kit counts from 1 in an order of its own: use a file with WordNet ids, such as "
+                        "development kit counts from 1 in its own order; use a file with WordNet ids, such as "
                         "LOC_val_solution.csv")
     return classes, numbers

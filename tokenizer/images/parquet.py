@@ -82,7 +82,7 @@ def list_parquet(shards: list[Path], classes: list[str] | None = None, *, labell
         group_index += range(len(groups))
         group_rows += groups
     if not files:
-        raise UserError(f"{shards[0]}: holds no rows; fetch it again")
+        raise UserError(f"{shards[0]}: holds no rows; download it again")
     numbers = np.concatenate(labels)
     classes = _classes(names, classes, numbers, shards[0]) if labelled else ["images"]
     first = np.cumsum([0, *group_rows])[:-1]
@@ -146,23 +146,23 @@ def _same_names(names: list[str] | None, more: list[str] | None, first: Path, sh
     """Return the class names of several files, which must be the same in all that have some."""
     if names and more and names != more:
         place = next((i for i, (a, b) in enumerate(zip(names, more)) if a != b), min(len(names), len(more)))
-        raise UserError(f"{shard}: its metadata name {len(more)} classes, and others than those of {first.name} (from "
-                        f"label {place} on); encode each set by itself")
+        raise UserError(f"{shard}: its metadata names {len(more)} classes, which differ from those of {first.name} "
+                        f"(from label {place} on); encode each set separately")
     return names or more
 
 
 def _classes(names: list[str] | None, given: list[str] | None, labels: np.ndarray, shard: Path) -> list[str]:
     classes = given or names
     if classes is None:
-        raise UserError(f"{shard}: its metadata name no classes; name them in label order with --classes "
+        raise UserError(f"{shard}: its metadata names no classes; name them in label order with --classes "
                         f"({IMAGENET}: WordNet ids sorted)")
     if given and names:
         if len(given) != len(names):
             raise UserError(f"{shard}: has {len(names)} classes, but --classes names {len(given)}")
         place = contradiction(names, given)
         if place is not None:
-            raise UserError(f"{shard}: label {place} is {names[place]!r} by its metadata, but {given[place]!r} by "
-                            "--classes; leave --classes out, or give the list that these labels count in")
+            raise UserError(f"{shard}: label {place} is {names[place]!r} in its metadata, but {given[place]!r} in "
+                            "--classes; leave --classes out, or give the list that these labels refer to")
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
         worst = int(labels.min() if labels.min() < 0 else labels.max())
         raise UserError(f"{shard}: label {worst} is outside 0 to {len(classes) - 1}"

@@ -57,10 +57,10 @@ def _check_whole(folder: Path, names: list[str], stems: list[str]) -> None:
     counted = [shard_count(stem) for stem in stems]
     rows = Counter(shard for shard in counted if shard)
     if rows and None in counted:
-        raise UserError(f"{folder}: {names[counted.index(None)]} is no part of the numbered row of "
+        raise UserError(f"{folder}: {names[counted.index(None)]} is not one of the numbered files "
                         f"{next(iter(rows))[0]} beside it; remove it, or move it to a folder of its own")
     for (row, count), there in rows.items():
         if there != count:
             kind = _KINDS[Path(names[0]).suffix.lower()]
-            raise UserError(f"{folder}: {there} {kind} files of {row}, but their names say {count:05d}; fetch the "
-                            "others, or remove what is too many")
+            raise UserError(f"{folder}: {there} {kind} files of {row}, but their names say {count:05d}; download "
+                            "the missing files, or remove the extra ones")

@@ -64,10 +64,10 @@ def list_tars(tars: list[Path], classes: list[str] | None, *, labelled: bool = T
             stands twice in one tar file, or an image that stands in two of them.
     """
     if all(is_wordnet_id(tar.stem) for tar in tars):
-        raise UserError(f"{tars[0]}: a class's tar file, as ImageNet's archive holds them; unpack each into a folder "
-                        f"of its name ({tars[0].stem}/) and remove it")
+        raise UserError(f"{tars[0]}: the tar file of one class, as in ImageNet's archive; unpack each such file into "
+                        f"a folder with its name ({tars[0].stem}/) and remove it")
     if labelled and classes is None:
-        raise UserError(f"{tars[0]}: labels in tar files are numbers; name the classes in that order with --classes "
+        raise UserError(f"{tars[0]}: labels in tar files are numbers; name the classes in label order with --classes "
                         f"({IMAGENET}: WordNet ids sorted, from 0)")
     files, sizes, labels, places, left_out = [], [], [], [], []
     for number, tar in enumerate(tqdm(tars, desc="listing", unit="tar", delay=2, disable=not progress, leave=False)):
@@ -106,8 +106,8 @@ def _keys_twice(found: TarImages) -> list[str]:
             continue
         for earlier in (first[key], *more.get(key, ())):
             if found.sizes[earlier] == found.sizes[index] and found.content(earlier) == found.content(index):
-                raise UserError(f"{found.root}: {file} is {found.files[earlier]} once more, byte for byte; remove one "
-                                "of the two, since it would count twice")
+                raise UserError(f"{found.root}: {file} is the same as {found.files[earlier]}, byte for byte; remove "
+                                "one of the two, or the image counts twice")
         more.setdefault(key, []).append(index)
         twice.append(file)
     return twice
@@ -147,23 +147,23 @@ def _check_end(tar: tarfile.TarFile, path: Path) -> None:
         while part := file.read(2**20):
             if part.strip(b"\0"):
                 raise UserError(f"{path}: holds more after its last readable member (byte {tar.offset}): a damaged "
-                                "file, or several tar files joined; fetch or pack it again")
+                                "file, or several tar files joined; download or pack it again")
 
 
 def _refuse_link(member: tarfile.TarInfo, path: Path) -> None:
     if not member.isfile():
-        raise UserError(f"{path}: {member.name} is no plain file in it but a link or a device; pack the file itself "
+        raise UserError(f"{path}: {member.name} in it is not a plain file but a link or a device; pack the file itself "
                         "(tar --dereference --hard-dereference)")
 
 
 def _refuse_second(key: str, name: str, first: str, seen: Collection[str], path: Path) -> None:
     if key in seen:
-        raise UserError(f"{path}: {name} is a second file of the key {key!r}, after {first}; only one of them can be "
-                        "meant: remove the other, or give it a key of its own")
+        raise UserError(f"{path}: {name} is a second file with the key {key!r}, after {first}; remove one of them, "
+                        "or give it a key of its own")
 
 
 def _number(content: bytes, name: str, path: Path) -> int:
     try:
         return int(content)
     except ValueError as error:
-        raise UserError(f"{path}: {name} is no number ({error})") from None
+        raise UserError(f"{path}: {name} is not a number ({error})") from None

@@ -231,7 +231,7 @@ def _check_options(options: dict[str, Any]) -> None:
     if not options["multipliers"] or min(options["multipliers"]) < 1:
         raise UserError(f"multipliers are {options['multipliers']}; give one whole number of 1 or more per level")
     if options["local"] and options["attention"]:
-        raise UserError("local is on and attention too, which looks at the whole image; switch one of them off")
+        raise UserError("local and attention are both on, but attention looks at the whole image; switch one off")
     for width in {options["channels"] * m for m in (1, *options["multipliers"])}:
         if width % options["groups"]:
             raise UserError(f"groups is {options['groups']}, which does not divide the level of {width} channels")

@@ -102,6 +102,6 @@ class Adversary:
         """
         if not has_group(read_meta(folder)["files"], _WEIGHTS):
             raise UserError(f"{folder}: was trained without a discriminator; give another run_dir, or "
-                            "loss.adversarial_weight=0 to go on without one")
+                            "loss.adversarial_weight=0 to continue without one")
         load_strict(self.discriminator, read_tensors(folder, _WEIGHTS), folder / f"{_WEIGHTS}.safetensors")
         load_optimizer_tensors(self.discriminator, self.optimizer, open_group(folder, _MOMENTS))

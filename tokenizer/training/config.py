@@ -28,6 +28,7 @@ class ImagesConfig:
     workers: int = 8  # reading threads per process
 
     def validate(self) -> None:
+        """Raise :class:`UserError` for a value out of range."""
         check_range("data.val_count", self.val_count, 1, 10**9)
         check_range("data.crop_min", self.crop_min, 0.1, 1.0)
         check_range("data.workers", self.workers, 1, 256)
@@ -57,13 +58,14 @@ class LossConfig:
     lpips_weights: str | None = None  # folder of vgg16-397923af.pth and vgg.pth; null: torch's cache, package lpips
     codebook: float = 1.0  # weight of the term that pulls codes towards latents
     commitment: float = 0.25  # weight of the term that pulls latents towards codes
-    entropy: float = 0.0  # weight of the term for sure choices and equal use of all codes; 0: off
+    entropy: float = 0.0  # weight of the term that makes choices certain and uses all codes equally; 0: off
     adversarial_weight: float = 0.0  # weight of a discriminator's judgement; 0: no discriminator
     adversarial_start: int = 20_000  # first update in which the discriminator judges and learns
     discriminator_channels: int = 64  # channels of its first layer
     discriminator_layers: int = 3  # number of its strided convolutions
 
     def validate(self) -> None:
+        """Raise :class:`UserError` for a value out of range, or an unknown reconstruction term."""
         for name in ("codebook", "commitment", "entropy", "adversarial_weight"):
             check_range(f"loss.{name}", getattr(self, name), 0.0, 1e6)
         check_range("loss.adversarial_start", self.adversarial_start, 0, 10**9)
@@ -82,6 +84,7 @@ class RevivalConfig:
     until: float = 0.8  # share of the run after which codes are no longer moved
 
     def validate(self) -> None:
+        """Raise :class:`UserError` for a value out of range."""
         check_range("revival.after", self.after, 0, 10**9)
         check_range("revival.until", self.until, 0.0, 1.0)
 
@@ -105,6 +108,7 @@ class TokenizerConfig:
                 "loss.lpips_weights": self.loss.lpips_weights}
 
     def validate(self) -> None:
+        """Raise :class:`UserError` for a network that cannot be built, or images too small for it or for its losses."""
         with torch.device("meta"):
             VQModel(**self.model.options()).grid_for(self.data.image_size)
         size, loss = self.data.image_size, self.loss

@@ -95,10 +95,10 @@ def load_lpips(folder: str | Path | None = None, device: torch.device | str = "c
 
 
 def _check(path: Path, digits: str, source: str) -> None:
-    where = "name the folder of both files by loss.lpips_weights or --lpips-weights"
+    where = "name the folder that holds both files with loss.lpips_weights or --lpips-weights"
     if not path.is_file():
         raise UserError(f"no LPIPS weights: {path} is missing; {source} and put it there, or {where}")
     digest = file_hash(path)
     if not digest.startswith(digits):
-        raise UserError(f"{path}: sha256 begins {digest[:8]}, not {digits}: damaged, or other weights than LPIPS's; "
+        raise UserError(f"{path}: sha256 begins {digest[:8]}, not {digits}: the file is damaged, or not that of LPIPS; "
                         f"{source}, or {where}")
