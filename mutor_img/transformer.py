@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mutor_img.attention import FlexAttention, SdpaAttention
 from mutor_img.chunked_loss import chunked_cross_entropy_sum
 from mutor_img.common.errors import UserError, suggest
-from mutor_img.registers import cross_entropy_sum, register_ids, register_targets
+from mutor_img.registers import cross_entropy_sum, embedding_rows, register_ids, register_targets
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -265,7 +265,8 @@ class Transformer(nn.Module):
         x = torch.cat([self.cls_embedding(labels)[:, None], self.tok_embeddings(codes)], dim=1)  # (B, S, dim)
         rope = self.rope(torch.arange(length, device=codes.device))[None]  # (1, S, 2, head_dim / 2)
         if anchors is not None:
-            x = torch.cat([x, self._embed_registers(offsets)], dim=1)  # (B, S + R, dim)
+            rows = embedding_rows(offsets, self.config.register_offsets)
+            x = torch.cat([x, self.register_embedding(rows)], dim=1)  # (B, S + R, dim)
             ids = register_ids(anchors, offsets, length)
             rope = torch.cat([rope.expand(len(x), -1, -1, -1), self.rope(ids)], dim=1)  # (B, S + R, ..)
         attend = self._attend(length, anchors)
@@ -294,18 +295,6 @@ class Transformer(nn.Module):
             fixed: the anchors are the same in every sequence and call.
         """
         self.flex = FlexAttention(self.config.length, anchors, fixed)
-
-    def _embed_registers(self, offsets: Tensor) -> Tensor:
-        """Return (B, R, dim): the one shared vector, or the row of each offset.
-
-        Offsets stand in ascending order, so that a row is how many are smaller; an offset past the end (a dropped
-        target) takes the last row, and its loss is ignored.
-        """
-        known = self.config.register_offsets
-        if not known:
-            return self.register_embedding(torch.zeros_like(offsets))
-        rows = sum((offsets > d).to(torch.int64) for d in known[:-1])  # (B, R)
-        return self.register_embedding(rows)
 
     def _attend(self, length: int, anchors: Tensor | None) -> Attend:
         if anchors is None or self.flex is None:

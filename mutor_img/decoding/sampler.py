@@ -11,18 +11,18 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mutor_img.common.errors import UserError, check_range
 from mutor_img.common.streams import Stream, uniform
-from mutor_img.decoding.cpu import PackedDecoder, PackedTransformer, pack
-from mutor_img.decoding.gpu import MOST_ROWS, StaticDecoder, static_decoder
+from mutor_img.decoding.cpu import CHUNK, PackedDecoder, PackedTransformer, pack
+from mutor_img.decoding.drafting import AUTO, NO_DRAFT, Draft, Drafter
+from mutor_img.decoding.gpu import MOST_ROWS, StaticDecoder, StaticWindow, static_decoder
 from mutor_img.decoding.guidance import guidance_scales, guide
 from mutor_img.transformer import Transformer
-
-CHUNK = 8  # sequences the network runs on at a time, on CPUs in fp32; a bit of the result may depend on it
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class SamplingSettings:
 
 
 def generate(model: Transformer, labels: Tensor | Sequence[int], cfg_scale: float = 2.0, temperature: float = 1.0,
-             top_k: int = 0, top_p: float = 1.0, seed: int = 0, first: int = 0) -> Tensor:
+             top_k: int = 0, top_p: float = 1.0, seed: int = 0, first: int = 0, draft: int | str = 0,
+             draft_source: str = "window") -> Tensor:
     """Sample the codes of one image a label.
 
     Args:
@@ -64,6 +65,8 @@ def generate(model: Transformer, labels: Tensor | Sequence[int], cfg_scale: floa
         labels: (B,) in 0 .. classes - 1.
         cfg_scale, temperature, top_k, top_p, seed: see :class:`SamplingSettings`.
         first: number of the first sample; row j uses the random stream f(seed, first + j).
+        draft, draft_source: how many codes a pass of the network drafts, and where from; they decide how fast the
+            codes come, never which. See :class:`~mutor_img.decoding.drafting.Draft`.
 
     Returns:
         (B, N) int64 codes on the model's device.
@@ -73,10 +76,11 @@ def generate(model: Transformer, labels: Tensor | Sequence[int], cfg_scale: floa
     """
     labels = torch.as_tensor(labels, dtype=torch.int64)
     settings = SamplingSettings(cfg_scale, "constant", None, temperature, top_k, top_p, seed)
-    return generate_samples(model, labels, first + torch.arange(len(labels)), settings)
+    return generate_samples(model, labels, first + torch.arange(len(labels)), settings, Draft(draft, draft_source))
 
 
-def generate_samples(model: Transformer, labels: Tensor, samples: Tensor, settings: SamplingSettings) -> Tensor:
+def generate_samples(model: Transformer, labels: Tensor, samples: Tensor, settings: SamplingSettings,
+                     draft: Draft = NO_DRAFT) -> Tensor:
     """Sample the codes of the given samples; as :func:`generate` for sample numbers that need not be consecutive.
 
     Args:
@@ -86,7 +90,7 @@ def generate_samples(model: Transformer, labels: Tensor, samples: Tensor, settin
     Returns:
         (B, N) int64 codes.
     """
-    return Sampler(model, settings, max(1, len(labels))).generate(labels, samples)
+    return Sampler(model, settings, max(1, len(labels)), draft=draft).generate(labels, samples)
 
 
 class Sampler:
@@ -99,7 +103,8 @@ class Sampler:
         count: sequences the network runs on at a time; batches are cut and padded to it.
     """
 
-    def __init__(self, model: Transformer, settings: SamplingSettings, batch: int, keep: bool = True):
+    def __init__(self, model: Transformer, settings: SamplingSettings, batch: int, keep: bool = True,
+                 draft: Draft = NO_DRAFT):
         """Prepare.
 
         Args:
@@ -108,9 +113,10 @@ class Sampler:
             batch: sequences at a time where the number is free, that is anywhere but on CPUs in fp32; on GPUs at most
                 ``MOST_ROWS``, with guidance half of it.
             keep: False: nothing is compiled or kept beside the model; amid training.
+            draft: how codes are drafted.
 
         Raises:
-            UserError: settings out of range.
+            UserError: settings out of range, or a draft that the model cannot have.
         """
         config, weight = model.config, model.output.weight
         settings.validate(config.vocabulary)
@@ -123,12 +129,17 @@ class Sampler:
         self.halves = 2 if self.guided_until else 1
         most = MOST_ROWS // self.halves if self.static else batch
         self.count = CHUNK if self.fixed else min(batch, most)
-        rows = self.halves * self.count
+        self.keep, self.draft = keep, draft
+        self.drafter = Drafter(model, draft, self.scales, settings.seed, partial(draw, settings=settings))
+        self.decoder = self._decoder(self.halves * self.count)
+        self.windows: dict[int, PackedDecoder | StaticWindow] = {}  # a decoder for each W so far
+
+    def _decoder(self, rows: int, window: tuple[int, int] | None = None) -> PackedDecoder | StaticDecoder:
+        """Return a decoder of so many sequences; of a window: its regular inputs and its registers."""
         with torch.no_grad():
             if self.static:
-                self.decoder = static_decoder(model, rows) if keep else StaticDecoder(model, rows, eager=True)
-            else:
-                self.decoder = PackedDecoder(pack(model) if keep else PackedTransformer(model), rows)
+                return static_decoder(self.model, rows, window, eager=not self.keep)
+            return PackedDecoder(pack(self.model) if self.keep else PackedTransformer(self.model), rows)
 
     def generate(self, labels: Tensor, samples: Tensor) -> Tensor:
         """Return codes (B, N) int64 on the model's device for labels and sample numbers (B,) int64, any B.
@@ -143,16 +154,38 @@ class Sampler:
             raise UserError(f"label {int(wrong[0])} is out of range; the model has classes 0 to "
                             f"{self.config.classes - 1}")
         labels, samples = labels.to(self.device), samples.to(self.device)
+        window = self._window(len(labels))
+        with _evaluating(self.model), torch.no_grad() if self.static else torch.inference_mode():
+            made = self._draft(labels, samples, window) if window else self._in_turn(labels, samples)
+        codes = torch.empty_like(made).copy_(made)  # no inference tensor
+        if len(codes) and int(codes.min()) < 0:
+            raise UserError("the model's logits are not finite; its weights are damaged, or too large for their dtype")
+        return codes
+
+    def _window(self, images: int) -> int:
+        """Return W for so many images at a time; 0: no drafts."""
+        if self.draft.window != AUTO:
+            return self.draft.window if images else 0
+        window = self.draft.windows(CHUNK // images) if self.fixed and images else 0
+        return window if window > 1 else 0
+
+    def _draft(self, labels: Tensor, samples: Tensor, window: int) -> Tensor:
+        """Return codes (B, N), each from a window of drafts."""
+        rows = self.draft.rows(window)
+        # On CPUs in fp32 the rows of all images together are those of a step without drafts, as far as they go in.
+        count = max(1, CHUNK // rows) if self.fixed else self.count
+        if window not in self.windows:
+            self.windows[window] = self._decoder(self.halves * count, (window, rows - window))
+        return self.drafter.generate(self.windows[window], labels, samples, count, window)
+
+    def _in_turn(self, labels: Tensor, samples: Tensor) -> Tensor:
+        """Return codes (B, N), one after the other."""
         codes = torch.zeros(len(labels), self.config.length, dtype=torch.int64, device=self.device)
         for rows in self._cut(samples):
             slots = samples[rows] % self.count if self.fixed else torch.arange(len(rows), device=self.device)
             padded = torch.zeros(2, self.count, dtype=torch.int64, device=self.device)
             padded[:, slots] = torch.stack([labels[rows], samples[rows]])
-            with _evaluating(self.model), torch.no_grad() if self.static else torch.inference_mode():
-                made = self._run(*padded)  # (count, N)
-            codes[rows] = made[slots]
-        if len(codes) and int(codes.min()) < 0:
-            raise UserError("the model's logits are not finite; its weights are damaged, or too large for their dtype")
+            codes[rows] = self._run(*padded)[slots]
         return codes
 
     def _cut(self, samples: Tensor) -> Iterable[Tensor]:

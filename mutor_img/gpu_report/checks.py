@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mutor_img.attention import FlexAttention, SdpaAttention
 from mutor_img.common.config import OptimConfig, TrainConfig
+from mutor_img.decoding.drafting import SOURCES
 from mutor_img.decoding.sampler import generate
 from mutor_img.pretraining.examination import BATCH, HEADS, Subject, examine
 from mutor_img.pretraining.parity import Difference, compare_attention, draw_at_scale_one, rms_difference
@@ -194,6 +195,20 @@ def check_decoding(place: Place, cfg_scale: float) -> str:
     return f"{len(labels)} sequences of {law.length} codes are the same"
 
 
+def check_drafts(place: Place, source: str, precision: str) -> str:
+    """Codes from a window of drafts against those of sequential decoding: the same, up to draws near a tie that flip."""
+    law = RegisterLaw("2d", (8, 8), 4)
+    model = small_model(law, 64).to(place.device, dtype_of(precision)).eval()
+    labels = torch.arange(64) % model.config.classes
+    plain, drafted = (generate(model, labels, draft=window, draft_source=source) for window in (0, 4))
+    wrong = plain != drafted  # (B, N)
+    flips = wrong.any(dim=1).sum().item()
+    codes = (wrong.cumsum(1) == 0).sum().item() + flips  # a flip changes all of its image that follows
+    if flips > codes / 50:
+        raise CheckFailed(f"{flips} of {codes} codes differ from sequential decoding: more than rounding explains")
+    return f"{flips} of {codes} codes flipped in {len(labels)} images"
+
+
 @contextmanager
 def process_group(device: torch.device) -> Iterator[str]:
     """Join a group of this process alone, NCCL on a GPU and gloo on a CPU; gives the backend's name."""
@@ -270,5 +285,8 @@ def all_checks(quick: bool = False) -> dict[str, Callable[[Place], str]]:
                 check_training_step, law=LAWS.get(name, PLAIN), head_dim=head_dim, precision=precision)
     checks["decoding, no guidance"] = partial(check_decoding, cfg_scale=1.0)
     checks["decoding, guidance 2"] = partial(check_decoding, cfg_scale=2.0)
+    for precision in ("bf16", "fp32"):
+        for source in SOURCES:
+            checks[f"drafts, {source}, {precision}"] = partial(check_drafts, source=source, precision=precision)
     checks["collectives and DDP"] = check_collectives
     return checks

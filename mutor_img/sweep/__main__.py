@@ -30,7 +30,7 @@ from mutor_img.training.runtime import Runtime
 
 SEED = 1  # not that of sample.py and evaluate_fid.py: a choice must not be made on the samples that are reported
 _REPEATED = ("checkpoint", "tokenizer", "grid_size", "resize", "weights", "classes", "labels", "top_k", "top_p",
-             "dtype", "reference", "features", "features_weights", "inception_weights")
+             "dtype", "draft", "draft_source", "reference", "features", "features_weights", "inception_weights")
 
 
 def _parser() -> Parser:

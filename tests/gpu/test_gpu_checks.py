@@ -54,6 +54,7 @@ BODIES = {
     "training step, no registers": lambda place: checks.check_training_step(
         place, RegisterLaw("none", (4, 5)), 16, "fp32"),
     "decoding": lambda place: checks.check_decoding(place, 2.0),
+    "drafts": lambda place: checks.check_drafts(place, "registers", "fp32"),
     "collectives": checks.check_collectives,
     "update": lambda place: checks.measure_step(place, SMALL, "mnist", batch=2, rounds=1, vocabulary=32),
 }
