@@ -11,8 +11,9 @@ arXiv 2002.09928). Drafts of places that no window has reached yet come from a s
 
 =============  =======================================================================================
 ``window``     the last draw of the window, repeated
-``frequency``  a draw, with the place's own random number, from the codes that earlier images have there
-``registers``  the same, and W - 1 registers after the window's last input; each costs a row
+``frequency``  a draw, with the place's own random number, from the codes that earlier images have there; as
+               ``window`` for the first images
+``registers``  as ``frequency``, and W - 1 registers after the window's last input; each costs a row
 =============  =======================================================================================
 
 The cache needs no repair. A row writes its key and value at its own slot and reads nothing behind it, and the next
@@ -55,7 +56,7 @@ class Draft:
     """
 
     window: int | str = 0
-    source: str = "window"
+    source: str = "frequency"
 
     @classmethod
     def parse(cls, window: str, source: str) -> Draft:
@@ -165,12 +166,12 @@ class Drafts:
     def take(self, drawn: Tensor) -> None:
         """Go on with what a pass has drawn, (B, S) int64 at :attr:`places`."""
         places = self.places
-        own, behind = places[:, : self.width], self.all_places >= places[:, self.width - 1, None] + 1  # (B, N + S)
         # A row's draw is certain if the drafts of all places before its own were right.
-        right = (self.codes.gather(1, own) == drawn[:, : self.width])[:, :-1]  # (B, W - 1)
+        right = (self.codes.gather(1, places) == drawn)[:, : self.width - 1]  # (B, W - 1)
         certain = 1 + right.cumprod(1).sum(1)
         if self.repeat:
-            self.codes = torch.where(behind, drawn[:, self.width - 1, None], self.codes)
+            last = slice(self.width - 1, self.width)
+            self.codes = torch.where(self.all_places > places[:, last], drawn[:, last], self.codes)  # (B, N + S)
         self.codes.scatter_(1, places, drawn)
         self.passes += self.start < self.length
         self.start = (self.start + certain).clamp(max=self.length)

@@ -57,7 +57,7 @@ class SamplingSettings:
 
 def generate(model: Transformer, labels: Tensor | Sequence[int], cfg_scale: float = 2.0, temperature: float = 1.0,
              top_k: int = 0, top_p: float = 1.0, seed: int = 0, first: int = 0, draft: int | str = 0,
-             draft_source: str = "window") -> Tensor:
+             draft_source: str = Draft.source) -> Tensor:
     """Sample the codes of one image a label.
 
     Args:

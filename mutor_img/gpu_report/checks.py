@@ -196,7 +196,7 @@ def check_decoding(place: Place, cfg_scale: float) -> str:
 
 
 def check_drafts(place: Place, source: str, precision: str) -> str:
-    """Codes from a window of drafts against those of sequential decoding: the same, up to draws near a tie that flip."""
+    """Codes from a window of drafts against those of sequential decoding: the same, up to draws near ties."""
     law = RegisterLaw("2d", (8, 8), 4)
     model = small_model(law, 64).to(place.device, dtype_of(precision)).eval()
     labels = torch.arange(64) % model.config.classes
