@@ -265,8 +265,7 @@ class Transformer(nn.Module):
         x = torch.cat([self.cls_embedding(labels)[:, None], self.tok_embeddings(codes)], dim=1)  # (B, S, dim)
         rope = self.rope(torch.arange(length, device=codes.device))[None]  # (1, S, 2, head_dim / 2)
         if anchors is not None:
-            rows = embedding_rows(offsets, self.config.register_offsets)
-            x = torch.cat([x, self.register_embedding(rows)], dim=1)  # (B, S + R, dim)
+            x = torch.cat([x, self._embed_registers(offsets)], dim=1)  # (B, S + R, dim)
             ids = register_ids(anchors, offsets, length)
             rope = torch.cat([rope.expand(len(x), -1, -1, -1), self.rope(ids)], dim=1)  # (B, S + R, ..)
         attend = self._attend(length, anchors)
@@ -295,6 +294,10 @@ class Transformer(nn.Module):
             fixed: the anchors are the same in every sequence and call.
         """
         self.flex = FlexAttention(self.config.length, anchors, fixed)
+
+    def _embed_registers(self, offsets: Tensor) -> Tensor:
+        """Return (B, R, dim): the one shared vector, or the row of each offset."""
+        return self.register_embedding(embedding_rows(offsets, self.config.register_offsets))
 
     def _attend(self, length: int, anchors: Tensor | None) -> Attend:
         if anchors is None or self.flex is None:
