@@ -47,9 +47,8 @@ def test_no_code_of_ten_thousand_images_of_random_models_changes(random_model):
         assert torch.equal(*codes), (source, window)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_images_of_one_batch_go_on_at_their_own_pace(random_model, dtype):
-    model = random_model(dtype=dtype)
+def test_images_of_one_batch_go_on_at_their_own_pace(random_model):
+    model = random_model(dtype=torch.float64)  # of any number at a time
     sampler, codes = sampled(model, {}, 4, "registers")
     assert sampler.count == 64 and len(sampler.drafter.passes.unique()) > 1
     assert torch.equal(codes, sampled(model, {}, 0)[1])
@@ -177,7 +176,7 @@ def test_auto_drafts_only_where_rows_would_be_padding(random_model, monkeypatch)
     assert [widths["frequency", images] for images in (1, 2, 3, 4, 5, 8)] == [8, 4, 2, 2, 0, 0]
     assert [widths["registers", images] for images in (1, 2, 3, 4, 5, 8)] == [4, 2, 0, 0, 0, 0]
     seen.clear()
-    sampled(model.to(torch.bfloat16), {}, "auto")
+    sampled(model.to(torch.float64), {}, "auto")  # no padding there
     assert not seen
 
 
