@@ -1,6 +1,6 @@
 # make demo     tokenizer, codes, MuToR-2D, samples and scores on real digits, from nothing, on a CPU
 # make compare  the demo, and next-token prediction beside it for as many updates and for as many seconds
-# make test     the whole test suite
+# make test     the whole test suite, in two processes; make test TEST_PROCESSES=8 where there are cores and memory
 # make test-gpu the tests that need a GPU; python -m mutor_img.gpu_report prints what they check as a report
 # make test-app the page of mutor_img.app in a headless Chromium; installs Gradio, playwright and, as root on Debian, Chromium
 # make lint     ruff, and that imports point down the floors (pyproject.toml)
@@ -8,6 +8,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+TEST_PROCESSES ?= 2
 
 .PHONY: demo compare test test-gpu test-app lint
 
@@ -18,7 +19,7 @@ compare: $(VENV)/installed
 	$(RUN) -m mutor_img.study --config configs/mnist/study.yaml compare=true
 
 test: $(VENV)/installed
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 test-gpu: $(VENV)/installed
 	$(RUN) -m pytest -m gpu

@@ -1,4 +1,4 @@
-"""Images a second of ``tokenizer.encode``: batches of 1 and 8, one process and two, VQ-16 at 256 pixels.
+"""Images per second of ``tokenizer.encode``: batches of 1 and 8, one process and two, VQ-16 at 256 pixels.
 
     python -m benchmarks.encode                           # random weights, 16 random JPEGs of 400 x 350 pixels
     python -m benchmarks.encode --images imagenet/val --labels LOC_val_solution.csv --count 64 --rounds 5
@@ -123,14 +123,14 @@ def measure(settings: dict[str, Any], rounds: int) -> dict[str, list[tuple[float
 
 def main(argv: Sequence[str]) -> dict[str, float]:
     """Time the variants and print a table; returns images per second by name."""
-    parser = Parser(description="Images a second of tokenizer.encode, two views each, on this machine's CPU.",
+    parser = Parser(description="Images per second of tokenizer.encode, two views each, on this machine's CPU.",
                     example="python -m benchmarks.encode --count 32 --rounds 3")
     parser.add_argument("--images", help="images to encode, as tokenizer.encode takes them (random ones unless given)")
-    parser.add_argument("--labels", metavar="FILE", help="labels of images that lie in one folder")
+    parser.add_argument("--labels", metavar="FILE", help="labels of images that are in one folder")
     parser.add_argument("--preset", default="vq16", help="size of the tokenizer")
-    parser.add_argument("--image-size", type=int, default=256, help="pixels a side")
+    parser.add_argument("--image-size", type=int, default=256, help="pixels per side")
     parser.add_argument("--count", type=int, default=16, help="images encoded by each variant, 4096 at most")
-    parser.add_argument("--rounds", type=int, default=2, help="times each variant is timed")
+    parser.add_argument("--rounds", type=int, default=2, help="how often each variant is timed")
     args = parser.parse_args(argv)
     check_range("--count", args.count, 2, 4096)
     check_range("--rounds", args.rounds, 1, 1000)
@@ -144,7 +144,7 @@ def main(argv: Sequence[str]) -> dict[str, float]:
               f"{args.image_size} pixels, {args.count} images, 2 views each", flush=True)
         found = measure(settings, args.rounds)
     rates = {name: args.count / statistics.median(wall for wall, _ in times) for name, times in found.items()}
-    print(f"{'variant':<24}{'images/s':>10}{'ratio to plain loop':>22}{'processor s an image':>23}")
+    print(f"{'variant':<24}{'images/s':>10}{'ratio to plain loop':>22}{'processor s per image':>23}")
     for name, rate in rates.items():
         busy = statistics.median(busy for _, busy in found[name]) / args.count
         print(f"{name:<24}{rate:>10.3f}{rate / rates['plain loop']:>22.2f}{busy:>23.3f}")

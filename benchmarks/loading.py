@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> dict[str, float]:
         print(f"verify every block      {checked:.2f} s for {size / 1e9:.2f} GB, just written "
               f"({size / checked / 1e9:.2f} GB/s)")
         data = TrainingCodes([codes], seed=0)
-        print(f"an epoch's order        {1e3 * seconds(lambda: data.order.items(np.arange(1))):.1f} ms, once an epoch")
+        print(f"an epoch's order        {1e3 * seconds(lambda: data.order.items(np.arange(1))):.1f} ms, once per epoch")
         mixed = TrainingCodes([codes, Codes(codes.folder)], seed=0)
         whole, share = batch_seconds(data, BATCH, args.batches), batch_seconds(data, GPU_BATCH, args.batches)
         print(f"a batch of {BATCH}         {1e3 * whole:.2f} ms; from two stores "
@@ -105,9 +105,10 @@ def main(argv: Sequence[str]) -> dict[str, float]:
     print(f"share of a GPU's step   {shares['gpu']:.2%} of the paper's {GPU_STEP} s for {GPU_BATCH} sequences per GPU "
           "(computed, not measured)")
     if args.steps:
-        step = make_step("B", RegisterLaw("2d", GRID, 4, 80), args.step_batch, bf16=True, compiled=False)
-        step()
-        measured = statistics.median(seconds(step) for _ in range(args.steps)) * BATCH / args.step_batch
+        with tempfile.TemporaryDirectory() as folder:
+            step = make_step(Path(folder), "B", RegisterLaw("2d", GRID, 4, 80), args.step_batch, "bf16", compiled=False)
+            step()
+            measured = statistics.median(seconds(step) for _ in range(args.steps)) * BATCH / args.step_batch
         shares["cpu"] = whole / measured
         print(f"share of the CPU's step {shares['cpu']:.5%} of {measured:.0f} s for {BATCH} sequences with 80 "
               f"registers (from {args.step_batch})")

@@ -1,4 +1,4 @@
-"""Images a second of :func:`mutor_img.generate`, beside a plain Python sampling loop, on random weights.
+"""Images per second of :func:`mutor_img.generate`, beside a plain Python sampling loop, on random weights.
 
     python benchmarks/sampling.py                                   # B, bf16, 49 codes, batches of 8 and 32
     python benchmarks/sampling.py --dtype fp32 --grid 16 --rounds 1 # all codes of an image of 256 pixels
@@ -103,7 +103,7 @@ def machine(device: torch.device) -> str:
 
 def main(argv: Sequence[str]) -> None:
     """The command; see ``--help``."""
-    parser = Parser(description="Images a second of the sampler, beside a plain sampling loop.",
+    parser = Parser(description="Images per second of the sampler, beside a plain sampling loop.",
                     example="python benchmarks/sampling.py --batch-sizes 8,32 --threads 2")
     parser.add_argument("--preset", default="B", help="model size")
     parser.add_argument("--grid", type=int, default=7, help="rows and columns of codes")

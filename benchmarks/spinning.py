@@ -18,9 +18,11 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -33,7 +35,7 @@ from mutor_img.common.config import OptimConfig
 from mutor_img.common.errors import check_range
 from mutor_img.common.threads import CHOICES, SHORT
 from mutor_img.registers import RegisterLaw
-from mutor_img.training.hardware import computes_in_bf16, keep_freed_memory
+from mutor_img.training.hardware import keep_freed_memory, precision_on
 from mutor_img.training.optimizer import build_optimizer
 from mutor_img.transformer import ModelConfig, Transformer
 from tokenizer.network.vq import VQModel, preset
@@ -62,20 +64,20 @@ def tokenizer_step() -> Callable[[], object]:
     return step
 
 
-def works() -> dict[str, Callable[[], object]]:
-    """Return what is measured, by name; each call is one unit of it."""
+def works(folder: Path) -> dict[str, Callable[[], object]]:
+    """Return what is measured, by name; each call is one unit of it. ``folder`` must stay until the last call."""
     torch.manual_seed(0)
     model = Transformer(ModelConfig.preset("mnist", grid=(8, 8), vocabulary=256, classes=10)).eval()
     nn.init.normal_(model.output.weight, std=0.02)
     vq = VQModel(**preset("mnist")).eval().requires_grad_(False)
-    bf16 = computes_in_bf16(torch.device("cpu"))  # as train.precision=auto
+    precision = precision_on(torch.device("cpu"), "auto")
     labels, images = torch.arange(16) % 10, torch.rand(256, 1, 32, 32).mul(2).sub(1)
     return {
         "demo: tokenizer updates": tokenizer_step(),
-        "demo: generator updates": make_step("mnist", DEMO, 16, bf16, True, vocabulary=256),
+        "demo: generator updates": make_step(folder / "demo", "mnist", DEMO, 16, precision, True, vocabulary=256),
         "demo: 16 samples": lambda: generate(model, labels, cfg_scale=2.0),
         "demo: 256 images encoded": lambda: vq.encode(images),
-        "B: updates of 4": make_step("B", RegisterLaw("none", (16, 16)), 4, bf16, False),
+        "B: updates of 4": make_step(folder / "B", "B", RegisterLaw("none", (16, 16)), 4, precision, False),
     }
 
 
@@ -83,13 +85,14 @@ def measure(seconds: float) -> dict[str, float]:
     """Return units per second of each work: calls within about ``seconds`` after one that warms up."""
     keep_freed_memory()
     rates = {}
-    for name, work in works().items():
-        work()
-        begun, calls = time.perf_counter(), 0
-        while (elapsed := time.perf_counter() - begun) < seconds or not calls:
+    with tempfile.TemporaryDirectory() as folder:
+        for name, work in works(Path(folder)).items():
             work()
-            calls += 1
-        rates[name] = calls / elapsed
+            begun, calls = time.perf_counter(), 0
+            while (elapsed := time.perf_counter() - begun) < seconds or not calls:
+                work()
+                calls += 1
+            rates[name] = calls / elapsed
     return rates
 
 

@@ -37,7 +37,7 @@ from tokenizer.train import TokenizerConfig, TokenizerTask
 from tokenizer.training.images import read_all
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "immunohistochemistry")
-SIZE, TRAIN, HELD_OUT, COLUMNS = 32, 240, 24, 10  # pixels a side; crops a photograph; pictures shown
+SIZE, TRAIN, HELD_OUT, COLUMNS = 32, 240, 24, 10  # pixels per side; crops per photograph; pictures shown
 CONFIG = """
 data: {{images: {folder}/train, image_size: 32, mirror: true, crop_min: 1.0, workers: 1}}
 model: {{preset: mnist, image_channels: 3, channels: 16, vocabulary: 256}}

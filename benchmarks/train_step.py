@@ -4,8 +4,8 @@
     python -m benchmarks.train_step --preset mnist --batch 64 --rounds 9
 
 A round times every variant once, in an order that rotates; the ratios are medians over rounds of the same round's
-times, so that a machine that speeds up or slows down touches both sides. A step is forward, backward, clipping and
-the optimiser on random codes, as the training loop does it.
+times, so that a machine that speeds up or slows down touches both sides. A step is an update of a run's Trainer:
+reading random codes, drawing registers, forward, backward, clipping and the optimiser.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ if __name__ == "__main__":
 
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from mutor_img.common.cli import Parser, run
-from mutor_img.common.config import OptimConfig, check_choice
+from mutor_img.common.config import check_choice
 from mutor_img.common.errors import UserError, check_range
-from mutor_img.registers import RegisterLaw, mutor_loss
-from mutor_img.training.compiling import compile_blocks
+from mutor_img.pretraining.rehearsal import random_run, random_task
+from mutor_img.registers import RegisterLaw
 from mutor_img.training.hardware import keep_freed_memory
-from mutor_img.training.optimizer import build_optimizer
-from mutor_img.transformer import ModelConfig, Transformer
+from mutor_img.training.runtime import Runtime
+from mutor_img.training.trainer import Trainer
 
 GRID, VOCABULARY, CLASSES = (16, 16), 16384, 1000
 
@@ -49,31 +49,13 @@ def variants(grid: tuple[int, int]) -> dict[str, RegisterLaw]:
     return laws
 
 
-def make_step(preset: str, law: RegisterLaw, batch: int, bf16: bool, compiled: bool,
-              vocabulary: int = VOCABULARY) -> Callable[[], None]:
-    """Return a function that does one training step of ``batch`` random sequences."""
-    torch.manual_seed(0)
-    config = ModelConfig.preset(preset, grid=law.grid, vocabulary=vocabulary, classes=CLASSES,
-                                register_offsets=None if law.kind == "none" else ())
-    model = Transformer(config)
-    if compiled:
-        compile_blocks(list(model.layers))
-    optimizer = build_optimizer(model, OptimConfig())
-    codes = torch.randint(vocabulary, (batch, law.length))
-    labels = torch.randint(CLASSES, (batch,))
-    samples, steps = torch.arange(batch), iter(range(10**9))
-
-    def step() -> None:
-        registers = () if law.kind == "none" else law.draw(0, next(steps), samples)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            out = model(labels, codes[:, :-1], *registers)
-            loss = mutor_loss(*(out if registers else (out, None)), codes, *registers)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+def make_step(folder: Path, preset: str, law: RegisterLaw, batch: int, precision: str, compiled: bool,
+              vocabulary: int = VOCABULARY) -> Callable[[], object]:
+    """Return a function that does one update of a run of ``batch`` random sequences, whose files are in ``folder``."""
+    config = random_run(folder, law, model={"preset": preset, "vocabulary": vocabulary, "classes": CLASSES},
+                        train={"global_batch": batch, "precision": precision, "compile": compiled})
+    runtime = Runtime(torch.device("cpu"))
+    return Trainer(random_task(config, runtime), config, runtime).update
 
 
 def processor() -> str:
@@ -87,8 +69,8 @@ def main(argv: Sequence[str]) -> dict[str, float]:
     parser = Parser(description="Cost of registers in a training step, on this machine's CPU.",
                     example="python -m benchmarks.train_step --rounds 5")
     parser.add_argument("--preset", default="B", help="size of the transformer")
-    parser.add_argument("--batch", type=int, default=4, help="sequences a step")
-    parser.add_argument("--rounds", type=int, default=5, help="times each variant is timed")
+    parser.add_argument("--batch", type=int, default=4, help="sequences per step")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each variant is timed")
     parser.add_argument("--dtype", default="bf16", help="bf16 (autocast over fp32 weights) or fp32")
     parser.add_argument("--compile", action="store_true", help="compile the blocks, as training does")
     parser.add_argument("--only", default="", metavar="TEXT", help="time only variants with this in their name")
@@ -103,19 +85,20 @@ def main(argv: Sequence[str]) -> dict[str, float]:
     keep_freed_memory()  # as the training loop does
     print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}; {args.preset}, batch "
           f"{args.batch}, {args.dtype}, {'compiled' if args.compile else 'eager'}", flush=True)
-    steps = {name: make_step(args.preset, law, args.batch, args.dtype == "bf16", args.compile)
-             for name, law in laws.items()}
-    names = list(steps)
+    names = list(laws)
     times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(args.rounds + 1):  # the first round warms up
-        for name in names[turn % len(names):] + names[: turn % len(names)]:
-            begun = time.perf_counter()
-            steps[name]()
-            if turn:
-                times[name].append(time.perf_counter() - begun)
+    with tempfile.TemporaryDirectory() as folder:  # a step reads its codes from there
+        steps = {name: make_step(Path(folder) / str(i), args.preset, law, args.batch, args.dtype, args.compile)
+                 for i, (name, law) in enumerate(laws.items())}
+        for turn in range(args.rounds + 1):  # the first round warms up
+            for name in names[turn % len(names):] + names[: turn % len(names)]:
+                begun = time.perf_counter()
+                steps[name]()
+                if turn:
+                    times[name].append(time.perf_counter() - begun)
     base = times[names[0]]
     ratios = {name: statistics.median(t / b for t, b in zip(times[name], base)) for name in names}
-    print(f"{'variant':<28}{'s a step':>10}{'ratio':>8}{'tokens/s':>10}")
+    print(f"{'variant':<28}{'s per step':>10}{'ratio':>8}{'tokens/s':>10}")
     for name in names:
         median = statistics.median(times[name])
         print(f"{name:<28}{median:>10.3f}{ratios[name]:>8.2f}{args.batch * laws[name].length / median:>10.0f}")

@@ -24,26 +24,27 @@ SCHEMAS = (
 )
 HEAD = """# Configuration
 
-A config is a YAML file of the keys below; what it leaves out has its default. `extends: other.yaml` takes over another
-file, and `key=value` after `--config FILE` overrides both, as in `optim.lr=1e-4 registers.count=null`. An unknown key
-or a value of another type is an error that names the nearest key; a key that stands twice in a file is an error, too.
-`run_dir` is the config's own path with `configs/` read as `runs/` unless it is given. `--dry-run` prints the whole
-config and what it costs.
+A config is a YAML file with the keys below. A key that is left out has its default. `extends: other.yaml` starts from
+another file. `key=value` after `--config FILE` overrides both, as in `optim.lr=1e-4 registers.count=null`. An unknown
+key is an error that names the nearest key. A value of another type is an error, and so is a key that is in a file
+twice. If `run_dir` is not given, it is the path of the config with `runs/` instead of `configs/`. `--dry-run` prints
+the whole config and what it costs.
 
-The shipped configs also go by their names, from any folder and after any kind of install: `--config
-imagenet256/mutor2d_b_80`, `extends: imagenet256/ntp_b`. A `configs/` in the current folder comes first. The run folder
-is then `runs/imagenet256/mutor2d_b_80` in the current folder.
+You can call the shipped configs by name, from any folder and after any kind of install:
+`--config imagenet256/mutor2d_b_80`, `extends: imagenet256/ntp_b`. A `configs/` in the current folder comes first. The
+run folder is then `runs/imagenet256/mutor2d_b_80` in the current folder.
 
-What is given to a text field stays as it was typed: `run_dir=0010` is the folder `0010`, and `run_dir=2024-01-01` no
-date. `~` at the beginning is the home folder, in files, in overrides and in every flag. A list is set as a whole:
+The value of a text field stays as you typed it: `run_dir=0010` is the folder `0010`, and `run_dir=2024-01-01` is not a
+date. `~` at the beginning means the home folder, in files, in overrides and in every flag. A list is set as a whole:
 `optim.betas=[0.9,0.95]`.
 
-A variation of a run is a file of a few lines, or the same file with overrides and a `run_dir` of its own:
+For a variation of a run, write a file of a few lines, or use the same file with overrides and another `run_dir`:
 
     python train.py --config configs/mnist/mutor2d.yaml registers.d_max=3 run_dir=runs/mnist/mutor2d_d3
 
-A run that is there goes on with the same seed, model, registers, data and global batch only; another learning rate,
-precision or EMA is said at the start, and the earlier config stays beside the new one.
+An existing run can only continue with the same seed, model, objective, registers, data and global batch. If the
+learning rate, the precision or EMA changes, the run says so at the start, and the earlier config stays beside the new
+one.
 """
 
 

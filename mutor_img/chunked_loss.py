@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mutor_img.registers import IGNORE
+from mutor_img.registers import IGNORE, cross_entropy_sum
+
+
+def head_loss(hidden: Tensor, head: nn.Linear, targets: Tensor, rows: int = 0) -> Tensor:
+    """Return the cross-entropy, summed, of what an output head reads in ``hidden``.
+
+    Args:
+        hidden: (B, S, dim), past the last norm.
+        head: dim to V, without a bias.
+        targets: (B, S) int64, ``IGNORE`` where there is none.
+        rows: the most rows of logits at a time; 0: all of them.
+
+    Returns:
+        A scalar fp32 tensor.
+    """
+    if rows:
+        return chunked_cross_entropy_sum(hidden, head.weight, targets, rows)
+    return cross_entropy_sum(head(hidden), targets)
 
 
 def chunked_cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
     """Return ``cross_entropy_sum(hidden @ weight.T, targets)`` with no more than ``rows`` rows of logits at a time.
 
-    A chunk's gradients are made while its logits are there, so that nothing is computed twice and only sums stay: one
-    row of ``hidden``'s size a row, and one matrix of the head's size in fp32. Logits have autocast's dtype, as a linear
-    layer's would; from there on everything is fp32 up to the gradient of the logits, which is rounded back, and the
-    head's gradient, a sum in fp32 over chunks.
+    A chunk's gradients are computed while its logits are in memory, so nothing is computed twice. Only the gradients
+    stay: one of ``hidden``'s size, and one matrix of the head's size in fp32. Logits have autocast's dtype, as those of
+    a linear layer would. From there on everything is fp32, up to the gradient of the logits, which is rounded back.
+    The head's gradient is a sum in fp32 over chunks.
 
     Args:
         hidden: (B, S, dim), what the head reads.

@@ -68,16 +68,17 @@ def main(argv: Sequence[str]) -> None:
     """Convert one file or folder, and report every weight."""
     parser = Parser(
         description="Convert released LlamaGen weights (.pt) to a checkpoint of this project, or a checkpoint to a .pt "
-                    "in LlamaGen's layout; generators and tokenizers. Every weight is listed; a misfit is an error.",
+                    "in LlamaGen's layout. Takes generators and tokenizers. Lists every weight; one that does not fit "
+                    "is an error.",
         example="python -m mutor_img.convert --source c2i_B_256.pt --out runs/llamagen_b\n"
                 "python -m mutor_img.convert --source runs/imagenet256/mutor2d_b_80 --out mutor2d_b_80.pt",
         prog="python -m mutor_img.convert",
     )
     parser.add_argument("--source", required=True, metavar="PATH", help=".pt file, run folder or checkpoint folder")
     parser.add_argument("--out", required=True, metavar="PATH", help="run folder to write, or a path that ends in .pt")
-    parser.add_argument("--weights", default="auto", metavar="WHICH", help="ema, raw, or auto: ema where there are any")
-    parser.add_argument("--grid-size", "--grid", metavar="HxW", help="rows x columns of a .pt generator's codes, where "
-                                                                   "the file does not say them (16x16)")
+    parser.add_argument("--weights", default="auto", metavar="WHICH", help="ema, raw, or auto: ema if there are any")
+    parser.add_argument("--grid-size", "--grid", metavar="HxW", help="rows x columns of a .pt generator's codes, if "
+                                                                   "the file does not contain them (16x16)")
     args = parser.parse_args(argv)
     choices = {"auto": None, "ema": True, "raw": False}
     if args.weights not in choices:

@@ -9,6 +9,7 @@ index ``t = 0 .. N-1``; input ``t`` predicts ``x_{t+1}`` at position id ``t``. A
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -20,7 +21,7 @@ from mutor_img.common.errors import UserError, check_range, suggest
 from mutor_img.common.streams import Stream, bits, integers
 
 IGNORE = -100  # the target of a register that predicts nothing
-KINDS = ("none", "1d", "2d")
+KINDS = ("none", "1d", "2d", "set")
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,15 @@ class RegisterLaw:
 
     Attributes:
         kind: ``"1d"``: d uniform in 1 .. d_max. ``"2d"``: (d_h, d_w) uniform in {1 .. d_max}^2 without (1, 1), and
-            d = (d_h - 1) * w + (d_w - 1). ``"none"``: no registers.
+            d = (d_h - 1) * w + (d_w - 1). ``"set"``: d uniform over ``chosen``. ``"none"``: no registers.
         grid: rows h and columns w.
-        d_max: the largest offset, per axis in 2D.
+        d_max: the largest offset in 1D, per axis in 2D.
         count: registers per sequence at anchors drawn without replacement; None: one after each input (dense).
         every: one register after each ``every``-th input, from t = 0; None: off.
         mixed: one offset per register, i.i.d.; else one offset per sequence.
         wrap: a 2D offset that runs over the right edge goes on in the next row, as the raster formula says; else such
             a register has no target.
+        chosen: the offsets of kind ``"set"``, in any order: leaps over near tokens, or near ones alone.
 
     Raises:
         UserError: on construction, for a law that cannot be drawn; the largest possible count is named.
@@ -49,6 +51,7 @@ class RegisterLaw:
     every: int | None = None
     mixed: bool = False
     wrap: bool = True
+    chosen: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -58,10 +61,7 @@ class RegisterLaw:
             raise UserError(f"grid {rows} x {columns}: both sides must be at least 1")
         if self.kind == "none":
             return
-        low, high = (2, min(rows, columns)) if self.kind == "2d" else (1, self.length)
-        if not low <= self.d_max <= high:
-            raise UserError(f"registers.d_max is {self.d_max}; for kind {self.kind} on a {rows} x {columns} grid "
-                            f"it must be between {low} and {high}")
+        self._check_offsets()
         if not self.wrap and self.kind != "2d":
             raise UserError("registers.wrap=false drops 2D targets at the right edge; it needs registers.kind=2d")
         if self.count is not None and self.every is not None:
@@ -69,9 +69,22 @@ class RegisterLaw:
         if self.every is not None and not 1 <= self.every <= self.length:
             raise UserError(f"registers.every is {self.every}; it must be between 1 and {self.length}")
         if self.count is not None and not 1 <= self.count <= self.largest_count:
-            raise UserError(f"registers.count is {self.count}; with d_max {self.d_max} ({self.kind}) on a "
+            reach = f"offsets {list(self.chosen)}" if self.kind == "set" else f"d_max {self.d_max} ({self.kind})"
+            raise UserError(f"registers.count is {self.count}; with {reach} on a "
                             f"{rows} x {columns} grid it must be between 1 and {self.largest_count}, so that every "
                             "register has a target (null: one register after each input)")
+
+    def _check_offsets(self) -> None:
+        rows, columns = self.grid
+        if self.chosen and self.kind != "set":
+            raise UserError(f"registers.offsets are for registers.kind=set, not for {self.kind}; leave them out")
+        if self.kind == "set":
+            check_offsets("registers.offsets", self.chosen, self.length)
+            return
+        low, high = (2, min(rows, columns)) if self.kind == "2d" else (1, self.length)
+        if not low <= self.d_max <= high:
+            raise UserError(f"registers.d_max is {self.d_max}; for kind {self.kind} on a {rows} x {columns} grid "
+                            f"it must be between {low} and {high}")
 
     @property
     def length(self) -> int:
@@ -81,7 +94,7 @@ class RegisterLaw:
     @property
     def farthest(self) -> int:
         """d_far, the largest offset in raster order."""
-        return (self.d_max - 1) * (self.grid[1] + 1) if self.kind == "2d" else self.d_max
+        return self.offsets[-1]
 
     @property
     def largest_count(self) -> int:
@@ -102,9 +115,11 @@ class RegisterLaw:
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
-        """Every possible offset d, ascending: d_max of them in 1D, d_max^2 - 1 in 2D."""
+        """Every possible offset d, ascending: d_max of them in 1D, d_max^2 - 1 in 2D, in a set those chosen."""
         if self.kind == "none":
             return ()
+        if self.kind == "set":
+            return tuple(sorted(self.chosen))  # the order in which they are written changes no draw
         if self.kind == "1d":
             return tuple(range(1, self.d_max + 1))
         return tuple(down * self.grid[1] + right for down in range(self.d_max) for right in range(self.d_max)
@@ -129,7 +144,7 @@ class RegisterLaw:
             raise UserError("registers.kind is 'none': there are no registers to draw; call the model without them")
         device, count = samples.device, self.registers
         table = _offset_table(self.offsets, device)  # (K,)
-        keys = (step, samples[:, None])  # broadcast to (B, 1), or with one key a register to (B, R)
+        keys = (step, samples[:, None])  # broadcast to (B, 1), or with one key per register to (B, R)
         if self.mixed:
             keys = (*keys, torch.arange(count, device=device))
         offsets = table[integers(len(self.offsets), seed, Stream.OFFSET, *keys)]  # (B, 1) or (B, R)
@@ -164,6 +179,18 @@ class RegisterLaw:
         return (anchors >= 1) & ((anchors - 1) % columns + offsets % columns >= columns)
 
 
+def check_offsets(name: str, offsets: Sequence[int], length: int) -> None:
+    """Raise :class:`UserError` unless ``offsets`` are at least one, all different, each in 1 .. N.
+
+    Args:
+        name: the key of the config that holds them.
+        offsets: raster offsets d.
+        length: N.
+    """
+    if not offsets or len(set(offsets)) < len(offsets) or not all(1 <= d <= length for d in offsets):
+        raise UserError(f"{name} is {list(offsets)}; give different offsets between 1 and {length}, as in [2, 3]")
+
+
 @lru_cache(maxsize=16)
 def _offset_table(offsets: tuple[int, ...], device: torch.device) -> Tensor:
     """Return the (K,) offsets on the device; copied there once, since each copy would wait for the device."""
@@ -171,23 +198,24 @@ def _offset_table(offsets: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def draw_registers(kind: str, count: int | None, d_max: int, grid: tuple[int, int], seed: int, step: int,
-                   samples: Tensor, *, every: int | None = None, mixed: bool = False,
-                   wrap: bool = True) -> tuple[Tensor, Tensor]:
+                   samples: Tensor, *, every: int | None = None, mixed: bool = False, wrap: bool = True,
+                   offsets: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
     """Draw anchors and offsets for sequences; see :class:`RegisterLaw` for the law and :meth:`RegisterLaw.draw`.
 
     Args:
-        kind: ``"1d"`` or ``"2d"``.
+        kind: ``"1d"``, ``"2d"`` or ``"set"``.
         count: registers per sequence, None for one after each input.
         d_max: the largest offset, per axis in 2D.
         grid: rows and columns of the code grid.
         seed, step: keys of the draw.
         samples: (B,) int64 global sample numbers.
         every, mixed, wrap: the method's switches.
+        offsets: those of kind ``"set"``.
 
     Returns:
         anchors, offsets: (B, R) int64 each.
     """
-    law = RegisterLaw(kind, tuple(grid), d_max, count, every, mixed, wrap)
+    law = RegisterLaw(kind, tuple(grid), d_max, count, every, mixed, wrap, tuple(offsets))
     return law.draw(seed, step, torch.as_tensor(samples, dtype=torch.int64))
 
 

@@ -6,7 +6,7 @@ from mutor_img.metrics.features import to_nchw
 
 
 class Projection:
-    """A feature network of a few numbers an image, exact enough to compare runs bit by bit."""
+    """A feature network of a few numbers per image, exact enough to compare runs bit by bit."""
 
     name, weights_hash, device = "projection", "0" * 64, torch.device("cpu")
 

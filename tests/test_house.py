@@ -8,7 +8,7 @@ from pathlib import Path
 from importlinter.cli import lint_imports
 
 ROOT = Path(__file__).resolve().parent.parent
-METHOD = {"__init__", "attention", "chunked_loss", "convert", "registers", "transformer"}
+METHOD = {"__init__", "attention", "blocks", "chunked_loss", "convert", "registers", "transformer"}
 
 
 def classes(folder: str) -> list[str]:

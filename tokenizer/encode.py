@@ -81,7 +81,7 @@ def encode_images(vq: VQModel, source: ImageSource, out: str | Path, *, runtime:
         runtime: this process among all that call this with the same arguments.
         rule: crop rule; the centre crop unless given.
         views: kinds of view, of ``VIEWS``; a rule whose squares are mirrored already takes ``("plain",)``.
-        image_size: pixels a side; the tokenizer's own unless given.
+        image_size: pixels per side; the tokenizer's own unless given.
         batch_size: images read and sent to the device at a time.
         workers: reading processes; 0 reads in this one.
         max_unreadable: images that may be left out because they cannot be read.
@@ -156,7 +156,7 @@ def _report_unreadable(writer: StoreWriter, limit: int) -> None:
     print("\n".join(found.values()), file=sys.stderr)
     if len(found) > limit:
         raise UserError(f"{len(found)} of {len(writer.source)} images in {writer.source.root} cannot be read (listed "
-                        f"above and in {writer.out / 'unreadable.txt'}; first: {next(iter(found))}); mend them and run "
+                        f"above and in {writer.out / 'unreadable.txt'}; first: {next(iter(found))}); fix them and run "
                         f"the same command again, or leave them out with --max-unreadable {len(found)}")
 
 
@@ -168,30 +168,30 @@ def build_parser() -> Parser:
                 "--out codes/imagenet256",
         prog="python -m tokenizer.encode",
     )
-    parser.add_argument("--tokenizer", required=True, help="tokenizer run folder, or released LlamaGen .pt")
-    parser.add_argument("--images", required=True, help="folder with one sub-folder of images a class; or of Parquet "
-                        "files, where data/train is the split train; or of WebDataset's tar files; or, with --labels, "
-                        "of images alone")
+    parser.add_argument("--tokenizer", required=True, help="tokenizer run folder, or LlamaGen's released .pt")
+    parser.add_argument("--images", required=True, help="folder with one sub-folder of images per class, or with "
+                        "Parquet files (data/train is the split train), or with WebDataset's tar files, or, with "
+                        "--labels, with images alone")
     parser.add_argument("--out", required=True, help="folder of the code store to write")
-    parser.add_argument("--labels", metavar="FILE", help="labels of images that lie in one folder: name and class a "
-                        "line (LOC_val_solution.csv), or one class a line in the order of the file names")
-    parser.add_argument("--split", metavar="NAME", help="the split to encode where names of files or folders tell "
-                        "several: train takes imagenet-train-0000.tar and leaves imagenet-val-0000.tar")
+    parser.add_argument("--labels", metavar="FILE", help="labels of images that are in one folder: one name and class "
+                        "per line (LOC_val_solution.csv), or one class per line in the order of the file names")
+    parser.add_argument("--split", metavar="NAME", help="the split to encode, if the folder holds several: train takes "
+                        "imagenet-train-0000.tar and leaves out imagenet-val-0000.tar")
     parser.add_argument("--classes", metavar="LIST", help=f"all classes in label order: {IMAGENET}, a folder of class "
-                        "folders, or a file with a class a line (those found, sorted, unless given)")
+                        "folders, or a file with one class per line (default: the classes found, sorted)")
     parser.add_argument("--crop", default="center", help=f"crop rule: {', '.join(CROPS)}")
-    parser.add_argument("--views", help="views of each image with --crop center: plain, or plain,mirror, which is what "
-                        "None means")
-    parser.add_argument("--crop-scale", type=float, help="ten-crop: side of what the ten are cut from, in image sizes "
-                        "(1.1 unless given; LlamaGen also has 1.05)")
-    parser.add_argument("--crop-min", type=float, help="random: smallest share of the shorter side (0.8 unless given)")
-    parser.add_argument("--num-views", type=int, help="random: views an image (10 unless given)")
-    parser.add_argument("--seed", type=int, help="random: seed of the crops (0 unless given)")
-    parser.add_argument("--image-size", type=int, help="pixels a side (the tokenizer's own unless given)")
+    parser.add_argument("--views", help="views of each image with --crop center: plain or plain,mirror (default: both)")
+    parser.add_argument("--crop-scale", type=float, help="ten-crop: side of the square that the ten crops are cut "
+                        "from, in image sizes (default: 1.1; LlamaGen also uses 1.05)")
+    parser.add_argument("--crop-min", type=float, help="random: smallest crop, as a share of the shorter side "
+                        "(default: 0.8)")
+    parser.add_argument("--num-views", type=int, help="random: views per image (default: 10)")
+    parser.add_argument("--seed", type=int, help="random: seed of the crops (default: 0)")
+    parser.add_argument("--image-size", type=int, help="pixels per side (default: the tokenizer's own)")
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time on each device")
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1),
-                        help="reading processes for each device; 0: none")
-    parser.add_argument("--max-unreadable", type=int, default=0, help="unreadable images that may be left out")
+                        help="processes per device that read images; 0: none")
+    parser.add_argument("--max-unreadable", type=int, default=0, help="how many unreadable images may be left out")
     return parser
 
 

@@ -51,12 +51,12 @@ def decoded_grid(codes: Codes, vq: VQModel, count: int) -> Image.Image:
 def main(argv: Sequence[str]) -> None:
     """Parse, and show what the flags ask for."""
     parser = Parser(
-        description="Show what a code store holds: its facts, and a grid of decoded codes with class names.",
+        description="Show what a code store holds: print its facts, and draw a grid of decoded codes with class names.",
         example="python -m tokenizer.inspect --codes codes/imagenet256 --out grid.png --verify",
         prog="python -m tokenizer.inspect",
     )
     parser.add_argument("--codes", required=True, help="code store made by tokenizer.encode")
-    parser.add_argument("--tokenizer", help="tokenizer that made it (the one that it names unless given)")
+    parser.add_argument("--tokenizer", help="tokenizer that made the codes (default: the one that the store names)")
     parser.add_argument("--out", metavar="PNG", default="codes.png", help="picture to write")
     parser.add_argument("--num", type=int, default=100, help="images in the picture, spread evenly over the store")
     parser.add_argument("--verify", action="store_true", help="read every block and compare its checksum")

@@ -34,7 +34,7 @@ def ssim(images: np.ndarray, reconstructions: np.ndarray) -> float:
 
 
 def sharpness(images: np.ndarray) -> float:
-    """Return the mean length of the gradient of the luma, in units of 1/255 a pixel; (B, H, W, C) uint8, C 1 or 3.
+    """Return the mean length of the gradient of the luma, in units of 1/255 per pixel; (B, H, W, C) uint8, C 1 or 3.
 
     Forward differences between neighbours. Its ratio to that of the originals tells blurred reconstructions (below 1)
     from those with as much detail (1) or with invented detail (above); it does not tell right detail from wrong.

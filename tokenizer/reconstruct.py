@@ -49,7 +49,7 @@ def reconstruct_folder(vq: VQModel, images: str | Path, *, split: str | None = N
             tokenizer.encode takes them.
         split: the split to take, where names tell several.
         num_images: how many, spread evenly over the folder; 0: all.
-        image_size: pixels a side; the tokenizer's own unless given.
+        image_size: pixels per side; the tokenizer's own unless given.
         batch_size: images at a time.
         workers: reading processes; 0 reads in this one.
         picture: where to write a PNG of 20 images before and after, or None.
@@ -168,20 +168,21 @@ def _parser() -> Parser:
         prog="python -m tokenizer.reconstruct",
     )
     add = parser.add_argument
-    add("--tokenizer", required=True, help="tokenizer run folder, or released LlamaGen .pt")
-    add("--images", required=True, help="folder of images, flat or by class; or of Parquet or tar files, as for encode")
-    add("--split", metavar="NAME", help="the split to take where names of files or folders tell several, as for encode")
-    add("--num-images", type=int, default=0, help="images, spread evenly over the folder; 0: all")
-    add("--image-size", type=int, help="pixels a side (the tokenizer's own unless given)")
+    add("--tokenizer", required=True, help="tokenizer run folder, or LlamaGen's released .pt")
+    add("--images", required=True, help="folder of images, with or without class folders, or of Parquet or tar "
+                                       "files, as for encode")
+    add("--split", metavar="NAME", help="the split to use, if the folder holds several, as for encode")
+    add("--num-images", type=int, default=0, help="number of images, spread evenly over the folder; 0: all")
+    add("--image-size", type=int, help="pixels per side (default: the tokenizer's own)")
     add("--batch-size", type=int, default=32, help="images at a time")
-    add("--workers", type=int, default=2, help="reading processes; 0: none")
-    add("--metrics", metavar="LIST", help=f"some of {','.join(METRICS)}; psnr, ssim and those whose weights are at "
-                                          "hand if not given")
-    add("--inception-weights", metavar="FILE", help="Inception weights of rFID elsewhere than in torch's hub folder")
-    add("--lpips-weights", metavar="FOLDER", help="vgg16-397923af.pth and vgg.pth elsewhere than in torch's hub folder "
-                                                  "and the package lpips")
-    add("--out", metavar="PNG", help="before/after picture to write")
-    add("--samples", metavar="FOLDER", help="write the reconstructions as PNGs into this new folder, a sub-folder per "
+    add("--workers", type=int, default=2, help="processes that read images; 0: none")
+    add("--metrics", metavar="LIST", help=f"some of {','.join(METRICS)}; default: psnr, ssim and those whose weights "
+                                          "are on this machine")
+    add("--inception-weights", metavar="FILE", help="file of rFID's Inception weights, if not in torch's hub folder")
+    add("--lpips-weights", metavar="FOLDER", help="folder with vgg16-397923af.pth and vgg.pth, if they are not in "
+                                                  "torch's hub folder and the package lpips")
+    add("--out", metavar="PNG", help="picture to write: images before and after")
+    add("--samples", metavar="FOLDER", help="new folder to write the reconstructions to, as PNGs, one sub-folder per "
                                             "class, for evaluate_fid.py --samples")
     add("--json", metavar="FILE", help="JSON file to write the scores to")
     return parser
@@ -198,7 +199,7 @@ def table(scores: dict[str, Any]) -> str:
     lines += [f"codes used   {scores['codes_used']:.1%}", f"perplexity   {scores['perplexity']:.1f}"]
     if scores["not_computed"]:
         names = ",".join(scores["not_computed"])
-        lines.append(f"not computed {names}   (no weights at hand; --metrics {names} says which)")
+        lines.append(f"not computed {names}   (weights are missing; --metrics {names} says which)")
     return "\n".join(lines)
 
 

@@ -27,7 +27,7 @@ class ReconstructionScores:
     Args:
         vocabulary: number of codes.
         count: images that will be added.
-        image_size: pixels a side.
+        image_size: pixels per side.
         metrics: some of ``METRICS``, and an error where one cannot be computed; None: PSNR, SSIM, and those of the
             others whose weights are at hand.
         inception_weights: Inception's file, for rFID; None: in torch's hub folder.
@@ -121,5 +121,5 @@ def _inception(weights: str | None, count: int, asked: bool, device: torch.devic
 
 def _lpips(weights: str | None, image_size: int, device: torch.device | str) -> LPIPS:
     if image_size < SMALLEST:
-        raise UserError(f"LPIPS needs images of {SMALLEST} pixels a side, not {image_size}")
+        raise UserError(f"LPIPS needs images of {SMALLEST} pixels per side, not {image_size}")
     return load_lpips(weights, device)

@@ -22,7 +22,7 @@ from mutor_img.common.files import clear, read_json, remove, wait_until_seen, wr
 from mutor_img.data.store import BLOCK, Codes, CodesInfo, block_checksum
 from tokenizer.images.source import ImageSource
 
-PART = 1024  # images a part at most: seconds of work on a GPU
+PART = 1024  # images per part at most: seconds of work on a GPU
 SMALLEST, PARTS = 8, 64  # few images are cut into more and smaller parts, so that every process has some
 
 
@@ -33,7 +33,7 @@ class Recipe:
     tokenizer_hash: str
     views: tuple[str, ...]
     crop: str
-    image_size: int  # pixels a side
+    image_size: int  # pixels per side
 
 
 class StoreWriter:
@@ -68,7 +68,7 @@ class StoreWriter:
 
     @property
     def part_size(self) -> int:
-        """Images a part: a function of their number alone, so that any number of processes makes the same parts."""
+        """Images per part: a function of their number alone, so that any number of processes makes the same parts."""
         return min(PART, max(SMALLEST, -(-len(self.source) // PARTS)))
 
     def missing(self) -> list[int] | None:

@@ -195,7 +195,7 @@ def main(argv: Sequence[str]) -> None:
     """Train a tokenizer."""
     config = parse_training(
         argv, TokenizerConfig, plan_tokenizer,
-        description="Train a VQ tokenizer on a folder of images (one sub-folder a class). To resume, run the same "
+        description="Train a VQ tokenizer on a folder of images (one sub-folder per class). To resume, run the same "
                     "command again.",
         example="python -m tokenizer.train --config configs/mnist/tokenizer.yaml optim.lr=1e-3",
         prog="python -m tokenizer.train")

@@ -22,15 +22,17 @@ HOST = "127.0.0.1"  # not the network: the page has no password
 
 def _parser() -> Parser:
     parser = Parser(
-        description="Serve a page to look at samples in a browser, on this machine alone. The sampling flags are what "
-                    "the page's controls show at first; weights, dtype and guidance schedule stay as given.",
+        description="Serve a page to look at samples in a browser, only for this machine. The sampling flags set the "
+                    "first values of the page's controls. Tokenizer, weights, dtype and guidance schedule cannot be "
+                    "changed on the page.",
         example="python -m mutor_img.app --checkpoint runs/mnist/mutor2d\n"
                 "python -m mutor_img.app --checkpoint runs/mnist/mutor2d --compare runs/mnist/ntp",
+        prog="python -m mutor_img.app",
     )
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="PATH", help="run folder, checkpoint folder, or LlamaGen .pt")
-    add("--compare", metavar="PATH", help="a second one, of the same classes, to show beside it")
-    add("--port", type=int, default=7860, help="of the page's address")
+    add("--compare", metavar="PATH", help="a second checkpoint with the same classes, shown beside the first")
+    add("--port", type=int, default=7860, help="port of the page's address")
     add_sampling_flags(parser)
     parser.set_defaults(labels="balanced")  # so that few images show many classes
     return parser

@@ -58,7 +58,7 @@ class Grid:
                 f'width="{width * scale}" height="{height * scale}"{" class=magnified" if scale > 1 else ""}>')
 
     def html(self) -> str:
-        """Return the grid as it is now: a figure a class, the classes in ascending order."""
+        """Return the grid as it is now: one figure per class, the classes in ascending order."""
         pending = f'<span class="pending" style="width:{self.side}px;height:{self.side}px"></span>'
         groups: dict[int, list[str]] = {label: [] for label in sorted(set(self.labels))}
         for place, label in enumerate(self.labels):
@@ -102,5 +102,5 @@ def progress(done: int, total: int, seconds: float) -> str:
 
 
 def error(message: str) -> str:
-    """Return a message of what is wrong and how to mend it."""
+    """Return a message of what is wrong and how to fix it."""
     return f'<div class="mutor-error" role="alert">{escape(message)}</div>'

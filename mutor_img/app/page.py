@@ -59,7 +59,7 @@ def _controls(side: Side) -> list[gr.components.Component]:
         markup.class_choices(source.names), value=list(source.classes or ()), multiselect=True, label="Classes",
         info=f"type a name or a number; none chosen: all {len(source.names)}", elem_id="classes")
     labels = gr.Radio(RULES, value=source.rule, label="Labels", elem_id="labels",
-                      info="balanced: as many of each class; random: drawn for each image")
+                      info="balanced: the same number of each class; random: one drawn for each image")
     with gr.Row():
         count = gr.Number(FIRST_COUNT, label="Images", info=f"1 to {MAX_IMAGES}", elem_id="count", min_width=100)
         seed = gr.Number(settings.seed, label="Seed", info="a whole number", elem_id="seed", min_width=100)

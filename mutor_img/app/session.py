@@ -181,6 +181,6 @@ def answer(sides: Sequence[Side], controls: Controls) -> Iterator[View]:
             yield View(markup.progress(done, total, time.perf_counter() - begun), None,
                        [grid.html() if grid is grids[place] else None for grid in grids])
         seconds = time.perf_counter() - begun
-        yield View(markup.note(f"{total} images in {seconds:.1f} s, {total / seconds:.1f} a second."), None, unchanged)
+        yield View(markup.note(f"{total} images in {seconds:.1f} s ({total / seconds:.1f} per s)."), None, unchanged)
     except UserError as error:
         yield View(markup.error(str(error)), None, unchanged)

@@ -19,7 +19,7 @@ from mutor_img.checkpoints.tensor_files import group_hash, has_group
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import file_hash
 from mutor_img.registers import RegisterLaw
-from mutor_img.transformer import PRESETS, ModelConfig, Transformer
+from mutor_img.transformer import PRESETS, ModelConfig, Transformer, sampled_weights
 
 RELEASED_GRID = (16, 16)  # of a state dict that does not say its grid; this is 256 pixels at stride 16
 
@@ -54,8 +54,10 @@ class Loaded:
         if config.register_offsets:
             return config.register_offsets
         registers = self.meta.get("config", {}).get("registers", {})
-        known = registers.get("kind") in ("1d", "2d")
-        return RegisterLaw(registers["kind"], config.grid, registers["d_max"]).offsets if known else None
+        if registers.get("kind", "none") == "none":
+            return None
+        chosen = tuple(registers.get("offsets", ()))
+        return RegisterLaw(registers["kind"], config.grid, registers["d_max"], chosen=chosen).offsets
 
     @cached_property
     def weights_hash(self) -> str:
@@ -121,7 +123,7 @@ def _load_folder(path: Path, ema: bool | None, grid: tuple[int, int] | None, hea
         model = _build(config)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{origin}: does not describe a generator ({error})") from None
-    load_strict(model, read_tensors(folder, _group(which)), folder / f"{_group(which)}.safetensors")
+    load_strict(model, sampled_weights(read_tensors(folder, _group(which))), folder / f"{_group(which)}.safetensors")
     return Loaded(model, folder, which, meta)
 
 
@@ -137,11 +139,11 @@ def _load_file(path: Path, ema: bool, grid: tuple[int, int] | None, heads: int |
         raise UserError(f"{path}: weights of a tokenizer, not of a generator; give the generator's file")
     if grid is not None and own is not None and tuple(grid) != own:
         raise UserError(f"{path}: its rotary table (freqs_cis) is for {own[0]} x {own[1]} codes, but a grid of "
-                        f"{grid[0]} x {grid[1]} was asked for; leave the grid out, or give the file of that one")
+                        f"{grid[0]} x {grid[1]} was asked for; leave the grid out, or give a file for that grid")
     chosen = own or (RELEASED_GRID if grid is None else tuple(grid))
     config = config_from_weights(weights, path, chosen, heads)
     model = _build(config).to(weights["output.weight"].dtype)
-    load_strict(model, weights, path)
+    load_strict(model, sampled_weights(weights), path)
     return Loaded(model, path, "ema" if ema else "raw", {}, guessed_grid=own is None and grid is None)
 
 

@@ -52,7 +52,7 @@ class Child:
         """Start ``command`` with the number of the answers' pipe as its last argument.
 
         Raises:
-            OSError: no process can be started.
+            ChildFailed: no process can be started.
         """
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (open until the child ends)
         self._answers, theirs = os.pipe()
@@ -60,10 +60,10 @@ class Child:
             self._process = subprocess.Popen(
                 [*command, str(theirs)], stdin=subprocess.PIPE, stdout=self._log, stderr=subprocess.STDOUT,
                 pass_fds=(theirs,), env=_environment(), start_new_session=True)
-        except BaseException:
+        except OSError as error:
             os.close(self._answers)
             self._log.close()
-            raise
+            raise ChildFailed(f"cannot be started ({error})") from None
         finally:
             os.close(theirs)
 

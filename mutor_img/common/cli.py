@@ -54,8 +54,8 @@ class Parser(argparse.ArgumentParser):
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        """Say the default where there is one."""
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        """Add the default if there is one. 0 is a default too, though it equals False."""
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 def _at_home(word: str) -> str:
@@ -91,8 +91,9 @@ def run(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = No
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except OSError as error:
-        if error.errno in _CLOSED and error.filename:
-            _fail(f"{error.filename}: {error.strerror}; give another path, or mend this one", error)
+        path = error.filename2 or error.filename  # of a file that is renamed, what it was to become
+        if error.errno in _CLOSED and path:
+            _fail(f"{path}: {error.strerror}; give another path, or fix this one", error)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         _fail(f"no space left on the device while writing {error.filename or 'a file'}; free some and run the "

@@ -33,13 +33,13 @@ class OptimConfig:
     """AdamW and its learning-rate schedule."""
 
     lr: float = 4e-4  # peak learning rate
-    betas: tuple[float, float] = (0.9, 0.95)  # AdamW's, of the first and the second moment
-    weight_decay: float = 0.05  # on tensors of two or more dimensions
-    clip: float = 1.0  # global gradient norm; 0 switches clipping off
+    betas: tuple[float, float] = (0.9, 0.95)  # AdamW's betas, for the first and the second moment
+    weight_decay: float = 0.05  # for tensors of two or more dimensions
+    clip: float = 1.0  # largest global gradient norm; 0: no clipping
     schedule: str = "constant"  # constant, cosine, or wsd (warm-up, stable, decay)
-    warmup_steps: int = 0  # linear from 0 to lr
-    decay_steps: int = 0  # wsd only: the last steps, linear down to final_lr
-    final_lr: float = 0.0  # where cosine and wsd end
+    warmup_steps: int = 0  # steps in which the rate rises linearly from 0 to lr
+    decay_steps: int = 0  # wsd only: last steps, in which the rate falls linearly to final_lr
+    final_lr: float = 0.0  # learning rate at which cosine and wsd end
 
     def validate(self) -> None:
         """Raise :class:`UserError` for a value out of range."""
@@ -60,16 +60,16 @@ class TrainConfig:
 
     steps: int = 360_000  # optimiser updates
     global_batch: int = 1024  # sequences or images per update, over all processes
-    micro_batch: int = 0  # of a process and a forward pass, at most; 0: the whole share of the process
-    precision: str = "bf16"  # bf16: autocast over fp32 weights; fp32; auto: bf16 where the device computes in it
-    compile: bool = True  # torch.compile, block by block
-    activation_checkpointing: bool = False  # compute each block's activations again in the backward pass: less memory
-    parallel: str = "ddp"  # several processes: ddp: each holds all; fsdp: weights, gradients, optimiser and EMA sharded
-    timeout_minutes: float = 30.0  # silence after which another process is taken for dead
-    ema: float = 0.0  # decay of the averaged weights, warmed up; 0: none
+    micro_batch: int = 0  # sequences or images per process and forward pass, at most; 0: the whole share
+    precision: str = "bf16"  # bf16 (autocast over fp32 weights), fp32, or auto (bf16 if the device computes in it)
+    compile: bool = True  # use torch.compile, block by block
+    activation_checkpointing: bool = False  # saves memory: the backward pass computes activations again
+    parallel: str = "ddp"  # ddp: each process holds all; fsdp: weights, gradients, optimiser and EMA are sharded
+    timeout_minutes: float = 30.0  # a process that is silent for this long counts as dead
+    ema: float = 0.0  # decay of the averaged weights, with warm-up; 0: no averaging
     log_every: int = 50  # steps between log lines
-    checkpoint_every: int = 5000  # steps between checkpoints; 0: at the end only
-    keep: int = 2  # newest checkpoints kept
+    checkpoint_every: int = 5000  # steps between checkpoints; 0: only at the end
+    keep: int = 2  # number of newest checkpoints to keep
     validate_every: int = 5000  # steps between validations; 0: never
     picture_every: int = 5000  # steps between pictures; 0: never
 

@@ -1,6 +1,6 @@
 """What a user can get wrong, and how the program says so.
 
-A :class:`UserError` is a mistake that the user can mend. Its message is one line that names the file,
+A :class:`UserError` is a mistake that the user can fix. Its message is one line that names the file,
 the value and the fix. Commands turn it into that one line on stderr and exit status 2; library callers
 may catch it as a ``ValueError``.
 """

@@ -68,8 +68,8 @@ def visible(folder: str | os.PathLike) -> list[Entry]:
         with os.scandir(folder) as entries:
             return sorted(_entry(entry) for entry in entries if not is_hidden(entry.name))
     except OSError as error:
-        raise UserError(f"{folder}: this folder cannot be read ({error.strerror}); mend or remove it: its images would "
-                        "be missing") from None
+        raise UserError(f"{folder}: this folder cannot be read ({error.strerror}); repair or remove it: its images "
+                        "would be missing") from None
 
 
 def _entry(entry: os.DirEntry) -> Entry:
@@ -79,7 +79,7 @@ def _entry(entry: os.DirEntry) -> Entry:
         if is_image(entry.name) or not entry.is_symlink():
             return Entry(entry.name, False, GONE)
         raise UserError(f"{entry.path}: a link to {os.readlink(entry.path)}, which cannot be reached "
-                        f"({error.strerror}); mend or remove it: were it a class folder, the class would be missing "
+                        f"({error.strerror}); repair or remove it: if it is a class folder, the class would be missing "
                         "and the labels of all later ones wrong") from None
     if stat.S_ISDIR(status.st_mode):
         return Entry(entry.name, True, 0)

@@ -63,7 +63,7 @@ def naming(name: str, given: object = None) -> Iterator[None]:
 
 
 def shrink(images: Tensor, side: int) -> Tensor:
-    """Resize (B, C, H, W) pixels in [-1, 1] to ``side`` pixels a side, before they are rounded; fp32.
+    """Resize (B, C, H, W) pixels in [-1, 1] to ``side`` pixels per side, before they are rounded; fp32.
 
     Bicubic without antialiasing, as LlamaGen's sampler makes its 256-pixel images of 384-pixel ones (its
     ``sample_c2i_ddp.py``, ``--image-size-eval``). Values may leave [-1, 1]; :func:`to_uint8` clamps them.
@@ -160,9 +160,9 @@ def grid_picture(
 
     Args:
         images: uint8, any count; the last row may be short.
-        columns: images a row.
-        captions: one text an image, or None for none.
-        row_names: one text a row, drawn to its left, or None.
+        columns: images per row.
+        captions: one text per image, or None for none.
+        row_names: one text per row, drawn to its left, or None.
         scale: whole-number magnification without interpolation, for small images.
     """
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)

@@ -34,7 +34,7 @@ class _Loader(yaml.SafeLoader):
                 continue
             line = key.start_mark.line + 1
             if key.value in lines:
-                raise _Twice(f"line {line}: the key {key.value!r} stands there twice, first in line "
+                raise _Twice(f"line {line}: the key {key.value!r} is there twice, first in line "
                              f"{lines[key.value]}; keep one")
             lines[key.value] = line
         return node
@@ -77,7 +77,7 @@ def parse(text: str, origin: str) -> Any:
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{origin}: not valid YAML ({str(error).strip().splitlines()[0]})") from None
     except RecursionError:
-        raise UserError(f"{origin}: lists or mappings stand more than {DEEPEST} deep in each other") from None
+        raise UserError(f"{origin}: lists or mappings are nested more than {DEEPEST} deep") from None
     return value
 
 

@@ -105,7 +105,7 @@ def choose(where: Path, names: Sequence[str], told: dict[str, list[int]], split:
         if len(told) < 2:
             return list(range(len(names)))
         examples = ", ".join(names[places[0]] for places in list(told.values())[:3])
-        raise UserError(f"{where}: holds the splits {', '.join(told)} (told by names: {examples}); give "
+        raise UserError(f"{where}: holds the splits {', '.join(told)} (by their names: {examples}); give "
                         f"{where / next(iter(told))}, for example, or --split {next(iter(told))}")
     if split not in told:
         hint = suggest(split, told) if told else "; no names in it tell splits, so leave --split out"

@@ -2,7 +2,7 @@
 
 Nothing here has a state. A draw depends on its keys alone, so it is the same after a resume, on another
 number of processes, on another device and in another batch. The mixing function is the finaliser of
-SplitMix64 (Steele, Lea, Flood 2014) applied once a key, in wrapping 64-bit integer arithmetic, which CPUs
+SplitMix64 (Steele, Lea, Flood 2014) applied once per key, in wrapping 64-bit integer arithmetic, which CPUs
 and GPUs do alike. Everything is vectorised and stays on the device of the keys.
 """
 

@@ -18,7 +18,7 @@ from mutor_img.data.store import Codes
 
 
 class StatelessOrder:
-    """Shuffled epochs over ``size`` items: every item once an epoch, each epoch in another order."""
+    """Shuffled epochs over ``size`` items: every item once per epoch, each epoch in another order."""
 
     def __init__(self, size: int, seed: int):
         self.size = size

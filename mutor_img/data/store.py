@@ -22,7 +22,7 @@ from tqdm import tqdm
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import read_json
 
-BLOCK = 4096  # images a checksum covers
+BLOCK = 4096  # images that one checksum covers
 
 
 class Fault(IntEnum):
@@ -43,7 +43,7 @@ class CodesInfo:
     class_names: list[str]  # in label order
     views: list[str]  # e.g. ["plain", "mirror"]
     crop: str  # the crop rule with its numbers
-    image_size: int  # pixels a side
+    image_size: int  # pixels per side
     tokenizer: str  # path the tokenizer was read from
     tokenizer_hash: str
     checksums: list[str] = field(default_factory=list)  # sha256 of each block of BLOCK images' codes and labels

@@ -26,7 +26,7 @@ _PACK_ROWS = 32  # rows that oneDNN lays weights out for; the same layout serves
 class PrefixCache:
     """Keys and values so far, read as slices up to the current position.
 
-    One query a sequence makes attention a matter of memory and of dtype conversions. In bf16 a compiled kernel reads
+    One query per sequence makes attention a matter of memory and of dtype conversions. In bf16 a compiled kernel reads
     each key and value once, as they are; other dtypes take two batched products, a third faster than CPUs' fused
     attention, which is made for many queries. In fp32 nothing is compiled, so that bits do not hang on a compiler;
     without a C++ compiler bf16 takes the products, too, over a cache in fp32 (bf16 ones are slower still).

@@ -82,7 +82,7 @@ class StaticDecoder(nn.Module):
     def first(self, labels: Tensor) -> Tensor:
         """Start sequences: labels (R,) int64 in 0 .. classes (the null class) -> logits (R, V) of the first code."""
         x = self.cls_embedding(self._pad(labels))  # (rows, dim)
-        return self._one(x, self.position.zero_())[: len(labels)]  # once an image: not worth a graph
+        return self._one(x, self.position.zero_())[: len(labels)]  # once per image: not worth a graph
 
     def next(self, codes: Tensor, position: int) -> Tensor:
         """Go on: codes x_t (R,) int64 at position t -> logits (R, V) of x_{t+1}, overwritten by the next call."""

@@ -1,4 +1,4 @@
-"""Sampling codes from the transformer: guidance, filtering, and one stateless random number a token.
+"""Sampling codes from the transformer: guidance, filtering, and one stateless random number per token.
 
 Row j of a batch is a function of (seed, first + j), the label, the settings and the weights, and of nothing else.
 On CPUs in fp32 that holds to the last bit: the network always runs on ``CHUNK`` sequences, and sample i stands
@@ -234,7 +234,7 @@ def _evaluating(model: Transformer) -> Iterator[None]:
 
 
 def draw(logits: Tensor, numbers: Tensor, settings: SamplingSettings) -> Tensor:
-    """Draw one code a row by the inverse of the cumulative distribution.
+    """Draw one code per row by the inverse of the cumulative distribution.
 
     The sums are float64, and the drawn code is the first whose cumulative mass exceeds the number's share of the
     total. So a code of probability zero is never drawn, not even at the ends.

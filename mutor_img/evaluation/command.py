@@ -40,22 +40,24 @@ def _parser() -> tuple[cli.Parser, list[str]]:
     add = parser.add_argument
     add("--samples", metavar="PATH", help="npz (arr_0 uint8 NHWC, arr_1 labels) or folder of PNGs")
     add("--checkpoint", metavar="PATH", help="run folder, checkpoint folder or LlamaGen .pt: generate the images of "
-                                             "sample.py and score them as they come, nothing is stored")
+                                             "sample.py and score them as they come, without storing them")
     add("--reference", metavar="PATH", help="ADM npz, statistics npz (ours, or mu and sigma), images npz or PNG folder")
-    add("--split", metavar="NAME", help="the split of --reference or --make-reference to take, where that is a folder "
-                                        "whose names tell several")
-    add("--metrics", metavar="LIST", help=f"some of {','.join((*METRICS, *OPTIONAL))}; all that the reference allows "
-                                          f"of {','.join(METRICS)} if not given")
-    add("--num-samples", type=int, metavar="N", help="score N, drawn by seed from all there are; fewer is an error; "
-                                                     "all if not given, or 50000 with --checkpoint")
-    add("--held-out", metavar="PATH", help="real images outside the reference, scored at the same number beside it")
-    add("--is-order", default="shuffle", metavar="ORDER", help=f"Inception Score chunks by {' or '.join(ORDERS)}")
-    add("--role", metavar="ROLE", help=f"what is scored, or made a reference for: {' or '.join(ROLES)}; generation "
-                                       "when scoring, unless given")
-    add("--force-role", action="store_true", help="score against a reference of the other role all the same")
-    add("--json", metavar="FILE", help="write the scores and where they come from")
-    add("--make-reference", metavar="PATH", help="write a statistics file of these images instead of scoring")
-    add("--out", metavar="FILE", help="the statistics file of --make-reference")
+    add("--split", metavar="NAME", help="which split of --reference or --make-reference to use, if that folder holds "
+                                        "several")
+    add("--metrics", metavar="LIST", help=f"some of {','.join((*METRICS, *OPTIONAL))}; default: all of "
+                                          f"{','.join(METRICS)} that the reference allows")
+    add("--num-samples", type=int, metavar="N", help="score N images, drawn by seed from all that there are; fewer is "
+                                                     "an error (default: all, or 50000 with --checkpoint)")
+    add("--held-out", metavar="PATH", help="real images that are not in the reference; they are scored too, beside as "
+                                           "many samples")
+    add("--is-order", default="shuffle", metavar="ORDER", help="order in which images are put into chunks for "
+                                                                      f"the Inception Score: {' or '.join(ORDERS)}")
+    add("--role", metavar="ROLE", help=f"what is scored, or what the new reference is for: {' or '.join(ROLES)} "
+                                       "(default when scoring: generation)")
+    add("--force-role", action="store_true", help="use a reference even if it has the other role")
+    add("--json", metavar="FILE", help="JSON file to write: the scores and where they come from")
+    add("--make-reference", metavar="PATH", help="instead of scoring, write a statistics file of these images")
+    add("--out", metavar="FILE", help="the statistics file that --make-reference writes")
     add_network_flags(parser)
     return parser, add_sampling_flags(parser.add_argument_group("samples of --checkpoint, as in sample.py"))
 

@@ -16,8 +16,8 @@ from mutor_img.common.cli import Parser, run
 from mutor_img.common.errors import UserError, check_range
 from mutor_img.common.files import write_atomic
 from mutor_img.common.locks import claim, file_lock
-from mutor_img.gpu_report.checks import Place, all_checks
-from mutor_img.gpu_report.report import environment, run_checks, timings, to_markdown
+from mutor_img.gpu_report.checks import all_checks
+from mutor_img.gpu_report.report import Outcome, Worker, run_checks, to_markdown
 
 
 def main(argv: Sequence[str]) -> None:
@@ -26,8 +26,9 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         UserError: there is no CUDA device.
     """
-    parser = Parser(description="Check everything that only a GPU can check, and print a report to paste into a bug "
-                                "report: versions, each check's result and errors, tokens a second and peak memory.",
+    parser = Parser(prog="python -m mutor_img.gpu_report",
+                    description="Check everything that only a GPU can check, and print a report to paste into a bug "
+                                "report: versions, each check's result and errors, tokens per second and peak memory.",
                     example="python -m mutor_img.gpu_report --out report.md")
     parser.add_argument("--quick", action="store_true", help="fewer masks: those of the paper's image rows")
     parser.add_argument("--batch", type=int, default=32, help="sequences in a measured update of B")
@@ -37,14 +38,20 @@ def main(argv: Sequence[str]) -> None:
     if not torch.cuda.is_available():
         raise UserError(f"torch {torch.__version__} sees no CUDA device, and these checks need one; on a machine with "
                         "a GPU look at what nvidia-smi says and whether torch was installed with CUDA")
-    device = torch.device("cuda", torch.cuda.current_device())
-    with claim(file_lock(args.out)):
-        facts = environment(device)
-        outcomes = run_checks({**all_checks(args.quick), **timings(args.batch)}, Place(device))
-        report = to_markdown(facts, outcomes)
-        print(report)
-        if args.out:
-            write_atomic(args.out, lambda path: path.write_text(report))
+    names = list(all_checks(args.quick))
+    # This process leaves the GPU alone: one in exclusive mode has room for the checks' process only.
+    question = {"device": "cuda:0", "backend": "inductor", "batch": args.batch}
+    with claim(file_lock(args.out)), Worker(question) as worker:
+        facts = worker.environment()
+
+        def write(outcomes: list[Outcome]) -> None:
+            if args.out:  # after each check: whatever ends this process, the report is there
+                report = to_markdown(facts, outcomes, len(names))
+                write_atomic(args.out, lambda path: path.write_text(report))
+
+        write([])
+        outcomes = run_checks(names, worker, write)
+    print(to_markdown(facts, outcomes, len(names)))
     if not all(outcome.passed for outcome in outcomes):
         sys.exit(1)
 

@@ -127,7 +127,7 @@ def train(images: FolderImages, val: FolderImages, out: str | os.PathLike, *, se
     """
     for one in (images, val):
         if one.class_names is None or len(one.class_names) < 2:
-            raise UserError(f"{one.path}: no class folders; an ImageFolder has one subfolder a class")
+            raise UserError(f"{one.path}: no class folders; an ImageFolder has one subfolder per class")
     if images.class_names != val.class_names:
         raise UserError(f"{val.path} has the classes {', '.join(val.class_names)}, {images.path} "
                         f"{', '.join(images.class_names)}; they must be the same")
@@ -198,13 +198,13 @@ def _check_size(name: str, pixels: Tensor) -> None:
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """The command; see ``--help``. Returns what ``classifier.json`` holds."""
     parser = cli.Parser(
-        description="Train the digit classifier whose features score MNIST-like samples; a finished one is reused.",
+        description="Train the digit classifier whose features score MNIST-like samples. A finished one is reused.",
         example="python -m mutor_img.metrics.digits --images data/mnist/train --val data/mnist/val "
                 f"--out {DEFAULT_FOLDER}")
     parser.add_argument("--images", required=True, help="ImageFolder of 32 x 32 PNGs to train on")
     parser.add_argument("--val", required=True, help="ImageFolder of held-out PNGs, for the accuracy")
     parser.add_argument("--out", default=str(DEFAULT_FOLDER), help="folder to write")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights, the order and the shifts")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights, the order and the shifts")
     parser.add_argument("--epochs", type=int, default=8, help="passes over the images")
     args = parser.parse_args(argv)
     keep_apart({"--out": args.out}, {"--images": args.images, "--val": args.val})

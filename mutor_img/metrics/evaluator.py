@@ -73,13 +73,13 @@ def evaluate(
         force_role: go on against a reference of the other role, with a warning.
         is_order: "shuffle" or "file", see :func:`inception_score`.
         seed: of the shuffle and of the subsets.
-        batch_size: images a process at once.
+        batch_size: images per process at once.
         progress: bars with an ETA, on a terminal.
 
     Under torch.distributed every process calls this alike; ranks other than 0 get an empty dictionary.
 
     Raises:
-        UserError: what the user can mend, see the modules of the single metrics.
+        UserError: what the user can fix, see the modules of the single metrics.
     """
     begin = time.perf_counter()
     reference = as_reference(reference)

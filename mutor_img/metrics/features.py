@@ -183,7 +183,7 @@ def load_inception(weights: str | os.PathLike | None = None, device: torch.devic
     if not digest.startswith(INCEPTION_HASH):
         if weights is None:
             raise UserError(f"{path}: sha256 begins {digest[:8]}, not {INCEPTION_HASH}; the file is damaged or another "
-                            "network's: remove it, or name it with --inception-weights to use it all the same")
+                            "network's: remove it, or name it with --inception-weights to use it anyway")
         warnings.append(f"Inception weights {path} have sha256 {digest[:8]}..., not {INCEPTION_HASH}...: scores are "
                         "not comparable with published ones")
     graph = InceptionGraph()

@@ -27,7 +27,7 @@ def inception_score(logits: Tensor, *, order: str = "shuffle", seed: int = 0, ch
         logits: (N, classes), any float dtype, without the classifier's bias for the Inception network.
         order: "shuffle" or "file".
         seed: of the shuffle.
-        chunk: images a chunk.
+        chunk: images per chunk.
 
     Raises:
         UserError: no images, an unknown order, or NaN logits.

@@ -44,7 +44,7 @@ class Reference:
         images: the image set, or None in a file of statistics only.
         network, weights_hash: what made the statistics, where the file says.
         stored_size: (H, W) of the images behind the statistics, where the file says.
-        computed: features of ``images`` already computed, one entry a network; filled by the evaluator.
+        computed: features of ``images`` already computed, one entry per network; filled by the evaluator.
     """
 
     name: str
@@ -135,7 +135,7 @@ def check_role(reference: Reference, role: str, force: bool) -> list[str]:
     if reference.role != role:
         message = f"the reference {reference.name} is for {reference.role}, this evaluation for {role}"
         if not force:
-            raise UserError(f"{message}; give the other reference, or --force-role to go on all the same")
+            raise UserError(f"{message}; give the other reference, or --force-role to use it anyway")
         return [f"{message}: scores are not comparable with published ones"]
     return []
 

@@ -105,11 +105,11 @@ def class_doubts(sets: dict[str, Any]) -> list[str]:
         first, known = next(iter(named.items()))
         if len(names) != len(known):
             doubts.append(f"the {first} have {len(known)} classes and the {what} {len(names)}: their labels are not "
-                          "numbered alike, and scores that go by class compare them all the same")
+                          "numbered alike, but scores per class compare them anyway")
         elif names != known and _are_ids(names) == _are_ids(known):  # words for ids would be no other classes
             label = next(i for i, (a, b) in enumerate(zip(known, names)) if a != b)
             doubts.append(f"class {label} is {known[label]!r} in the {first} and {names[label]!r} in the {what}: "
-                          "scores that go by class compare them all the same")
+                          "scores per class compare them anyway")
     return doubts
 
 

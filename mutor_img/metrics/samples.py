@@ -70,7 +70,7 @@ def _labels(path: Path, count: int) -> np.ndarray:
 def label_rule(samples: Any, count: int) -> str | None:
     """Say how the first ``count`` samples got their labels: the manifest's word, else what the labels show.
 
-    Fifty a class in place of random labels lowers FID by 0.1-0.15, so that a score must say which it was.
+    Fifty per class instead of random labels lowers FID by 0.1-0.15, so that a score must say which it was.
     """
     manifest = getattr(samples, "manifest", None)
     if isinstance(manifest, dict) and isinstance(manifest.get("labels"), str):

@@ -14,7 +14,7 @@ def main(argv: Sequence[str]) -> None:
     """Train a generator."""
     config = parse_training(
         argv, GeneratorConfig, plan_generator,
-        description="Train a class-conditional transformer on VQ codes, with MuToR's registers or without. "
+        description="Train a class-conditional transformer on VQ codes, with or without MuToR's registers. "
                     "To resume, run the same command again.",
         example="torchrun --nproc-per-node 8 train.py --config configs/imagenet256/mutor2d_b_80.yaml "
                 "data.codes=codes/imagenet256",

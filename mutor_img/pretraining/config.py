@@ -5,19 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
+from mutor_img.blocks import ModelConfig
 from mutor_img.common.config import OptimConfig, TrainConfig, check_choice
 from mutor_img.common.errors import UserError, check_range
 from mutor_img.metrics.networks import check_features
 from mutor_img.metrics.requirements import check_names
+from mutor_img.objectives.config import ObjectiveConfig, build_objective
+from mutor_img.objectives.objective import Objective
 from mutor_img.registers import RegisterLaw
-from mutor_img.transformer import PRESETS, ModelConfig
 
 
 @dataclass
 class CodesConfig:
     """Where the codes are."""
 
-    codes: Any = "codes/imagenet256"  # a code store made by tokenizer.encode, or several: a list, or a,b
+    codes: Any = "codes/imagenet256"  # a code store made by tokenizer.encode, or several, as a list or as a,b
     val_codes: str | None = None  # held-out codes for the validation loss; null: no validation
 
     def folders(self) -> list[str]:
@@ -33,14 +37,14 @@ class ModelSection:
     """The transformer."""
 
     preset: str = "B"  # mnist, B, L, XL, XXL, 3B
-    grid: tuple[int, int] = (16, 16)  # rows, columns of codes; must be the code store's
-    vocabulary: int = 16384  # number of codes; must be the code store's
-    classes: int = 1000  # number of classes; must be the code store's
-    dropout: float = 0.1  # embedded sequence, attention output, feed-forward
-    drop_path: float = 0.0  # > 0 switches the latter two dropouts off
+    grid: tuple[int, int] = (16, 16)  # rows and columns of codes; must match the code store
+    vocabulary: int = 16384  # number of codes; must match the code store
+    classes: int = 1000  # number of classes; must match the code store
+    dropout: float = 0.1  # dropout rate of the embedded sequence, the attention output and the feed-forward
+    drop_path: float = 0.0  # drop-path rate; above 0 it switches the latter two dropouts off
     class_dropout: float = 0.1  # share of samples trained with the null class
-    attention: str = "auto"  # of registers in training; auto: FlexAttention on CUDA where compiled, else SDPA; sdpa
-    loss_chunk: int = 0  # rows of logits held at a time by the training loss: saves memory; 0: all of them
+    attention: str = "auto"  # for registers in training: auto (FlexAttention on CUDA if compiled, else SDPA) or sdpa
+    loss_chunk: int = 0  # rows of logits that the training loss holds at a time; saves memory; 0: all rows
 
     def validate(self) -> None:
         check_choice("model.attention", self.attention, ("auto", "sdpa"))
@@ -56,14 +60,15 @@ class ModelSection:
 class RegistersConfig:
     """MuToR (method sections 2 to 5)."""
 
-    kind: str = "2d"  # none, 1d, 2d
-    count: int | None = None  # registers a sequence at random anchors; null: one after each input (dense)
+    kind: str = "2d"  # none, 1d, 2d, set
+    count: int | None = None  # registers per sequence at random anchors; null: one after each input (dense)
     d_max: int = 4  # largest offset, per axis in 2D
-    loss_weight: float = 0.5  # the registers' share a of the loss
-    every: int | None = None  # one register after each so many inputs; null: off
-    mixed_offsets: bool = False  # one offset a register in place of one a sequence
-    embedding: str = "shared"  # shared: one vector for all; per_offset: one for each offset
-    wrap: bool = True  # a 2D offset past the right edge goes on in the next row; false: no target
+    offsets: list[int] = field(default_factory=list)  # for kind set: the raster offsets to draw from, as in [3, 5, 7]
+    loss_weight: float = 0.5  # weight of the registers' loss; the next-token loss has 1 minus this
+    every: int | None = None  # one register after every this many inputs; null: off
+    mixed_offsets: bool = False  # one offset per register instead of one per sequence
+    embedding: str = "shared"  # shared: one vector for all registers; per_offset: one vector per offset
+    wrap: bool = True  # a 2D offset past the right edge continues in the next row; false: it has no target
 
     def validate(self) -> None:
         check_range("registers.loss_weight", self.loss_weight, 0.0, 1.0)
@@ -76,7 +81,7 @@ class PicturesConfig:
     """The sample grids drawn while training."""
 
     cfg_scale: float = 2.0  # guidance scale
-    per_class: int = 8  # images of each of the first ten classes
+    per_class: int = 8  # images per class, for the first ten classes
 
     def validate(self) -> None:
         check_range("pictures.cfg_scale", self.cfg_scale, 1.0, 100.0)
@@ -87,11 +92,11 @@ class PicturesConfig:
 class PlanConfig:
     """The devices that ``--dry-run`` plans for. Training itself takes those it finds."""
 
-    devices: int = 1  # how many
-    device_gib: float = 80.0  # memory of one, GiB
-    usable: float = 0.9  # share of it for tensors; the rest: CUDA's and NCCL's own, and fragmentation
-    peak_tflops: float | None = None  # of one, dense, in train.precision; null: H100 SXM's, 989 in bf16, 67 in fp32
-    mfu: float = 0.4  # share of the peak that the model's FLOPs are expected to reach
+    devices: int = 1  # number of devices
+    device_gib: float = 80.0  # memory of one device, GiB
+    usable: float = 0.9  # share of that memory for tensors; CUDA, NCCL and fragmentation take the rest
+    peak_tflops: float | None = None  # dense peak of one device; null: H100 SXM (989 in bf16, 67 in fp32)
+    mfu: float = 0.4  # expected share of that peak that the model's FLOPs reach
 
     def validate(self) -> None:
         check_range("plan.devices", self.devices, 1, 10**6)
@@ -104,14 +109,14 @@ class PlanConfig:
 
 @dataclass
 class EvalConfig:
-    """The scores computed while training; few samples stand for a trend, not for a figure to report."""
+    """The scores computed while training. A few samples show a trend; they do not give a figure to report."""
 
-    every: int = 0  # steps between scores, and at the end; 0: never
-    samples: int = 2000  # samples a score; their Frechet distance stands above that of 50000
+    every: int = 0  # steps between scores; the end of the run is scored too; 0: never
+    samples: int = 2000  # samples per score; their Frechet distance is higher than that of 50000 samples
     reference: str = ""  # what evaluate_fid.py --reference takes
-    metrics: list[str] = field(default_factory=list)  # of fid, sfid, is, pr, kid; empty: all that the reference allows
-    features: str = "inception"  # or mnist, or timm:NAME
-    features_weights: str | None = None  # classifier folder, timm weights, or Inception's file where it is elsewhere
+    metrics: list[str] = field(default_factory=list)  # some of fid, sfid, is, pr, kid; empty: all possible ones
+    features: str = "inception"  # feature network: inception, mnist, or timm:NAME
+    features_weights: str | None = None  # classifier folder, timm weights, or Inception's if not in the default place
     cfg_scale: float = 2.0  # guidance scale
 
     def validate(self) -> None:
@@ -129,11 +134,12 @@ class EvalConfig:
 class GeneratorConfig:
     """A generator's training run."""
 
-    run_dir: str = ""  # empty: the config's path with configs/ read as runs/
-    seed: int = 0  # of weights, data order, views, registers, class drops and dropout
+    run_dir: str = ""  # folder of the run; empty: the config's path, with runs/ instead of configs/
+    seed: int = 0  # seed of the weights, data order, views, registers, class drops and dropout
     init_from: str | None = None  # weights to start from: a run, a checkpoint, or a released LlamaGen .pt
     data: CodesConfig = field(default_factory=CodesConfig)
     model: ModelSection = field(default_factory=ModelSection)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     registers: RegistersConfig = field(default_factory=RegistersConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -143,9 +149,8 @@ class GeneratorConfig:
 
     def validate(self) -> None:
         self.data.folders()
-        self.law()
-        if self.model.preset not in PRESETS:
-            self.model_config()  # raises, naming the nearest
+        with torch.device("meta"):
+            self.build_objective()  # raises for registers, a preset or settings that cannot be
 
     def inputs(self) -> dict[str, Any]:
         """Return every path that a run reads, by its key."""
@@ -155,7 +160,12 @@ class GeneratorConfig:
     def law(self) -> RegisterLaw:
         """Return the registers' law; raises :class:`UserError` where it cannot be drawn."""
         r = self.registers
-        return RegisterLaw(r.kind, tuple(self.model.grid), r.d_max, r.count, r.every, r.mixed_offsets, r.wrap)
+        return RegisterLaw(r.kind, tuple(self.model.grid), r.d_max, r.count, r.every, r.mixed_offsets, r.wrap,
+                           tuple(r.offsets))
+
+    def build_objective(self) -> Objective:
+        """Build what the run trains for; raises :class:`UserError` where that cannot be."""
+        return build_objective(self.objective, self.model_config(), self.law(), self.registers.loss_weight)
 
     def model_config(self) -> ModelConfig:
         """Return the model's shapes."""

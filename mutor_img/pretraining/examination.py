@@ -58,7 +58,7 @@ class Subject:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Subject:
         """Build from :meth:`to_json`'s output after a trip through JSON."""
-        law = {**values["law"], "grid": tuple(values["law"]["grid"])}
+        law = {name: tuple(value) if isinstance(value, list) else value for name, value in values["law"].items()}
         return cls(**{**values, "law": RegisterLaw(**law)})
 
 

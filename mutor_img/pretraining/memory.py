@@ -29,6 +29,8 @@ class Step:
         loss_chunk: rows of logits at a time; 0: all.
         ema: averaged weights are kept.
         shards: devices that share weights, gradients, optimiser and EMA (FSDP2); 1: each holds all of them.
+        blocks: of the objective, beside the model's.
+        read_outs: of the objective: N rows of logits each, beside the next tokens' and the registers'.
         accumulate: gradients are summed over several forward passes before the devices exchange them.
     """
 
@@ -41,6 +43,8 @@ class Step:
     loss_chunk: int = 0
     ema: bool = False
     shards: int = 1
+    blocks: int = 0
+    read_outs: int = 0
     accumulate: bool = False
 
     @property
@@ -80,7 +84,8 @@ def step_memory(config: ModelConfig, parameters: int, step: Step) -> Memory:
     return Memory(
         weights=state, gradients=state + whole, optimiser=2 * state, ema=state if step.ema else 0.0,
         copies=copied_weight_bytes(config, parameters, step),
-        activations=tokens * (config.layers * kept + outer_bytes(config, step)),
+        activations=tokens * ((config.layers + step.blocks) * kept + outer_bytes(config, step)
+                              + step.read_outs * read_out_bytes(config, step)),
         logits=logit_bytes(config, step),
         working=tokens * (working + (block if step.checkpointing else 0)),
     )
@@ -121,7 +126,12 @@ def outer_bytes(config: ModelConfig, step: Step) -> float:
     d = config.dim
     mask = d if config.dropout > 0 else 0
     turns = FP32 * d // config.heads if step.registers else FP32 * d // config.heads / step.sequences
-    return mask + 2 * FP32 * d + step.width * d + turns
+    return mask + turns + read_out_bytes(config, step)
+
+
+def read_out_bytes(config: ModelConfig, step: Step) -> float:
+    """Return the bytes per token that a read-out keeps: the norm's input, what it normalised, the head's input."""
+    return 2 * FP32 * config.dim + step.width * config.dim
 
 
 def logit_bytes(config: ModelConfig, step: Step) -> float:
@@ -129,14 +139,14 @@ def logit_bytes(config: ModelConfig, step: Step) -> float:
 
     Whole: log-probabilities of all rows in fp32, and for the regular rows or the registers', whose losses are made one
     after the other, two gradients in fp32. Chunked: logits and log-probabilities of a chunk in fp32, the head's
-    gradient in fp32, once for regular rows and once for registers, and the head in bf16.
+    gradient in fp32, once for each read-out, and the head in bf16.
     """
     head = config.vocabulary * config.dim
     if step.loss_chunk:
         rows = min(step.loss_chunk, step.sequences * config.length)
-        copies = FP32 * (2 if step.registers else 1) + (step.width if step.width < FP32 else 0)
+        copies = FP32 * ((2 if step.registers else 1) + step.read_outs) + (step.width if step.width < FP32 else 0)
         return 2 * FP32 * config.vocabulary * rows + head * copies
-    rows = max(3 * config.length, config.length + 3 * step.registers)
+    rows = max(3 * config.length, config.length + 3 * step.registers) + step.read_outs * config.length
     return FP32 * config.vocabulary * step.sequences * rows
 
 
@@ -149,8 +159,9 @@ def copied_weight_bytes(config: ModelConfig, parameters: int, step: Step) -> flo
     """
     block = 4 * config.dim**2 + 3 * config.dim * config.hidden
     head = 0 if step.loss_chunk else config.vocabulary * config.dim
+    blocks = config.layers + step.blocks
     if step.shards > 1:
-        outermost = parameters - config.layers * block
+        outermost = parameters - blocks * block
         gathered = FP32 * outermost + step.width * 2 * block + (step.width * head if step.width < FP32 else 0)
         return gathered + max(2 * FP32 * outermost, (step.width + FP32) * block)
-    return step.width * (config.layers * block + head) if step.width < FP32 else 0.0
+    return step.width * (blocks * block + head) if step.width < FP32 else 0.0

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from mutor_img.common.errors import UserError
+from mutor_img.objectives.objective import Objective
 from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.pretraining.memory import FP32, Memory, Step, step_memory
 from mutor_img.registers import RegisterLaw
@@ -24,19 +25,20 @@ def plan_generator(config: GeneratorConfig) -> dict[str, dict[str, Any]]:
         UserError: the batch does not divide over ``plan.devices``, or a device's share over ``train.micro_batch``.
     """
     with torch.device("meta"):
-        model = Transformer(config.model_config())
+        model, objective = Transformer(config.model_config()), config.build_objective()
     share = device_share(config)
     micro_batch = min(config.train.micro_batch or share, share)
     if share % micro_batch:
         raise UserError(f"train.micro_batch is {micro_batch}, but each of plan.devices={config.plan.devices} has "
                         f"{share} of the global batch, which is not a multiple of it")
-    parameters, passes = model.parameter_count(), share // micro_batch
+    sampled, extra, passes = model.parameter_count(), objective.extra_parameters(), share // micro_batch
     return {
-        "model": {"preset": config.model.preset, "parameters": parameters},
-        **update_sections(config, model, share, micro_batch),
-        **memory_sections(config, model.config, parameters, share, micro_batch),
-        "a checkpoint, GiB": checkpoint_section(config, parameters),
-        "communication an update": communication_section(config, model.config, parameters, passes),
+        "model": {"preset": config.model.preset, "parameters": sampled,
+                  "of the objective, dropped after training": extra},
+        **update_sections(config, model, objective, share, micro_batch),
+        **memory_sections(config, model.config, sampled + extra, share, micro_batch),
+        "a checkpoint, GiB": checkpoint_section(config, sampled + extra),
+        "communication per update": communication_section(config, model.config, sampled + extra, passes),
     }
 
 
@@ -48,32 +50,40 @@ def device_share(config: GeneratorConfig) -> int:
     return batch // devices
 
 
-def update_sections(config: GeneratorConfig, model: Transformer, share: int, micro_batch: int) -> dict[str, Any]:
+def training_flops(model: Transformer, objective: Objective, law: RegisterLaw, seed: int) -> float:
+    """Return the FLOPs of one sequence in an update: forward, and of what is trained twice as much backward."""
+    trained, frozen = objective.extra_flops()
+    return 3 * (model.forward_flops(law.length, law.registers, attended_pairs(law, seed)) + trained) + frozen
+
+
+def update_sections(config: GeneratorConfig, model: Transformer, objective: Objective, share: int,
+                    micro_batch: int) -> dict[str, Any]:
     """Return the sections of tokens and FLOPs, and of time. MFU counts the model's FLOPs, not recomputed ones."""
     law, plan, batch = config.law(), config.plan, config.train.global_batch
-    pairs = attended_pairs(law, config.seed)
-    flops = 3 * batch * model.forward_flops(law.length, law.registers, pairs)
-    attention = flops - 3 * batch * model.forward_flops(law.length, law.registers, 0.0)
+    flops = batch * training_flops(model, objective, law, config.seed)
+    trunk = model.forward_flops(law.length, law.registers, attended_pairs(law, config.seed))
+    attention = trunk - model.forward_flops(law.length, law.registers, 0.0)
     peak = plan.peak_tflops or gpu_peak("H100", "fp32" if config.train.precision == "fp32" else "bf16") / 1e12
     seconds = flops / (plan.devices * peak * 1e12 * plan.mfu)
     hours = seconds * config.train.steps / 3600
     return {
-        "an update": {
+        "per update": {
             "sequences": batch,
-            "sequences a device": share,
-            "sequences a forward pass": micro_batch,
+            "sequences per device": share,
+            "sequences per forward pass": micro_batch,
             "code tokens": batch * law.length,
             "registers": batch * law.registers,
             "tokens through the network": batch * (law.length + law.registers),
-            "FLOPs an update, forward and backward": flops,
-            "FLOPs in attention, %": 100 * attention / flops,
+            "FLOPs per update, forward and backward": flops,
+            "times the FLOPs of next-token prediction": flops / batch / (3 * model.forward_flops(law.length)),
+            "FLOPs in attention, %": 100 * attention / trunk,
             # The rest grows with the length, attention with its square.
-            "codes an image at which attention takes half": round(law.length * (flops - attention) / attention),
+            "codes per image at which attention takes half": round(law.length * (trunk - attention) / attention),
         },
         f"time at {plan.mfu:.0%} of {plan.devices} x {peak:g} TFLOP/s (assumed)": {
             "updates": config.train.steps,
             "FLOPs in all": flops * config.train.steps,
-            "seconds an update": seconds,
+            "seconds per update": seconds,
             "hours": hours,
             "GPU-hours": hours * plan.devices,
         },
@@ -90,13 +100,13 @@ def memory_sections(config: GeneratorConfig, model: ModelConfig, parameters: int
     fitting = max((n for n in range(1, largest + 1) if share % n == 0), default=0)
     fits = memory.total <= room
     advice = "yes" if fits else f"no: train.micro_batch={fitting}" if fitting else "no, not even one sequence at a time"
-    how = "compiled blocks" if step.compiled else "eager"
+    how = ("compiled blocks" if step.compiled else "eager") + (", checkpointed" if step.checkpointing else "")
     return {
-        f"memory a device, GiB (computed; {how}{', checkpointed' if step.checkpointing else ''})": memory_rows(memory),
+        f"memory per device, GiB (computed; {how})": memory_rows(memory),
         f"what fits {config.plan.device_gib:g} GiB ({config.plan.usable:.0%} of it for tensors)": {
             "this run": advice,
             "to spare, GiB": (room - memory.total) / GIB,
-            "sequences a forward pass, at most": largest,
+            "sequences per forward pass, at most": largest,
         },
     }
 
@@ -112,11 +122,13 @@ def memory_rows(memory: Memory) -> dict[str, float]:
 def gpu_step(config: GeneratorConfig) -> Step:
     """Return how a step of one sequence runs on ``plan.devices`` GPUs."""
     train, law = config.train, config.law()
+    with torch.device("meta"):
+        objective = config.build_objective()
     return Step(
         sequences=1, registers=law.registers, precision=train.precision, compiled=train.compile,
         checkpointing=train.activation_checkpointing, flex=config.model.attention == "auto" and train.compile,
-        loss_chunk=config.model.loss_chunk, ema=train.ema > 0,
-        shards=config.plan.devices if train.parallel == "fsdp" else 1)
+        loss_chunk=config.model.loss_chunk, ema=train.ema > 0, blocks=len(objective.blocks()),
+        read_outs=objective.read_outs, shards=config.plan.devices if train.parallel == "fsdp" else 1)
 
 
 def largest_micro_batch(model: ModelConfig, parameters: int, step: Step, room: float, share: int) -> int:
@@ -144,14 +156,15 @@ def communication_section(config: GeneratorConfig, model: ModelConfig, parameter
                           passes: int) -> dict[str, float]:
     """Return the GiB that a device sends in an update, over rings: of n devices each sends (n - 1) / n of a tensor.
 
-    DDP reduces fp32 gradients once: a reduce-scatter and an all-gather. FSDP2 gathers blocks twice a forward pass (in
+    DDP reduces fp32 gradients once: a reduce-scatter and an all-gather. FSDP2 gathers blocks twice per forward pass (in
     bf16 in a bf16 run), embeddings and head once in fp32, and scatters fp32 gradients once.
     """
     ring = (config.plan.devices - 1) / config.plan.devices / GIB
     if config.train.parallel == "ddp":
         return {"all-reduce of gradients, GiB sent": 2 * FP32 * parameters * ring}
-    blocks = model.layers * (4 * model.dim**2 + 3 * model.dim * model.hidden)
-    width = gpu_step(config).width
+    step = gpu_step(config)
+    blocks = (model.layers + step.blocks) * (4 * model.dim**2 + 3 * model.dim * model.hidden)
+    width = step.width
     return {"all-gather of weights, GiB sent": passes * (2 * width * blocks + FP32 * (parameters - blocks)) * ring,
             "reduce-scatter of gradients, GiB sent": FP32 * parameters * ring}
 

@@ -17,7 +17,7 @@ from mutor_img.sampling.labels import make_labels
 from mutor_img.sampling.pictures import verified_tokenizer
 from mutor_img.sampling.source import ModelImages
 from mutor_img.training.runtime import Runtime
-from mutor_img.transformer import Transformer
+from mutor_img.transformer import Transformer, sampled_weights
 
 BATCH = 64  # images per process at once
 
@@ -72,5 +72,5 @@ def as_sampled(model: Transformer) -> Transformer:
     """Return a copy in bf16, the precision in which ``sample.py`` runs on a GPU."""
     with torch.device("meta"):
         copy = Transformer(model.config)
-    weights = {name: weight.to(torch.bfloat16) for name, weight in model.state_dict().items()}
+    weights = {name: weight.to(torch.bfloat16) for name, weight in sampled_weights(model.state_dict()).items()}
     return fill_blank(copy, weights, model.output.weight.device).eval()

@@ -1,8 +1,9 @@
-"""The generator as a training task: codes in, MuToR's loss out."""
+"""The generator as a training task: codes in, the loss of the run's objective out."""
 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,20 @@ from mutor_img.common.errors import UserError
 from mutor_img.common.streams import Stream, generator_seed, uniform
 from mutor_img.data.order import TrainingCodes, check_same_codes
 from mutor_img.data.store import Codes
+from mutor_img.objectives.objective import Batch, Objective
 from mutor_img.pretraining.config import GeneratorConfig
-from mutor_img.pretraining.plan import attended_pairs
+from mutor_img.pretraining.plan import training_flops
 from mutor_img.pretraining.preflight import Preflight, preflight
 from mutor_img.pretraining.scores import RunScores
-from mutor_img.registers import count_targets
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.task import Task
 from mutor_img.transformer import Transformer
 
 
 class GeneratorTask(Task):
-    """Train a :class:`~mutor_img.transformer.Transformer` on a code store, with or without registers."""
+    """Train a :class:`~mutor_img.transformer.Transformer` on a code store, for the objective of its config."""
 
     unit = "tokens"
-    headline = ("loss", "next_token", "register", "val_next_token")
     shardable = True
 
     def __init__(self, config: GeneratorConfig, runtime: Runtime):
@@ -45,27 +45,28 @@ class GeneratorTask(Task):
         runtime.agree(to_dict(config))
         self.preflight: Preflight | None = None
         self.law = config.law()
-        self._counted: tuple[int, Tensor | None] = -1, None  # a step, and its registers with a target
+        self._counted: tuple[int, dict[str, int | Tensor]] = -1, {}  # a step, and its losses' terms
         self.data = TrainingCodes([open_codes(f, config, runtime) for f in config.data.folders()], config.seed)
         self.codes = self.data.stores[0]
         self.val_codes = open_codes(config.data.val_codes, config, runtime) if config.data.val_codes else None
         if self.val_codes:
             check_same_codes(self.codes, self.val_codes)
-        torch.manual_seed(generator_seed(config.seed, Stream.INIT))
+        torch.manual_seed(generator_seed(config.seed, Stream.INIT))  # the model's weights, then the objective's
         self.model = Transformer(config.model_config())
         if config.init_from:
             names = self.codes.info.class_names if runtime.is_main else None
             taken = start_from(self.model, config.init_from, names)
             runtime.agree({f"the content of init_from={config.init_from}": taken})
+        self.model.objective = objective = config.build_objective()
+        self.headline = ("loss", *objective.weights(0, config.train.steps), "val_next_token")
         self.units_per_sample = self.law.length  # code tokens; registers are method, not data
-        self.flops_per_sample = 3 * self.model.forward_flops(
-            self.law.length, self.law.registers, attended_pairs(self.law, config.seed))
+        self.flops_per_sample = training_flops(self.model, objective, self.law, config.seed)
         self.score_every, self.scores = config.eval.every, None
         if self.score_every:
             self.scores = RunScores(config.eval, self.metadata()["codes"], self.model, config.seed, runtime)
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
-        return list(model.layers)
+        return [*model.layers, *model.objective.blocks()]
 
     def batch(self, step: int, samples: Tensor) -> tuple[Tensor, Tensor]:
         """Return labels (b,), the null class where dropped, and codes (b, N) of global sample numbers (b,) on the CPU.
@@ -79,20 +80,16 @@ class GeneratorTask(Task):
         return torch.where(dropped, self.config.model.classes, labels), codes
 
     def loss(self, model: nn.Module, step: int, samples: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return this micro-batch's share of MuToR's loss (method section 5), and of its two parts."""
+        """Return this micro-batch's share of the objective's loss, and of its parts before they are weighted."""
         labels, codes = self.batch(step, samples)  # (b,), (b, N)
-        total, chunk = self.config.train.global_batch * self.law.length, self.config.model.loss_chunk
-        if self.law.kind == "none":
-            next_token = model(labels, codes[:, :-1], targets=codes, loss_chunk=chunk) / total
-            return next_token, {"next_token": next_token}
-        device = self.runtime.device
-        anchors, offsets = self.law.draw(self.config.seed, step, samples.to(device, non_blocking=True))  # (b, R) each
-        if self.model.flex is None and self.flex_passes(device):
-            self.model.use_flex(anchors, fixed=self.law.count is None)
-        sums = model(labels, codes[:, :-1], anchors, offsets, targets=codes, loss_chunk=chunk)  # two scalars
-        next_token, register = sums[0] / total, sums[1] / self._register_count(step, device)
-        weight = self.config.registers.loss_weight
-        return (1 - weight) * next_token + weight * register, {"next_token": next_token, "register": register}
+        config, device, objective = self.config, self.runtime.device, self.model.objective
+        batch = objective.prepare(config.seed, step, samples.to(device, non_blocking=True), labels, codes)
+        if batch.anchors is not None and self.model.flex is None and self.flex_passes(device):
+            self.model.use_flex(batch.anchors, fixed=self.law.count is None)
+        sums = model(within=lambda whole: whole.objective(whole, batch, config.model.loss_chunk))
+        terms, weights = self._terms(step, device), objective.weights(step, config.train.steps)
+        means = {name: sums[name] / terms[name] for name in weights}
+        return sum(weights[name] * mean for name, mean in means.items()), means
 
     def wants_flex(self, device: torch.device) -> bool:
         """Return whether registers attend by FlexAttention there; it has no backward on CPUs."""
@@ -107,21 +104,19 @@ class GeneratorTask(Task):
             self.preflight.record(self.config.run_dir, self.runtime)
         return self.preflight is not None and self.preflight.passed
 
-    def _register_count(self, step: int, device: torch.device) -> Tensor | int:
-        """Return how many registers of the whole global batch have a target: a mean over ranks would depend on them."""
+    def _terms(self, step: int, device: torch.device) -> dict[str, int | Tensor]:
+        """Return how many terms each loss has in the whole global batch: a mean over ranks would depend on them."""
         batch = self.config.train.global_batch
-        if self.law.count is not None:
-            return batch * self.law.count  # anchors are drawn among those with a target
-        if self._counted[0] != step:  # once an update, not once a micro-batch
+        if self._counted[0] != step:  # once per update, not once per micro-batch
             everyone = torch.arange(step * batch, (step + 1) * batch, device=device)
-            drawn = self.law.draw(self.config.seed, step, everyone)
-            self._counted = step, count_targets(*drawn, self.law.length).clamp(min=1)
+            self._counted = step, self.model.objective.terms(self.config.seed, step, everyone)
         return self._counted[1]
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Return the next-token loss on the held-out codes, first view, in nats a token."""
+        """Return the next-token loss on the held-out codes, first view, in nats per token."""
         if self.val_codes is None:
             return {}
+        plain, chunk = Objective(self.model.config), self.config.model.loss_chunk
         count, size = len(self.val_codes), min(250, self.config.train.global_batch)
         sums = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
         for first in range(0, count, self.runtime.world * size):
@@ -129,7 +124,7 @@ class GeneratorTask(Task):
             images = mine if len(mine) else np.zeros(1, dtype=np.int64)  # a sharded model runs everywhere or nowhere
             codes, labels = self.val_codes.batch(images, images * 0)
             codes, labels = codes.to(self.runtime.device), labels.to(self.runtime.device)
-            loss = model(labels, codes[:, :-1], targets=codes, loss_chunk=self.config.model.loss_chunk)
+            loss = model(within=partial(plain, batch=Batch(labels, codes[:, :-1], codes), rows=chunk))["next_token"]
             if len(mine):
                 sums += torch.stack([loss, loss.new_tensor(codes.numel())])
         total, tokens = self.runtime.sum(sums).tolist()

@@ -21,7 +21,7 @@ from mutor_img.common.errors import UserError
 from mutor_img.common.files import clear, read_json, remove, wait_until_seen, write_atomic, write_json
 
 FORMAT = "mutor_img samples 1"
-UNIT = 64  # samples a part; fixed, so that parts are the same for any number of processes and batch size
+UNIT = 64  # samples per part; fixed, so that parts are the same for any number of processes and batch size
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # zip's first moment: the time of writing must not change the bytes
 
 
@@ -55,8 +55,8 @@ class SampleArchive:
                           "finish that run with its own settings, remove the folder")
         if not self._is_there():
             if self.manifest.is_file() and not _is_ours(read_json(self.manifest)):
-                raise UserError(f"{self.manifest}: the manifest of {self.out.name} would overwrite it, and it is none; "
-                                "choose another --out")
+                raise UserError(f"{self.manifest}: the manifest of {self.out.name} would overwrite it, but it is "
+                                "not a manifest; choose another --out")
             return False
         if self.manifest.is_file():
             self._compare(read_json(self.manifest), self.out, "remove it")

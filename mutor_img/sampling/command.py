@@ -37,7 +37,8 @@ GRID_COLUMNS = 8
 def _parser() -> Parser:
     parser = Parser(
         description="Sample images from a trained generator: an npz in ADM's format or a folder of PNGs, a labelled "
-                    "grid, a strip of one image as it comes. A killed run goes on with the same command.",
+                    "grid, or a strip that shows one image as it is generated. To continue a killed run, run the same "
+                    "command again.",
         example="sample.py --checkpoint runs/mnist/mutor2d --num-samples 1000 --out samples.npz\n"
                 "sample.py --checkpoint runs/imagenet256/mutor2d_b_80 --classes 207,360,387 --grid grid.png",
     )
@@ -45,13 +46,14 @@ def _parser() -> Parser:
     add("--checkpoint", required=True, metavar="PATH", help="run folder, checkpoint folder, or LlamaGen .pt")
     add("--out", metavar="PATH", help="x.npz to write, with a JSON manifest beside it; or folder/ of PNGs, with "
                                       "labels.json and manifest.json")
-    add("--grid", metavar="FILE", help="png to write: a row for each class")
-    add("--show-steps", metavar="FILE", help="png to write: the first image of --out as its codes arrive")
-    add("--num-samples", type=int, help="images of --out (50000 unless given); with --grid alone, its images, rounded "
-                                        "up to full rows (8 a class unless given)")
+    add("--grid", metavar="FILE", help="PNG to write: one row per class")
+    add("--show-steps", metavar="FILE", help="PNG to write: the first image of --out as its codes arrive")
+    add("--num-samples", type=int, help="number of images in --out (default: 50000); with --grid alone, number of "
+                                        "images in the grid, rounded up to full rows (default: 8 per class)")
     add_sampling_flags(parser)
-    add("--batch-size", type=int, default=64, help="images at a time on each device; decides memory, not results")
-    add("--device", default="auto", metavar="NAME", help="cpu, cuda, or auto: CUDA when there is one")
+    add("--batch-size", type=int, default=64, help="images at a time on each device; changes memory use, not "
+                                                         "results")
+    add("--device", default="auto", metavar="NAME", help="cpu, cuda, or auto: CUDA if available")
     return parser
 
 
@@ -168,7 +170,7 @@ def write_samples(archive: SampleArchive, loaded: Loaded, tokenizer: VQModel, la
         labels: (count,) int64 of all samples.
         about: what the manifest says beside ``archive.settings``.
         batch_size: images at a time on this device.
-        resize: pixels a side that images are shrunk to, or None.
+        resize: pixels per side that images are shrunk to, or None.
         draft: how codes are drafted.
 
     Raises:

@@ -40,26 +40,32 @@ def add_sampling_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup
         if flag not in without:
             parser.add_argument(flag, **options)
 
-    add("--tokenizer", metavar="PATH", help="tokenizer folder or LlamaGen .pt; the one the run names unless given")
-    add("--grid-size", metavar="HxW", help="rows x columns of codes of a LlamaGen .pt that does not say them (16x16; "
-                                           "24x24 for its 384-pixel weights)")
-    add("--resize", type=int, metavar="PIXELS", help="shrink images to this side before they are written or scored, as "
-                                                     "LlamaGen scores 384-pixel weights at 256")
-    add("--weights", default="auto", metavar="WHICH", help="ema, raw, or auto: ema where a run has them")
-    add("--classes", metavar="LIST", help="names or numbers of classes, comma-separated; all unless given (for a grid "
-                                          "at most ten); name:10 and label:10 where 10 may be both")
-    add("--labels", default="random", metavar="RULE", help="random: drawn for each sample; balanced: as many of each")
-    add("--seed", type=int, default=0, help="of labels and random streams")
-    add("--cfg-scale", type=float, default=2.0, help="guidance scale; 1: none")
-    add("--cfg-schedule", default="constant", metavar="NAME", help=f"guidance over the tokens: {', '.join(SCHEDULES)}")
-    add("--cfg-parameter", type=float, help="interval: n, the first n + 2 tokens are guided; power-cosine: the power")
+    add("--tokenizer", metavar="PATH", help="tokenizer folder or LlamaGen .pt (default: the one that the run names)")
+    add("--grid-size", metavar="HxW", help="rows x columns of codes, for a LlamaGen .pt that does not contain them "
+                                           "(16x16; 24x24 for its 384-pixel weights)")
+    add("--resize", type=int, metavar="PIXELS", help="shrink images to this side length before they are written or "
+                                                     "scored; LlamaGen scores its 384-pixel weights at 256")
+    add("--weights", default="auto", metavar="WHICH", help="ema, raw, or auto: ema if the run has them")
+    add("--classes", metavar="LIST", help="names or numbers of classes, comma-separated (default: all; for a grid at "
+                                          "most ten); write name:10 or label:10 if 10 can mean both")
+    add("--labels", default="random", metavar="RULE", help="random: one drawn for each sample; balanced: "
+                                                                  "the same number of each class")
+    add("--seed", type=int, default=0, help="seed of the labels and the random streams")
+    add("--cfg-scale", type=float, default=2.0, help="guidance scale; 1: no guidance")
+    add("--cfg-schedule", default="constant", metavar="NAME", help="how guidance changes over the tokens: "
+                                                                    f"{', '.join(SCHEDULES)}")
+    add("--cfg-parameter", type=float, help="for interval: n (the first n + 2 tokens are guided); for power-cosine: "
+                                            "the power")
     add("--temperature", type=float, default=1.0, help="divides the logits")
-    add("--top-k", type=int, default=0, help="the k most likely codes only; 0: all")
-    add("--top-p", type=float, default=1.0, help="the most likely codes that hold this mass; 1: all")
-    add("--dtype", default="auto", metavar="TYPE", help="of the generator: fp32, bf16, or auto: bf16 on CUDA")
-    add("--draft", default="off", metavar="W", help="the codes that a pass of the network drafts and verifies for each "
-                                                    "image, off, or auto: where it costs nothing; changes no image")
-    add("--draft-source", default=Draft.source, metavar="NAME", help=f"where first drafts come from: "
+    add("--top-k", type=int, default=0, help="sample only from the k most likely codes; 0: from all")
+    add("--top-p", type=float, default=1.0, help="sample only from the most likely codes with this total "
+                                                     "probability; 1: from all")
+    add("--dtype", default="auto", metavar="TYPE", help="dtype of the generator: fp32, bf16, or auto: bf16 on "
+                                                                "CUDA, else fp32")
+    add("--draft", default="off", metavar="W", help="codes per image that each pass of the network takes, drafts among "
+                                                    "them; off; or auto: drafts only where they cost nothing. Changes "
+                                                    "no image")
+    add("--draft-source", default=Draft.source, metavar="NAME", help="where the first drafts come from: "
                                                                      f"{', '.join(SOURCES)}")
     return [action.dest for action in parser._actions if action.dest not in before]
 
@@ -124,7 +130,7 @@ def _smaller(side: int, loaded: Loaded, tokenizer: VQModel) -> int | None:
         raise UserError(f"--resize {side}: the images are {width} x {height} pixels, and only square ones are shrunk; "
                         "leave it out")
     if side > height:
-        raise UserError(f"--resize {side}: the images are {height} pixels a side, and are not made larger; give fewer")
+        raise UserError(f"--resize {side}: the images are {height} pixels per side and are not made larger; give fewer")
     return side if side < height else None
 
 

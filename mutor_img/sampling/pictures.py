@@ -1,4 +1,4 @@
-"""Images from a generator and its tokenizer, in memory: batches, and grids with a class a row."""
+"""Images from a generator and its tokenizer, in memory: batches, and grids with one class per row."""
 
 from __future__ import annotations
 

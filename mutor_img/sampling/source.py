@@ -33,8 +33,8 @@ class SampleSource:
         classes: labels to choose from; None: all.
         names: a readable name for each class.
         dtype: the generator's, "fp32" or "bf16".
-        resize: pixels a side that images are shrunk to before they are rounded; None: as they are decoded.
-        draft: how codes are drafted, which decides no image.
+        resize: pixels per side that images are shrunk to before they are rounded; None: as they are decoded.
+        draft: how codes are drafted, which changes no image.
     """
 
     loaded: Loaded
@@ -99,7 +99,7 @@ class ModelImages:
             settings: guidance, filtering and seed.
             batch, keep, draft: see :class:`~mutor_img.decoding.sampler.Sampler`.
             name: for results.
-            resize: pixels a side that images are shrunk to, or None.
+            resize: pixels per side that images are shrunk to, or None.
         """
         self.model, self.tokenizer, self.settings, self.batch, self.name = model, tokenizer, settings, batch, name
         self.keep, self.resize, self.draft = keep, resize, draft

@@ -37,14 +37,15 @@ def plan(config: StudyConfig) -> dict[str, Any]:
     """Return what ``--dry-run`` prints: the runs, in order."""
     names = [f"{g.config} {' '.join(g.overrides)}".strip() for g in generators(config)]
     return {"tokenizer": config.tokenizer, **{f"generator {i + 1}": name for i, name in enumerate(names)},
-            "samples a guidance scale": config.selection_samples, "samples scored": config.samples}
+            "samples per choice of guidance": config.selection_samples, "samples scored": config.samples}
 
 
 def main(argv: Sequence[str]) -> None:
     """Run a study from its config; what is done already is reused."""
     config = parse_training(
         argv, StudyConfig, plan,
-        description="Train a tokenizer, encode images, train generators, sample and score them: one table at the end.",
+        description="Train a tokenizer, encode images, train generators, sample, and score the samples. Prints one "
+                    "table at the end.",
         example="python -m mutor_img.study --config configs/mnist/study.yaml compare=true",
         prog="python -m mutor_img.study",
     )

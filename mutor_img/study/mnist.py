@@ -15,7 +15,7 @@ from mutor_img.common.files import clear
 from mutor_img.common.locks import claim, file_lock
 from mutor_img.common.streams import Stream, bits
 
-PAD = 2  # 28 -> 32 pixels a side, with background
+PAD = 2  # 28 -> 32 pixels per side, with background
 VAL_PER_CLASS = 50
 
 

@@ -35,7 +35,7 @@ from mutor_img.study.mnist import prepare_mnist
 from mutor_img.sweep.points import grid, sweep
 from tokenizer import load_tokenizer
 
-GUIDANCE = ("cfg_scale", "cfg_schedule", "cfg_parameter")  # what is chosen, and how sample.py calls it
+CHOSEN = ("cfg_scale", "cfg_schedule", "cfg_parameter", "temperature")  # settings to choose: sample.py's names
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -66,7 +66,7 @@ def command(*arguments: str | Path) -> None:
             process.wait()
             raise
     if status:
-        raise UserError(f"the step above ended with status {status}; mend what it says and run the same command again")
+        raise UserError(f"the step above ended with status {status}; fix what it says and run the same command again")
 
 
 def _end_with_parent() -> None:
@@ -169,29 +169,30 @@ def train_generator(generator: Generator) -> None:
 
 
 def score_generator(config: StudyConfig, generator: Generator, reference: Reference) -> dict[str, Any]:
-    """Choose the guidance scale, sample with it, and score; returns what the table shows.
+    """Choose guidance and temperature, sample with them, and score; returns what the table shows.
 
-    The scale and schedule with the lowest Frechet distance over ``selection_samples`` of ``selection_seed`` are taken;
-    the scores are those of ``samples`` others, of ``seed``. They are kept in the run folder and reused while weights,
-    classifier and settings are the same.
+    :func:`best_row` chooses over ``selection_samples`` of ``selection_seed``; the scores are those of ``samples``
+    others, of ``seed``. They are kept in the run folder and reused while weights, classifier and settings are the same.
     """
     loaded, network = load_run(generator.run_dir), load_digits(classifier_dir(config))
     key = {"weights": loaded.weights_hash, "features": network.weights_hash,
            "images": config.images, "samples": config.samples, "seed": config.seed,
            "selection_samples": config.selection_samples, "selection_seed": config.selection_seed,
-           "cfg_scales": config.cfg_scales, "cfg_schedules": config.cfg_schedules}
+           "cfg_scales": config.cfg_scales, "cfg_schedules": config.cfg_schedules,
+           "temperatures": config.temperatures}
     kept = generator.run_dir / "study.json"
     with claim(file_lock(kept)):  # studies may share a generator
         selection = _kept(generator.run_dir / "guidance.json", key,
-                          lambda: select_guidance(config, loaded, reference, network))
-        best = min(selection, key=lambda row: row["fd"])
-        guidance = {name: best[name] for name in GUIDANCE}
+                          lambda: score_settings(config, loaded, reference, network))
+        best = best_row(selection, config.least_recognised)
+        settings = {name: best[name] for name in CHOSEN}
+        key["least_recognised"] = config.least_recognised  # it decides among points that need not be scored again
         if kept.is_file() and read_json(kept).get("key") != key:  # sample.py goes on with samples of its settings only
             for name in ("samples.npz", "samples.json", "study.json"):
                 clear(generator.run_dir / name)
-        scores = _kept(kept, key, lambda: _score_samples(config, generator, guidance))
+        scores = _kept(kept, key, lambda: _score_samples(config, generator, settings))
     meta = read_meta(find_checkpoint(generator.run_dir))
-    return {**scores, "updates": meta["step"], "training_seconds": meta["seconds"], **guidance, "selection": selection}
+    return {**scores, "updates": meta["step"], "training_seconds": meta["seconds"], **settings, "selection": selection}
 
 
 def _kept(path: Path, key: dict[str, Any], work: Callable[[], Any]) -> Any:
@@ -203,10 +204,10 @@ def _kept(path: Path, key: dict[str, Any], work: Callable[[], Any]) -> Any:
     return value
 
 
-def _score_samples(config: StudyConfig, generator: Generator, guidance: dict[str, Any]) -> dict[str, Any]:
+def _score_samples(config: StudyConfig, generator: Generator, settings: dict[str, Any]) -> dict[str, Any]:
     """Sample, draw the grid, score, and count the copies."""
     samples, scores = generator.run_dir / "samples.npz", generator.run_dir / "scores.json"
-    flags = [word for name, value in guidance.items() if value is not None
+    flags = [word for name, value in settings.items() if value is not None
              for word in (f"--{name.replace('_', '-')}", value)]
     command("sample.py", "--checkpoint", generator.run_dir, "--num-samples", config.samples, *flags,
             "--seed", config.seed, "--out", samples)
@@ -216,7 +217,7 @@ def _score_samples(config: StudyConfig, generator: Generator, guidance: dict[str
             "--features-weights", classifier_dir(config), "--held-out", f"{config.images}/val", "--json", scores)
     result = read_json(scores)
     # The images do not tell their codes; drawing those again is the price of the plain npz that others read.
-    drawn = sampled_codes(generator, config.samples, SamplingSettings(**guidance, seed=config.seed))
+    drawn = sampled_codes(generator, config.samples, SamplingSettings(**settings, seed=config.seed))
     training, held_out = (codes_of(Codes(folder)) for folder in (config.codes, f"{config.codes}_val"))
     result["same_codes"] = repeated(drawn, training)
     result["real_against_real"]["same_codes"] = repeated(held_out, training)
@@ -242,16 +243,27 @@ def repeated(codes: Tensor, known: Tensor) -> int:
     return sum(row.tobytes() in seen for row in codes.numpy())
 
 
-def select_guidance(config: StudyConfig, loaded: Loaded, reference: Reference, network) -> list[dict[str, Any]]:
-    """Return one row of scores for each guidance scale and schedule."""
+def best_row(rows: list[dict[str, Any]], least_recognised: float) -> dict[str, Any]:
+    """Return the row with the lowest Frechet distance among those recognised at least so often.
+
+    Where no row is, the one that is recognised most often.
+    """
+    enough = [row for row in rows if row["recognised"] >= least_recognised]
+    return min(enough, key=lambda row: row["fd"]) if enough else max(rows, key=lambda row: row["recognised"])
+
+
+def score_settings(config: StudyConfig, loaded: Loaded, reference: Reference, network) -> list[dict[str, Any]]:
+    """Return one row of scores for each guidance scale, schedule and temperature."""
     settings = SamplingSettings(seed=config.selection_seed)
     source = SampleSource(loaded, load_tokenizer(loaded.codes["tokenizer"]), settings, "random", None, (), "fp32")
-    points, rows = grid(config.cfg_scales, [1.0], [parse_schedule(word) for word in config.cfg_schedules]), []
+    schedules, rows = [parse_schedule(word) for word in config.cfg_schedules], []
+    points = grid(config.cfg_scales, config.temperatures, schedules)
     for row in sweep(source, points, config.selection_samples, reference, network, metrics=("fid", "pr")):
-        rows.append({key: row[key] for key in (*GUIDANCE, "fd", "recognised", "precision", "recall")})
+        rows.append({key: row[key] for key in (*CHOSEN, "fd", "recognised", "precision", "recall")})
         schedule = schedule_text(row["cfg_schedule"], row["cfg_parameter"])
-        print(f"guidance {row['cfg_scale']:<4} {schedule}  fd {row['fd']:.2f}  recognised {row['recognised']:.1%}  "
-              f"precision {row['precision']:.3f}  recall {row['recall']:.3f}  ({row['seconds']:.0f} s)", flush=True)
+        print(f"guidance {row['cfg_scale']:<4} {schedule}  temperature {row['temperature']:<4}  fd {row['fd']:.2f}  "
+              f"recognised {row['recognised']:.1%}  precision {row['precision']:.3f}  recall {row['recall']:.3f}  "
+              f"({row['seconds']:.0f} s)", flush=True)
     return rows
 
 

@@ -10,8 +10,9 @@ from mutor_img.metrics.report import aligned, class_table
 ROWS = (  # key, what a reader calls it, format
     ("updates", "updates", "{:,.0f}"),
     ("training_seconds", "training seconds", "{:,.0f}"),
-    ("cfg_scale", "guidance scale (lowest fd)", "{:g}"),
+    ("cfg_scale", "guidance scale, as chosen", "{:g}"),
     ("cfg_schedule", "guidance schedule", "{}"),
+    ("temperature", "temperature", "{:g}"),
     ("num_samples", "images scored (N)", "{:,.0f}"),
     ("fd", "Frechet distance (fd)", "{:.2f}"),
     ("recognised", "recognised as asked", "{:.1%}"),

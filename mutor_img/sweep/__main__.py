@@ -36,21 +36,22 @@ _REPEATED = ("checkpoint", "tokenizer", "grid_size", "resize", "weights", "class
 def _parser() -> Parser:
     parser = Parser(
         prog="python -m mutor_img.sweep",
-        description="Score a checkpoint over guidance scales, schedules and temperatures with few samples a "
-                    "point. A killed sweep goes on with the same command; more values are added to what is there.",
+        description="Score a checkpoint at several guidance scales, schedules and temperatures, with few samples per "
+                    "point. To continue a killed sweep, run the same command again. Further values are added to the "
+                    "finished ones.",
         example="torchrun --nproc-per-node 8 -m mutor_img.sweep --checkpoint runs/imagenet256/mutor2d_b_80 "
                 "--cfg-scales 1.5,1.75,2,2.25 --reference VIRTUAL_imagenet256_labeled.npz --num-samples 5000")
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="PATH", help="run folder, checkpoint folder, or LlamaGen .pt")
-    add("--reference", required=True, metavar="PATH", help="as for evaluate_fid.py")
+    add("--reference", required=True, metavar="PATH", help="what evaluate_fid.py --reference takes")
     add("--cfg-scales", default="1,1.5,2,2.5,3", metavar="LIST", help="guidance scales, comma-separated")
     add("--temperatures", default="1", metavar="LIST", help="temperatures, comma-separated")
     add("--cfg-schedules", metavar="LIST", help="guidance schedules to compare, as in constant,linear,power-cosine:2; "
-                                                "the one of --cfg-schedule unless given")
-    add("--num-samples", type=int, default=2000, help="samples a point")
-    add("--metrics", metavar="LIST", help=f"fid, and more of {','.join((*METRICS, *OPTIONAL))}; all that the reference "
-                                          f"allows of {','.join(METRICS)} if not given")
-    add("--out", metavar="FOLDER", help="for sweep.json and sweep.png; sweep in the run folder unless given")
+                                                "default: that of --cfg-schedule")
+    add("--num-samples", type=int, default=2000, help="samples per point")
+    add("--metrics", metavar="LIST", help=f"fid, and any others of {','.join((*METRICS, *OPTIONAL))}; default: all of "
+                                          f"{','.join(METRICS)} that the reference allows")
+    add("--out", metavar="FOLDER", help="folder for sweep.json and sweep.png (default: sweep in the run folder)")
     add_network_flags(parser)
     add_sampling_flags(parser, without=("--cfg-scale", "--temperature"))
     parser.set_defaults(seed=SEED)

@@ -49,7 +49,7 @@ def advice(rows: Sequence[dict[str, Any]], best: dict[str, Any], key: str) -> li
         if len(values) > 1 and best[setting] in (values[0], values[-1]) and not (
                 setting == "cfg_scale" and best[setting] == 1):
             flag = setting.replace("_", "-")
-            lines.append(f"it lies at the end of the {flag}s: the lowest may lie beyond {best[setting]:g}")
+            lines.append(f"it is at the end of the {flag}s: the lowest may be beyond {best[setting]:g}")
     return lines
 
 

@@ -9,7 +9,9 @@ from typing import Any
 from mutor_img.checkpoints.tensor_files import has_group
 from mutor_img.common.errors import UserError
 
-IDENTITY = ("seed", "model.", "registers.", "train.global_batch", "data.image_size")  # other ones make another run
+# Other ones make another run.
+IDENTITY = ("seed", "model.", "objective.", "registers.", "train.global_batch", "data.image_size")
+EARLIER = {"objective.kind": "mutor"}  # what a checkpoint did that is older than the key
 SILENT = (  # change where, how fast or how long a run trains and what it shows, not what an update computes
     "run_dir", "init_from", "data.codes", "data.val_codes", "model.attention", "model.loss_chunk", "pictures.", "plan.",
     "eval.", "train.steps", "train.micro_batch", "train.compile", "train.parallel", "train.activation_checkpointing",
@@ -19,7 +21,7 @@ SILENT = (  # change where, how fast or how long a run trains and what it shows,
 
 
 def check_changes(recorded: Mapping[str, Any], current: Mapping[str, Any], folder: str | os.PathLike) -> list[str]:
-    """Compare a checkpoint's record with how the run is to go on; returns what changed, a phrase each.
+    """Compare a checkpoint's record with how the run is to go on; returns what changed, one phrase each.
 
     Args:
         recorded: the checkpoint's metadata: ``config`` and, for a generator, ``codes``.
@@ -29,7 +31,7 @@ def check_changes(recorded: Mapping[str, Any], current: Mapping[str, Any], folde
     Raises:
         UserError: it would be another run: other codes, image size, seed, model, registers or global batch.
     """
-    before, now = dict(_leaves(recorded["config"])), dict(_leaves(current["config"]))
+    before, now = {**EARLIER, **dict(_leaves(recorded["config"]))}, dict(_leaves(current["config"]))
     changed = [key for key in now if key in before and before[key] != now[key] and not key.startswith(SILENT)]
     other = [key for key in changed if key.startswith(IDENTITY)]
     if other:

@@ -34,10 +34,10 @@ def parse_training(argv: Sequence[str], schema: type, plan: Callable[[Any], dict
     """
     parser = Parser(description=description, example=example, prog=prog)
     parser.add_argument("--config", required=True, metavar="FILE",
-                        help="YAML config, or the name of one that is shipped, as in mnist/mutor2d")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and a plan, and stop")
+                        help="YAML config, or the name of a shipped one, such as mnist/mutor2d")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and a plan, then stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", default=[],
-                        help="dotted overrides, as in optim.lr=1e-4")
+                        help="values that replace those of the config, such as optim.lr=1e-4")
     arguments = parser.parse_intermixed_args(argv)
     config = load_config(schema, arguments.config, arguments.overrides)
     if hasattr(config, "train"):  # before anything is planned, recorded or compared

@@ -100,7 +100,7 @@ def _run(trainer: Trainer, log: RunLog | None, stop: StopRequest) -> None:
         bar.update()
         if log and (done or step % train.log_every == 0 or step == 1):
             elapsed = max(1e-9, trainer.seconds - mark_seconds)
-            rate = (step - mark_step) * train.global_batch / elapsed  # samples a second
+            rate = (step - mark_step) * train.global_batch / elapsed  # samples per second
             values = {**read_numbers(values), "samples": step * train.global_batch}
             values[f"{task.unit}_per_second"] = rate * task.units_per_sample
             if peak:

@@ -110,7 +110,7 @@ def shard(model: nn.Module, blocks: list[nn.Module], train: TrainConfig, runtime
 
 
 def reduce_gradients(wrapped: nn.Module, now: bool) -> None:
-    """Let the next backward pass reduce gradients over processes, or only collect them: once an update is enough."""
+    """Let the next backward pass reduce gradients over processes, or only collect them: once per update is enough."""
     if isinstance(wrapped, FSDPModule):
         wrapped.set_requires_gradient_sync(now)
         wrapped.set_is_last_backward(now)

@@ -160,7 +160,7 @@ def check_launcher(environment: Mapping[str, str]) -> None:
     script = environment.get("ENVIRONMENT") == "BATCH" and "SLURM_STEP_ID" not in environment
     if tasks.isdecimal() and int(tasks) > 1 and not launched and not script:
         raise UserError(f"Slurm runs {tasks} tasks (SLURM_NTASKS) and no launcher has told this one its rank: each "
-                        "would take itself for the whole run; start one torchrun per node: srun --ntasks-per-node=1 "
+                        "would behave as the whole run; start one torchrun per node: srun --ntasks-per-node=1 "
                         "torchrun --nnodes $SLURM_NNODES --nproc-per-node GPUS ... (docs/distributed.md); for one "
                         "process: srun --ntasks=1")
 

@@ -16,7 +16,7 @@ class Task:
     Attributes:
         model: what is trained, averaged and checkpointed.
         unit: what throughput counts, e.g. ``"tokens"``.
-        units_per_sample: units a sample costs in one update.
+        units_per_sample: units that a sample costs in one update.
         flops_per_sample: training FLOPs of one sample (forward and backward), for MFU.
         operation: what most of them are of, "matmul" or "conv".
         headline: names of the logged values that a log line and the loss curve show, in order.

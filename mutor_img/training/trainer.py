@@ -97,7 +97,7 @@ class Trainer:
     def _resume(self, folder: Path) -> None:
         meta, rank, world = read_meta(folder), self.runtime.rank, self.runtime.world
         for group in ("model", "optimizer"):
-            require_group(meta, group, folder, "it holds weights alone and no run to go on with; give another run_dir, "
+            require_group(meta, group, folder, "it holds only weights, no run to continue; give another run_dir, "
                                                f"and init_from={folder}")
         self.changes = check_changes(meta, self.metadata(), folder)
         if self.ema is not None:

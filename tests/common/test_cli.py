@@ -3,6 +3,7 @@
 import pytest
 
 from mutor_img.common.cli import Parser, run
+from mutor_img.common.files import write_atomic
 
 
 @pytest.fixture
@@ -20,7 +21,21 @@ def test_a_value_that_begins_with_a_tilde_lies_in_the_home_folder(parser, monkey
     assert parser.parse_intermixed_args(["run_dir=~/x", "--out", "a~b", "~/c"]).words == ["run_dir=~/x", "/home/me/c"]
 
 
+def test_help_shows_a_default_of_0_but_not_an_absent_one(parser):
+    parser.add_argument("--seed", type=int, default=0, help="of all draws")
+    parser.add_argument("--quick", action="store_true", help="less")
+    assert "of all draws (default: 0)" in parser.format_help() and parser.format_help().count("default") == 1
+
+
 def test_a_name_that_is_too_long_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run(lambda argv: (tmp_path / ("x" * 300)).write_text(""), [])
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_folder_in_a_file_s_place_is_named_and_nothing_is_left_beside_it(tmp_path, capsys):
+    (tmp_path / "report.md").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        run(lambda argv: write_atomic(tmp_path / "report.md", lambda path: path.write_text("")), [])
+    assert stop.value.code == 2 and f"error: {tmp_path}/report.md: Is a directory" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["report.md"]

@@ -56,7 +56,7 @@ def test_the_run_folder_is_the_configs_path_under_runs():
     ("optim=3", "optim"),
     ("optim=[1]", "give a mapping of keys to values"),
     ("optim=null", "optim is null"),
-    ("optim={lr: 1, lr: 2}", "'lr' stands there twice"),
+    ("optim={lr: 1, lr: 2}", "'lr' is there twice"),
     ("optim.betas.0=0.5", "optim.betas is not set by its parts"),
     ("optim.betas[0]=0.5", "optim.betas is not set by its parts"),
     ("optim.lr.x=1", "optim.lr is not set by its parts"),
@@ -93,7 +93,7 @@ def test_a_wrong_override_is_one_line_that_says_what(tmp_path, override, message
     ("extends: missing.yaml\n", "no such config file"),
     ("extends: a.yaml\n", "extends itself"),
     ("sed: 1\n", "did you mean 'seed'"),
-    ("optim: {lr: 1}\nseed: 1\noptim: {clip: 1}\n", "a.yaml: line 3: the key 'optim' stands there twice"),
+    ("optim: {lr: 1}\nseed: 1\noptim: {clip: 1}\n", "a.yaml: line 3: the key 'optim' is there twice"),
     ("optim.lr: 1\n", "in a file write optim: {lr: …}"),
     ("extends: [a, b]\n", "give the path of one YAML file"),
     ("extends: {a: b}\n", "give the path of one YAML file"),
@@ -219,8 +219,26 @@ def test_only_3b_is_sharded_and_its_plan_is_for_that_many_devices():
         assert c.plan.devices == (32 if c.model.preset == "3B" else 8)
 
 
+RIVALS = {  # objective and offsets, as in docs/objectives.md
+    "mtar_b": ("parallel-heads", [16]), "mtar_b_17": ("parallel-heads", [17]), "mtar_b_2": ("parallel-heads", [2]),
+    "mtar_b_234": ("parallel-heads", [2, 3, 4]), "heads_b_234": ("parallel-heads", [2, 3, 4]),
+    "heads_b_23": ("parallel-heads", [2, 3]), "heads_b_2_17": ("parallel-heads", [2, 17]),
+    "sequential_b": ("sequential-heads", []), "leaps_b": ("mutor", [3, 5, 7]),
+    "leaps2d_b": ("mutor", [2, 4, 32, 34, 64]),
+}
+
+
+@pytest.mark.parametrize("name, expected", RIVALS.items())
+def test_rival_objectives_are_those_of_the_page(name, expected):
+    c = load_config(GeneratorConfig, CONFIGS / "imagenet256" / f"{name}.yaml")
+    assert (c.objective.kind, c.objective.offsets + c.registers.offsets) == expected
+    assert (c.registers.kind == "none") == (c.objective.kind != "mutor")
+    assert c.model.preset == "B"
+
+
 def test_every_imagenet_file_is_in_a_table():
-    assert {p.stem for p in (CONFIGS / "imagenet256").glob("*.yaml")} == {*PAPER, "llamagen_b", "tokenizer"}
+    files = {p.stem for p in (CONFIGS / "imagenet256").glob("*.yaml")}
+    assert files == {*PAPER, *RIVALS, "llamagen_b", "tokenizer"}
 
 
 def test_shared_values_stand_once():

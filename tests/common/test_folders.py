@@ -87,8 +87,8 @@ def test_a_folder_that_cannot_be_read_is_named(tree, monkeypatch):
     (["train/a/0.png", "val/a/0.png"], "d: holds the splits train, val in place of classes; give .*d/train"),
     (["train/a/0.png"], "holds the splits train"),
     (["sets/train/a/0.png", "sets/test/a/0.png"], "d/sets: holds the splits test, train"),
-    (["a/train_0.png", "b/val_0.png"], "holds the splits train, val .told by names"),
-    (["train_0.png", "val_0.png"], "holds the splits train, val .told by names")])
+    (["a/train_0.png", "b/val_0.png"], "holds the splits train, val .by their names"),
+    (["train_0.png", "val_0.png"], "holds the splits train, val .by their names")])
 def test_a_folder_of_something_else_is_refused(names, message, tree):
     with pytest.raises(UserError, match=message):
         list_folder(tree(*names))

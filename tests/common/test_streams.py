@@ -10,7 +10,7 @@ WORD = 2**64
 
 
 def splitmix(*keys):
-    """SplitMix64's finaliser, once a key, as published; an unsigned 64-bit Python integer."""
+    """SplitMix64's finaliser, once per key, as published; an unsigned 64-bit Python integer."""
     x = 0
     for key in keys:
         x = ((x ^ (key % WORD)) + 0x9E3779B97F4A7C15) % WORD

@@ -1,4 +1,4 @@
-"""The data order has no state and visits every image once an epoch; code stores are checked, and mixed evenly."""
+"""The data order has no state and visits every image once per epoch; code stores are checked, and mixed evenly."""
 
 import json
 
@@ -41,7 +41,7 @@ def test_a_sample_is_one_view_of_its_image_in_one_of_the_stores(make_codes, tmp_
     data = TrainingCodes(both, seed=2)
     images, _ = data.order.items(np.arange(1200))
     codes, labels = data.batch(np.arange(1200))
-    assert all(sorted(images[e * 12: (e + 1) * 12]) == list(range(12)) for e in range(100))  # once an epoch
+    assert all(sorted(images[e * 12: (e + 1) * 12]) == list(range(12)) for e in range(100))  # once per epoch
     assert labels.tolist() == [i % 3 for i in images]
     taken = np.zeros((2, 2), int)  # by store and view
     for row, image in zip(codes.numpy(), images):

@@ -291,8 +291,8 @@ def test_the_step_for_gpus_is_one_graph_for_all_positions_over_static_weights_an
         torch.testing.assert_close(ours, model(LABELS, codes[:, :-1]), rtol=0, atol=1e-5)
         cached_logits(decoder, LABELS, codes)
     assert len(graphs.static) == 1  # fullgraph: one graph, and no other for any position or batch
-    # Everything but the codes and the position: 7 weights a layer and 3 (not the labels' embedding), the rotary
-    # table, the places, and two caches a layer.
+    # Everything but the codes and the position: 7 weights per layer and 3 (not the labels' embedding), the rotary
+    # table, the places, and two caches per layer.
     assert sorted(graphs.static[0]) == [False] * 2 + [True] * (2 * 7 + 3 + 1 + 1 + 2 * 2)
 
 

@@ -5,7 +5,7 @@
 
 It shows that the templates compute what they should on our masks, over draws with one BlockMask: not that a GPU's
 compiler translates them rightly. FlexAttention has no backward on CPUs, so that torch is patched, in this process only,
-to lower it as for a GPU (an H100's tile sizes). Prints a line of JSON a draw; exit status 77: not this torch.
+to lower it as for a GPU (an H100's tile sizes). Prints one line of JSON per draw; exit status 77: not this torch.
 """
 
 import json

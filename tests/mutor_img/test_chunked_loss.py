@@ -1,13 +1,16 @@
 """The chunked loss is the whole one, and holds no more logits than it says."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mutor_img.chunked_loss import chunked_cross_entropy_sum
-from mutor_img.registers import IGNORE, cross_entropy_sum
+from mutor_img.objectives.mutor import Mutor
+from mutor_img.objectives.objective import Batch, Objective
+from mutor_img.registers import IGNORE, RegisterLaw, cross_entropy_sum
 from mutor_img.transformer import ModelConfig, Transformer
 
 BATCH, LENGTH, DIM, VOCABULARY = 3, 7, 16, 37
@@ -111,7 +114,7 @@ def test_no_more_than_a_chunk_of_logits_exists_and_the_host_never_waits():
 
 
 @pytest.mark.parametrize("registers", [0, 5])
-def test_the_models_own_losses_are_those_of_its_logits(registers):
+def test_the_losses_of_objectives_are_those_of_the_models_logits(registers):
     torch.manual_seed(0)
     config = ModelConfig(1, 2, 16, grid=(3, 4), vocabulary=VOCABULARY, classes=3, dropout=0.0, register_offsets=())
     model = Transformer(config)
@@ -127,11 +130,13 @@ def test_the_models_own_losses_are_those_of_its_logits(registers):
         expected.append(-sum(logits[1][b, r].log_softmax(-1)[int(codes[b, t + d - 1])]
                              for b in range(2) for r, (t, d) in enumerate(zip(*(x[b].tolist() for x in places)))
                              if t + d <= 12))
+    objective = Mutor(config, RegisterLaw("2d", (3, 4), 3), 0.5) if registers else Objective(config)
     for chunk in (0, 5):
-        sums = model(torch.tensor([0, 3]), codes[:, :-1], *places, targets=codes, loss_chunk=chunk)
-        for mine, theirs in zip(sums if registers else (sums,), expected, strict=True):
+        batch = Batch(torch.tensor([0, 3]), codes[:, :-1], codes, *places)
+        sums = list(model(within=partial(objective, batch=batch, rows=chunk)).values())
+        for mine, theirs in zip(sums, expected, strict=True):
             assert mine.item() == pytest.approx(theirs.item(), rel=1e-5)
-        gradients = torch.autograd.grad(sum(sums) if registers else sums, list(model.parameters()), allow_unused=True)
+        gradients = torch.autograd.grad(sum(sums), list(model.parameters()), allow_unused=True)
         whole = torch.autograd.grad(sum(expected), list(model.parameters()), allow_unused=True, retain_graph=True)
         for mine, theirs in zip(gradients, whole, strict=True):
             assert (mine is None) == (theirs is None)

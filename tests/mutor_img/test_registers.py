@@ -27,7 +27,7 @@ def is_uniform(counts):
 
 
 def places_are_uniform(anchors, eligible):
-    """Chi-square of places drawn without replacement, R of n a row: the usual statistic times (n - 1) / (n - R)."""
+    """Chi-square of places drawn without replacement, R of n per row: the usual statistic times (n - 1) / (n - R)."""
     rows, registers = anchors.shape
     counts = Counter(anchors.flatten().tolist())
     assert set(counts) <= set(eligible)

@@ -12,8 +12,9 @@ from torch import nn
 
 from mutor_img import mutor_loss
 from mutor_img.attention import SdpaAttention
+from mutor_img.blocks import PRESETS, Block, ModelConfig, RMSNorm, RotaryTable, rotate
 from mutor_img.common.errors import UserError
-from mutor_img.transformer import PRESETS, Block, ModelConfig, RMSNorm, RotaryTable, Transformer, rotate
+from mutor_img.transformer import Transformer
 
 # ---- initialisation
 

@@ -63,6 +63,10 @@ def losses(trainer):
     return rows_with(trainer, "loss")
 
 
+def logged(trainer):
+    return set(read_metrics(trainer.run_dir)[0])
+
+
 def pictures(trainer):
     return PICTURES.copy()
 
@@ -84,6 +88,8 @@ class FakeScores:
 
 
 PICTURES: list = []
+HEADS = ("registers.kind=none", "objective.kind=parallel-heads")
+CHAIN = ("registers.kind=none", "objective.kind=sequential-heads")
 SCORED = "eval.reference=some.npz"
 
 # field -> (overrides both runs share, changed value, what must differ)
@@ -101,7 +107,17 @@ FIELDS = {
     "model.loss_chunk": ((), "7", loss_graph),
     "model.drop_path": ((), "0.5", losses),
     "model.class_dropout": ((), "0.9", losses),
+    "objective.kind": (("registers.kind=none",), "parallel-heads", logged),
+    "objective.weight": (HEADS, "0.5", losses),
+    "objective.offsets": (HEADS, "[3]", logged),
+    "objective.tap_from_end": (HEADS, "0", losses),
+    "objective.blocks": (HEADS, "2", shapes),
+    "objective.own_output": (HEADS, "true", shapes),
+    "objective.depths": (CHAIN, "2", shapes),
+    "objective.late_weight": ((*CHAIN, "objective.late_from=1"), "0.2", losses),
+    "objective.late_from": (CHAIN, "1", losses),
     "registers.kind": ((), "1d", drawn),
+    "registers.offsets": (("registers.kind=set", "registers.offsets=[3]"), "[3,5]", drawn),
     "registers.count": ((), "5", drawn),
     "registers.d_max": ((), "2", drawn),
     "registers.loss_weight": ((), "0.1", losses),

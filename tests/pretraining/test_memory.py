@@ -5,8 +5,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
+from mutor_img.objectives.mutor import Mutor
+from mutor_img.objectives.objective import Batch
 from mutor_img.pretraining.memory import Step, block_bytes, step_memory
-from mutor_img.registers import register_ids
+from mutor_img.registers import RegisterLaw, register_ids
 from mutor_img.training.saved_bytes import SavedBytes, autocast_as_trained, fake_gpu
 from mutor_img.transformer import Block, ModelConfig, Transformer
 
@@ -120,7 +122,7 @@ def peak_of_an_update(config, step):
     """The most bytes that an update of two forward and backward passes holds, by category, by torch's own tracker."""
     with FakeTensorMode():
         model = Transformer(config)
-        model.flex = FlexStandIn()
+        model.flex, model.objective = FlexStandIn(), Mutor(config, RegisterLaw("2d", config.grid), 0.5)
         if step.checkpointing:
             for block in model.layers:
                 block.forward = checkpointed(block.forward)
@@ -130,13 +132,14 @@ def peak_of_an_update(config, step):
         labels = torch.zeros(step.sequences, dtype=torch.int64)
         codes = torch.zeros(step.sequences, config.length, dtype=torch.int64)
         anchors = torch.zeros(step.sequences, step.registers, dtype=torch.int64)
+        batch = Batch(labels, codes[:, :-1], codes, anchors, anchors + 1)
         for _ in range(2):  # the moments are there from the second update on
             with tracker:
                 for _ in range(2):  # gradients of the first pass are there in the second
                     tracker.reset_mod_stats()
                     with autocast_as_trained("cpu", step.precision):
-                        sums = model(labels, codes[:, :-1], anchors, anchors + 1, codes, step.loss_chunk)
-                    (sums[0] + sums[1]).backward()
+                        sums = model(within=lambda whole: whole.objective(whole, batch, step.loss_chunk))
+                    sum(sums.values()).backward()
                 optimizer.step()
                 optimizer.zero_grad()
     snapshot = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]

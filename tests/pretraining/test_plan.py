@@ -41,31 +41,31 @@ def test_parameters_tokens_and_flops_are_those_counted_by_torch():
             model(places[:, 0], places[:, 1:], places, places)
     counts = counter.get_flop_counts()["Global"]
     products = sum(n for op, n in counts.items() if op in (torch.ops.aten.mm, torch.ops.aten.addmm))
-    update = section(sections, "an update")
+    update = section(sections, "per update")
     pairs = 64 * 65 / 2 + sum(t + 2 for t in range(64))  # of regular inputs; of registers, themselves included
     assert section(sections, "model")["parameters"] == sum(p.numel() for p in model.parameters())
-    assert update["FLOPs an update, forward and backward"] == pytest.approx(3 * 16 * (products + 4 * 12 * 768 * pairs))
+    assert update["FLOPs per update, forward and backward"] == pytest.approx(3 * 16 * (products + 4 * 12 * 768 * pairs))
     assert update["registers"] == update["code tokens"] == 16 * 64
     assert update["FLOPs in attention, %"] == pytest.approx(
         100 * 4 * 12 * 768 * pairs / (products + 4 * 12 * 768 * pairs))
 
 
 def test_attention_takes_half_at_the_length_that_the_plan_names():
-    length = section(plan("ntp_b"), "an update")["codes an image at which attention takes half"]
+    length = section(plan("ntp_b"), "per update")["codes per image at which attention takes half"]
     side = round(length**0.5)
-    share = section(plan("ntp_b", f"model.grid=[{side},{side}]"), "an update")["FLOPs in attention, %"]
+    share = section(plan("ntp_b", f"model.grid=[{side},{side}]"), "per update")["FLOPs in attention, %"]
     assert share == pytest.approx(50, abs=0.5)
 
 
 def test_time_follows_from_flops_and_the_stated_mfu():
     sections = plan("ntp_b", "plan.devices=4", "plan.peak_tflops=100", "plan.mfu=0.5")
-    time, flops = section(sections, "time"), section(sections, "an update")["FLOPs an update, forward and backward"]
-    assert time["seconds an update"] == pytest.approx(flops / (4 * 100e12 * 0.5))
-    assert time["GPU-hours"] == pytest.approx(4 * 360_000 * time["seconds an update"] / 3600)
+    time, flops = section(sections, "time"), section(sections, "per update")["FLOPs per update, forward and backward"]
+    assert time["seconds per update"] == pytest.approx(flops / (4 * 100e12 * 0.5))
+    assert time["GPU-hours"] == pytest.approx(4 * 360_000 * time["seconds per update"] / 3600)
 
 
 def test_in_fp32_the_assumed_peak_is_that_of_fp32():
-    low, full = (section(plan("ntp_b", f"train.precision={name}"), "time")["seconds an update"]
+    low, full = (section(plan("ntp_b", f"train.precision={name}"), "time")["seconds per update"]
                  for name in ("bf16", "fp32"))
     assert full == pytest.approx(989 / 67 * low)
 
@@ -81,13 +81,13 @@ def test_a_run_that_does_not_fit_is_told_the_micro_batch_that_does():
     fits = section(plan("mutor2d_xl_80", "train.micro_batch=0"), "what fits")
     assert fits["this run"] == "no: train.micro_batch=64"
     advised = section(plan("mutor2d_xl_80", "train.micro_batch=64"), "what fits")
-    assert advised["this run"] == "yes" and 64 <= advised["sequences a forward pass, at most"] < 128
+    assert advised["this run"] == "yes" and 64 <= advised["sequences per forward pass, at most"] < 128
     tiny = section(plan("mutor2d_xl_80", "plan.device_gib=5"), "what fits")
     assert tiny["this run"].startswith("no, not even one sequence")
 
 
 def test_on_more_devices_a_micro_batch_is_no_larger_than_a_devices_share():
-    assert section(plan("ntp_xl", "plan.devices=32"), "an update")["sequences a forward pass"] == 32
+    assert section(plan("ntp_xl", "plan.devices=32"), "per update")["sequences per forward pass"] == 32
 
 
 def test_sharding_divides_what_is_kept_and_sends_more_with_every_forward_pass():
@@ -116,6 +116,6 @@ def test_a_plan_that_cannot_be_is_one_clear_line(override, message):
 def test_a_dry_run_prints_sections_with_units(capsys):
     main(["--config", str(FOLDER / "mutor2d_b.yaml"), "--dry-run", "data.codes=nowhere"])
     printed = capsys.readouterr().out
-    for words in ("110,889,216", "memory a device, GiB", "logits and loss", "GPU-hours", "a checkpoint, GiB"):
+    for words in ("110,889,216", "memory per device, GiB", "logits and loss", "GPU-hours", "a checkpoint, GiB"):
         assert words in printed
     assert PlanConfig().devices == 1

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import socket
 import sys
 from datetime import timedelta
 from functools import partial
@@ -16,7 +18,7 @@ from mutor_img.checkpoints.folder import find_checkpoint, read_meta
 from mutor_img.pretraining import preflight as module
 from mutor_img.pretraining import task as generator
 from mutor_img.pretraining.examination import Findings, Subject, examine
-from mutor_img.pretraining.parity import compare_attention, dense_mask, exact_attention
+from mutor_img.pretraining.parity import Difference, compare_attention, dense_mask, exact_attention
 from mutor_img.pretraining.preflight import examine_apart, preflight
 from mutor_img.pretraining.task import GeneratorTask
 from mutor_img.registers import RegisterLaw
@@ -272,6 +274,34 @@ def test_flex_attention_refuses_to_run_uncompiled():
     flex = FlexAttention(64, torch.zeros(1, 20, dtype=torch.int64), fixed_anchors=False)
     with pytest.raises(RuntimeError, match="must run compiled"):
         flex(*torch.zeros(3, 1, 1, 84, 16))
+
+
+def one_of_two(rank, port, root):
+    """A process of a launch whose second one's examining process crashes."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))
+    right = Findings([("update 0", Difference("output", 0.1, 1.0))]).to_json()
+    answer = f"assert 'RANK' not in os.environ; {says(json.dumps(right).encode() + bytes([10]))}"
+    runtime = Runtime.start(2)
+    result = preflight(SPARSE, ModelConfig(1, 4, 64, SPARSE.grid), "fp32", 0, runtime, examined=partial(
+        examine_apart, command=child("os._exit(139)" if rank else answer)))
+    (root / f"{rank}.json").write_text(json.dumps(result.to_json()))
+    runtime.leave()
+
+
+def test_a_crash_beside_one_process_is_the_verdict_of_all(processes, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [processes.Process(target=one_of_two, args=(rank, port, tmp_path)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(300)
+        rank.kill()
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert [one["attention"] for one in found] == ["sdpa", "sdpa"] and [one["failed_ranks"] for one in found] == [1, 1]
+    assert found[0]["failures"] == [] and "status 139" in found[1]["failures"][0]
 
 
 # ---- in a run

@@ -1,7 +1,7 @@
 """MuToR by brute force, in float64: an interleaved sequence, a mask built cell by cell, complex rotary factors.
 
 Written from the formulas and sharing nothing with the package: registers stand right after their anchor in the
-sequence (`[c, r, x_1, r, ...]`, none or several an anchor), and every rule is a Python loop over tokens.
+sequence (`[c, r, x_1, r, ...]`, none or several per anchor), and every rule is a Python loop over tokens.
 """
 
 import cmath

@@ -103,6 +103,10 @@ def test_offsets_that_a_run_was_not_trained_on_are_named_and_change_nothing(run_
     assert load_run(run).trained_offsets == (1, 4, 5)
     assert sample(run, tmp_path / "b.npz", *drafted)[0] == plain
     assert "not trained with registers of offset 2, 3, 6, which" in capsys.readouterr().err
+    trained(run, {"kind": "set", "d_max": 4, "offsets": [3, 2]})
+    assert load_run(run).trained_offsets == (2, 3)
+    assert sample(run, tmp_path / "s.npz", *drafted)[0] == plain
+    assert "not trained with registers of offset 4, 5, 6, which" in capsys.readouterr().err
     sample(run, tmp_path / "c.npz", "--draft", "6")
     assert "not trained" not in capsys.readouterr().err
 

@@ -410,7 +410,7 @@ def test_a_strip_shows_the_first_image_as_its_codes_arrive(run_of, tmp_path):
     left = picture.shape[1] - (8 * 98 + 2)
     frames = [picture[2:98, left + 2 + 98 * frame:left + 98 + 98 * frame] for frame in range(8)]
     assert np.array_equal(frames[7], final) and not np.array_equal(frames[6], final)
-    for count, frame in zip(range(2, 18, 2), frames):  # 4 x 4 codes, two a frame, each a cell of 24 pixels
+    for count, frame in zip(range(2, 18, 2), frames):  # 4 x 4 codes, two per frame, each a cell of 24 pixels
         grey = [(frame[y:y + 24, x:x + 24] == GREY).all() for y in range(0, 96, 24) for x in range(0, 96, 24)]
         assert grey == [False] * count + [True] * (16 - count)
 
@@ -474,7 +474,7 @@ def test_a_released_file_needs_its_tokenizer_named(random_model, tmp_path):
 @pytest.fixture
 def released(random_model, tmp_path):
     """A function (table) -> a file of weights in LlamaGen's layout, with or without a rotary table, and a tokenizer."""
-    write_tokenizer(tmp_path / "vq", image_channels=3)  # 2 x 2 pixels a code
+    write_tokenizer(tmp_path / "vq", image_channels=3)  # 2 x 2 pixels per code
 
     def save(rows=None):
         weights = random_model((6, 6), heads=1, register_offsets=None).state_dict()
@@ -525,7 +525,7 @@ def test_images_are_shrunk_before_they_are_rounded(run_of, random_model, tmp_pat
     (["--out", "s.npz", "--grid-size", "8x8"], "grid (8, 8) was asked for, but the run has (4, 4)"),
     (["--out", "s.npz", "--grid-size", "0"], "--grid-size is '0'"),
     (["--out", "s.npz", "--resize", "0"], "--resize is 0"),
-    (["--out", "s.npz", "--resize", "9"], "--resize 9: the images are 8 pixels a side"),
+    (["--out", "s.npz", "--resize", "9"], "--resize 9: the images are 8 pixels per side"),
     (["--grid", "g.png", "--resize", "4"], "--resize does nothing without --out"),
     (["--out", "s.zip"], "s.zip: must end in .npz, or in / for a folder"),
     (["--out", "./"], "./: has no name of its own"), (["--grid", "g.jpg"], "must end in .png"),

@@ -166,12 +166,28 @@ def scored(config: StudyConfig, monkeypatch) -> None:
 
 
 def chosen(config: StudyConfig, monkeypatch) -> str:
-    """Return the samples that guidance scales are judged by."""
+    """Return the samples that guidance and temperature are judged by."""
     monkeypatch.setattr(pipeline, "load_tokenizer", lambda path: None)
     swept = []
     monkeypatch.setattr(pipeline, "sweep", lambda *arguments, **named: swept.append(arguments[:3]) or [])
-    pipeline.select_guidance(config, SimpleNamespace(codes={"tokenizer": ""}), None, None)
+    pipeline.score_settings(config, SimpleNamespace(codes={"tokenizer": ""}), None, None)
     return repr(swept)
+
+
+CHOICES = [{"fd": 3.0, "recognised": 0.6}, {"fd": 4.0, "recognised": 0.7}, {"fd": 5.0, "recognised": 0.99}]
+
+
+@pytest.mark.parametrize("least, fd", [(0.0, 3.0), (0.6, 3.0), (0.65, 4.0), (0.99, 5.0), (1.0, 5.0)])
+def test_the_lowest_fd_is_taken_among_choices_that_are_recognised_often_enough(least, fd):
+    assert pipeline.best_row(CHOICES, least)["fd"] == fd
+
+
+@pytest.mark.parametrize("words, message", [(["temperatures=[]"], "temperatures is empty"),
+                                            (["temperatures=[0.0]"], "temperatures is 0.0"),
+                                            (["least_recognised=1.5"], "least_recognised is 1.5")])
+def test_choices_that_cannot_be_are_refused(words, message):
+    with pytest.raises(UserError, match=message):
+        load_config(StudyConfig, ROOT / "configs" / "mnist" / "study.yaml", words)
 
 
 @pytest.mark.parametrize("change, observe", [
@@ -179,6 +195,8 @@ def chosen(config: StudyConfig, monkeypatch) -> str:
     ("tokenizer=other/tokenizer.yaml", prepared), ("generator=configs/mnist/mutor1d.yaml", scored), ("seed=7", scored),
     ("samples=150", scored), ("selection_samples=150", chosen), ("selection_seed=3", chosen),
     ("cfg_scales=[1.0,3.0]", chosen), ("cfg_schedules=[constant,power-cosine:2]", chosen),
+    ("temperatures=[0.5]", chosen), ("least_recognised=0.65", lambda config, _: repr(
+        pipeline.best_row(CHOICES, config.least_recognised))),
     ("compare=true", lambda config, _: repr(pipeline.generators(config))),
     ("baseline=configs/mnist/mutor1d.yaml", lambda config, _: repr(pipeline.generators(config))),
 ])

@@ -46,7 +46,7 @@ def tokenizer_run(tmp_path, tiny_vq):
 
 @pytest.fixture
 def image_folder(tmp_path):
-    """A factory of image folders: smooth random pixels, grey, one sub-folder a class."""
+    """A factory of image folders: smooth random pixels, grey, one sub-folder per class."""
 
     def build(name="images", classes=("a", "b", "c"), each=4, size=8):
         generator = np.random.default_rng(0)

@@ -140,7 +140,7 @@ def test_a_list_of_classes_numbers_a_part_as_the_whole(tree, tmp_path):
     assert read_class_list(tmp_path / "list.txt") == whole
     assert read_class_list(tree) == WNIDS == open_images(tree).classes
     (tmp_path / "twice.txt").write_text("dog\ncat\ndog\n")
-    for classes, message in ((tmp_path / "no", "no such file"), (tmp_path / "twice.txt", "'dog' stands there twice")):
+    for classes, message in ((tmp_path / "no", "no such file"), (tmp_path / "twice.txt", "'dog' is there twice")):
         with pytest.raises(UserError, match=message):
             read_class_list(classes)
     (tmp_path / "two.txt").write_text("n01440764\nn01443537\n")

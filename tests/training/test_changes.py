@@ -58,7 +58,7 @@ def test_an_average_that_a_run_has_not_kept_cannot_go_on(run_training):
 def test_weights_alone_are_no_run_to_go_on_with(run_training, tmp_path):
     trainer = run_training()
     convert(["--source", str(trainer.run_dir), "--out", str(tmp_path / "weights")])
-    with pytest.raises(UserError, match="weights alone and no run to go on with; give another run_dir, and init_from"):
+    with pytest.raises(UserError, match="only weights, no run to continue; give another run_dir, and init_from"):
         run_training(f"run_dir={tmp_path / 'weights'}")
 
 

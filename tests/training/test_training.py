@@ -306,7 +306,7 @@ def test_a_users_mistake_is_one_line_and_status_2(run_file):
 
 def test_a_dry_run_prints_the_config_and_a_plan_and_writes_nothing(run_file, tmp_path):
     done = python("train.py", "--config", run_file, "--dry-run", "data.codes=nowhere")
-    assert done.returncode == 0 and "global_batch: 4" in done.stdout and "FLOPs an update" in done.stdout
+    assert done.returncode == 0 and "global_batch: 4" in done.stdout and "FLOPs per update" in done.stdout
     assert not (tmp_path / "runs").exists()
 
 

@@ -28,7 +28,7 @@ class CropRule:
     Attributes:
         name: the rule with its numbers, as the code store keeps it.
         squares: a name for each square that the rule cuts; one empty name where there is only one.
-        cut: (image, pixels a side, image number) -> as many PIL images of that size as there are names. The number
+        cut: (image, pixels per side, image number) -> as many PIL images of that size as there are names. The number
             is what random rules draw by.
         mirrored: mirror images are among the squares already.
     """
@@ -101,7 +101,7 @@ def ten_crop_rule(scale: float = 1.1) -> CropRule:
     """Return LlamaGen's ten-crop (its code extraction; scales 1.1 and 1.05): ten views, mirror images among them.
 
     Args:
-        scale: pixels a side of the centre crop that the ten are cut from, in image sizes; 1 to 4.
+        scale: pixels per side of the centre crop that the ten are cut from, in image sizes; 1 to 4.
     """
     check_range("--crop-scale", scale, 1.0, 4.0)
     places = ("top_left", "top_right", "bottom_left", "bottom_right", "center")

@@ -130,7 +130,7 @@ def _refuse_other_folders(files: list[str], labels: list[str], root: Path, path:
         folder = file.split("/")[0]
         if folder != file and folder != label and folder in classes:
             raise UserError(f"--labels {path}: gives class {label!r} to {root / file}, which lies in the folder of "
-                            f"class {folder!r}; leave --labels out, or mend it")
+                            f"class {folder!r}; leave --labels out, or correct it")
 
 
 def _without_boxes(label: str, path: Path, number: int) -> str:

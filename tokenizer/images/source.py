@@ -23,7 +23,7 @@ IMAGENET = "imagenet-1k"  # as a class list: the 1000 WordNet ids in sorted orde
 
 @dataclass(frozen=True)
 class ImageSource(ABC):
-    """A list of labelled images in an order that depends on names alone; one sub-class a layout."""
+    """A list of labelled images in an order that depends on names alone; one sub-class per layout."""
 
     root: Path
     classes: list[str]  # in label order
@@ -117,7 +117,7 @@ def read_class_list(given: str | Path) -> list[str]:
             one class per line, where anything after a WordNet id is ignored (``n01440764 tench, Tinca tinca``).
 
     Raises:
-        UserError: nothing is there, or a class stands there twice.
+        UserError: nothing is there, or a class is there twice.
     """
     if str(given) == IMAGENET:
         return list(imagenet_words())
@@ -139,7 +139,7 @@ def read_class_list(given: str | Path) -> list[str]:
         raise UserError(f"--classes {given}: no classes in it")
     twice = [name for name, count in Counter(classes).items() if count > 1]
     if twice:
-        raise UserError(f"--classes {given}: class {twice[0]!r} stands there twice")
+        raise UserError(f"--classes {given}: class {twice[0]!r} is there twice")
     return classes
 
 

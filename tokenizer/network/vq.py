@@ -18,7 +18,7 @@ from mutor_img.common.full_precision import full_precision
 from tokenizer.network.layers import Decoder, Encoder
 from tokenizer.network.quantizer import Quantised, Quantizer
 
-# The most pixels of one pass on a GPU. VQ-16 takes 10 GiB at its worst moment for 64 images of 256 pixels a side, to
+# The most pixels of one pass on a GPU. VQ-16 takes 10 GiB at its worst moment for 64 images of 256 pixels per side, to
 # encode as to decode (counted on fake tensors), and in proportion for more: 100 GiB for the ten crops of 64 images.
 MOST_PIXELS = 64 * 256**2
 
@@ -38,9 +38,9 @@ class VQModel(nn.Module):
         channels: width at full resolution.
         multipliers: width of each level in multiples of ``channels``, full resolution first; each level but the
             last halves the image.
-        blocks: residual blocks a level in the encoder; the decoder has one more.
+        blocks: residual blocks per level in the encoder; the decoder has one more.
         latent_channels: width between the convolutions and the 1x1 convolution to ``code_dim``.
-        code_dim: numbers a code.
+        code_dim: numbers per code.
         vocabulary: number of codes, up to 65536.
         groups: groups of every GroupNorm.
         attention: self-attention at the lowest resolution.
@@ -48,9 +48,9 @@ class VQModel(nn.Module):
 
     Attributes:
         image_channels, vocabulary: as above.
-        downsample: pixels a side of the square that one code stands for.
+        downsample: pixels per side of the square that one code stands for.
         options: the arguments, to build the same model again.
-        image_size: pixels a side trained at, or None where nothing says so.
+        image_size: pixels per side trained at, or None where nothing says so.
         path, hash: where the weights were read from, and the sha256 of that file; empty until loaded.
 
     Raises:
@@ -173,7 +173,7 @@ class VQModel(nn.Module):
         side = math.isqrt(codes.shape[1])
         grid = (side, side) if grid is None else tuple(grid)
         if grid[0] * grid[1] != codes.shape[1] or not codes.shape[1]:
-            raise UserError(f"{codes.shape[1]} codes an image do not fill a grid of {grid[0]} x {grid[1]}; give "
+            raise UserError(f"{codes.shape[1]} codes per image do not fill a grid of {grid[0]} x {grid[1]}; give "
                             "the grid they were made on")
         codes = codes.to(self.quant_conv.weight.device, torch.int64)
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.vocabulary:
@@ -229,7 +229,7 @@ def _check_options(options: dict[str, Any]) -> None:
         if options[name] < 1:
             raise UserError(f"{name} is {options[name]}; give 1 or more")
     if not options["multipliers"] or min(options["multipliers"]) < 1:
-        raise UserError(f"multipliers are {options['multipliers']}; give one whole number of 1 or more a level")
+        raise UserError(f"multipliers are {options['multipliers']}; give one whole number of 1 or more per level")
     if options["local"] and options["attention"]:
         raise UserError("local is on and attention too, which looks at the whole image; switch one of them off")
     for width in {options["channels"] * m for m in (1, *options["multipliers"])}:

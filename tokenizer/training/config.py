@@ -19,11 +19,11 @@ from tokenizer.training.perceptual import SMALLEST
 class ImagesConfig:
     """The images."""
 
-    images: str = "imagenet/train"  # folder with one sub-folder of images for each class
-    val_images: str | None = None  # held-out images, likewise; null: no validation
-    val_count: int = 1000  # held-out images used, spread evenly over the folder
-    image_size: int = 256  # pixels a side
-    mirror: bool = True  # flip every second sample, by draw
+    images: str = "imagenet/train"  # folder with one sub-folder of images per class
+    val_images: str | None = None  # the same for held-out images; null: no validation
+    val_count: int = 1000  # number of held-out images to use, spread evenly over the folder
+    image_size: int = 256  # pixels per side
+    mirror: bool = True  # flip each sample with probability 1/2
     crop_min: float = 0.8  # smallest share of the shorter side that a random crop keeps; 1: centre crop
     workers: int = 8  # reading threads per process
 
@@ -38,10 +38,10 @@ class VQConfig:
     """The network: a preset, and what differs from it."""
 
     preset: str = "vq16"  # vq16, vq8, mnist
-    image_channels: int | None = None  # 1 or 3; null: the preset's, as below
-    channels: int | None = None  # width at full resolution
-    vocabulary: int | None = None  # number of codes
-    code_dim: int | None = None  # numbers per code
+    image_channels: int | None = None  # 1 or 3; null: the preset's
+    channels: int | None = None  # channels at full resolution; null: the preset's
+    vocabulary: int | None = None  # number of codes; null: the preset's
+    code_dim: int | None = None  # numbers per code; null: the preset's
 
     def options(self) -> dict[str, Any]:
         """Return the constructor arguments of :class:`~tokenizer.network.vq.VQModel`."""
@@ -55,13 +55,13 @@ class LossConfig:
 
     terms: dict[str, float] = field(default_factory=lambda: {"l2": 1.0})  # reconstruction terms by name: l2, lpips
     lpips_weights: str | None = None  # folder of vgg16-397923af.pth and vgg.pth; null: torch's cache, package lpips
-    codebook: float = 1.0  # codes towards latents
-    commitment: float = 0.25  # latents towards codes
-    entropy: float = 0.0  # sure choices, all codes in equal use; 0: off
-    adversarial_weight: float = 0.0  # a discriminator's judgement; 0: none
-    adversarial_start: int = 20_000  # first update that the discriminator judges and learns in
-    discriminator_channels: int = 64  # of its first layer
-    discriminator_layers: int = 3  # strided convolutions
+    codebook: float = 1.0  # weight of the term that pulls codes towards latents
+    commitment: float = 0.25  # weight of the term that pulls latents towards codes
+    entropy: float = 0.0  # weight of the term for sure choices and equal use of all codes; 0: off
+    adversarial_weight: float = 0.0  # weight of a discriminator's judgement; 0: no discriminator
+    adversarial_start: int = 20_000  # first update in which the discriminator judges and learns
+    discriminator_channels: int = 64  # channels of its first layer
+    discriminator_layers: int = 3  # number of its strided convolutions
 
     def validate(self) -> None:
         for name in ("codebook", "commitment", "entropy", "adversarial_weight"):
@@ -78,8 +78,8 @@ class LossConfig:
 class RevivalConfig:
     """Codes that nothing chooses get no gradient: they are moved onto latents of the current batch."""
 
-    after: int = 100  # updates that a code may go unused; 0: never revive
-    until: float = 0.8  # share of the run after which no code is moved any more
+    after: int = 100  # updates that a code may stay unused; 0: never revive
+    until: float = 0.8  # share of the run after which codes are no longer moved
 
     def validate(self) -> None:
         check_range("revival.after", self.after, 0, 10**9)
@@ -90,8 +90,8 @@ class RevivalConfig:
 class TokenizerConfig:
     """A tokenizer's training run."""
 
-    run_dir: str = ""  # empty: the config's path with configs/ read as runs/
-    seed: int = 0  # of weights, data order, crops and mirrors
+    run_dir: str = ""  # folder of the run; empty: the config's path, with runs/ instead of configs/
+    seed: int = 0  # seed of the weights, data order, crops and mirrors
     data: ImagesConfig = field(default_factory=ImagesConfig)
     model: VQConfig = field(default_factory=VQConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -112,5 +112,5 @@ class TokenizerConfig:
             raise UserError(f"loss.discriminator_layers is {loss.discriminator_layers}, too many for images of {size} "
                             "pixels; take fewer")
         if loss.terms.get("lpips") and size < SMALLEST:
-            raise UserError(f"data.image_size is {size}, but LPIPS needs {SMALLEST} pixels a side; set "
+            raise UserError(f"data.image_size is {size}, but LPIPS needs {SMALLEST} pixels per side; set "
                             "loss.terms.lpips=0")

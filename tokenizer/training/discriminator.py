@@ -59,7 +59,7 @@ class PatchDiscriminator(nn.Module):
 
 
 def patches(image_size: int, layers: int) -> int:
-    """Return the logits a side for images of ``image_size`` pixels; below 1 the image is too small."""
+    """Return the logits per side for images of ``image_size`` pixels; below 1 the image is too small."""
     return image_size // 2**layers - 2
 
 

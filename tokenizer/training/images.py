@@ -27,9 +27,9 @@ class TrainingImages:
     Args:
         folder: the images.
         channels: 1 or 3.
-        image_size: pixels a side.
+        image_size: pixels per side.
         seed: the run's seed.
-        mirror: flip every second sample, by draw.
+        mirror: flip each sample with probability 1/2.
         crop_min: smallest share of the shorter side that a random crop keeps; 1: the centre crop, always.
         workers: reading threads, where the images do not fit in memory or are cropped at random.
     """

@@ -1,6 +1,6 @@
 """What makes a reconstruction good: a list of weighted terms, by name.
 
-A term that needs weights of its own reads them when it is made, once a run.
+A term that needs weights of its own reads them when it is made, once per run.
 """
 
 from __future__ import annotations

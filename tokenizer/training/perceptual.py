@@ -23,7 +23,7 @@ VGG_URL = f"https://download.pytorch.org/models/{VGG_FILE}"
 VGG_HASH = "397923af"  # first digits of the file's sha256
 HEADS_FILE = "vgg.pth"  # weights/v0.1 of the package lpips
 HEADS_HASH = "a78928a0"
-SMALLEST = 16  # pixels a side, of which four poolings leave one
+SMALLEST = 16  # pixels per side, of which four poolings leave one
 _TAPS = (3, 8, 15, 22, 29)  # the last ReLU before each pooling, and before the one that is left out
 _WIDTHS = (64, 128, 256, 512, 512)
 

@@ -60,7 +60,7 @@ def forward_flops(config: TokenizerConfig) -> int:
 
 
 def activation_bytes(config: TokenizerConfig) -> int:
-    """Return the bytes a further image makes autograd keep, in the tokenizer and in the networks of its loss."""
+    """Return the bytes that one more image makes autograd keep, in the tokenizer and in the networks of its loss."""
     lpips = LPIPS() if config.loss.terms.get("lpips") else None
     kept = []
     for count in (1, 2):  # what does not grow, such as weights in bf16, is in both

@@ -1,0 +1,219 @@
+"""What the transformer is made of: its sizes, norms, rotary positions, attention and feed-forward.
+
+State-dict names and rounding are those of LlamaGen's released weights (arXiv 2406.06525).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from mutor_img.common.errors import UserError, suggest
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+PRESETS = {  # layers, heads, dim
+    "mnist": (6, 2, 128),
+    "B": (12, 12, 768),
+    "L": (24, 16, 1024),
+    "XL": (36, 20, 1280),
+    "XXL": (48, 24, 1536),
+    "3B": (24, 32, 3200),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that decides the shapes of a :class:`Transformer`, and its dropout rates.
+
+    Attributes:
+        layers, heads, dim: size; :meth:`preset` gives the named ones.
+        grid: rows and columns of codes.
+        vocabulary: number of codes.
+        classes: number of classes; one more embedding row is the null class.
+        dropout: on the embedded sequence, and after attention and feed-forward.
+        drop_path: stochastic depth of the last block, growing linearly; > 0 switches the latter two dropouts off.
+        register_offsets: None: no registers. (): one embedding for all. Else one embedding for each of these offsets.
+    """
+
+    layers: int
+    heads: int
+    dim: int
+    grid: tuple[int, int] = (16, 16)
+    vocabulary: int = 16384
+    classes: int = 1000
+    dropout: float = 0.1
+    drop_path: float = 0.0
+    register_offsets: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        if self.dim % self.heads or (self.dim // self.heads) % 4:
+            raise UserError(f"dim {self.dim} over {self.heads} heads: the head dimension must be a multiple of 4")
+
+    @classmethod
+    def preset(cls, name: str, **others: Any) -> ModelConfig:
+        """Return a named size with the other fields given."""
+        if name not in PRESETS:
+            raise UserError(f"model.preset is {name!r}{suggest(name, PRESETS)}")
+        return cls(*PRESETS[name], **others)
+
+    @property
+    def length(self) -> int:
+        """N, the codes of an image and the regular inputs of a sequence."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def hidden(self) -> int:
+        """SwiGLU's inner width: 8 dim / 3 rounded up to a multiple of 256."""
+        return -(-int(8 * self.dim / 3) // 256) * 256
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the constructor's arguments, as a checkpoint's JSON holds them."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> ModelConfig:
+        """Build from :meth:`to_json`'s output after a trip through JSON (lists for tuples)."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, eps 1e-5: fp32 inside, cast back, then the weight."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).type_as(x) * self.weight
+
+
+class RotaryTable(nn.Module):
+    """2D rotary positions: cos and sin by position id, (N + 1, 2, head_dim / 2) fp32, base 10000.
+
+    Row i >= 1 is grid cell i - 1: the first half of a head turns by the cell's row, the second by its column. Row 0,
+    the class token's, is zero for cos and for sin, as in the released weights: its query and key vanish, every query
+    gives it logit 0, and only its value flows.
+    """
+
+    def __init__(self, grid: tuple[int, int], head_dim: int):
+        super().__init__()
+        self.grid, self.head_dim = grid, head_dim
+        self.register_buffer("table", self.compute(), persistent=False)
+
+    def compute(self, device: torch.device | None = None) -> Tensor:
+        """Return the table."""
+        half = self.head_dim // 2
+        frequencies = 10000.0 ** (-torch.arange(0, half, 2, device=device).float() / half)  # (head_dim / 4,)
+        rows, columns = (torch.arange(n, device=device).float()[:, None] * frequencies for n in self.grid)
+        angles = torch.cat(
+            [rows[:, None].expand(-1, self.grid[1], -1), columns[None].expand(self.grid[0], -1, -1)], dim=-1
+        ).flatten(0, 1)  # (N, head_dim / 2)
+        cells = torch.stack([angles.cos(), angles.sin()], dim=1)  # (N, 2, head_dim / 2)
+        return torch.cat([torch.zeros_like(cells[:1]), cells])
+
+    def _apply(self, fn, recurse=True):
+        before = self.table.device
+        super()._apply(fn, recurse)
+        if self.table.dtype != torch.float32 or before.type == "meta":
+            self.table = self.compute(self.table.device)  # neither rounded by .to() nor blank after to_empty()
+        return self
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look ids (..., S) up; returns (..., S, 2, head_dim / 2)."""
+        return self.table[ids]
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Turn the pairs (2i, 2i + 1) of x (B, S, ..., H, head_dim) by rope (1 or B, S, 2, head_dim / 2), in fp32."""
+    rope = rope.reshape(*rope.shape[:2], *(1,) * (x.dim() - 3), 2, -1)
+    cos, sin = rope.unbind(-2)  # (1 or B, S, 1.., head_dim / 2)
+    a, b = rearrange(x.float(), "... (i two) -> two ... i", two=2)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).type_as(x)
+
+
+class Attention(nn.Module):
+    """Multi-head attention; who sees whom is the caller's ``attend``."""
+
+    def __init__(self, config: ModelConfig, dropout: float):
+        super().__init__()
+        self.heads = config.heads
+        self.wqkv = nn.Linear(config.dim, 3 * config.dim, bias=False)  # rows: q, k, v
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, rope: Tensor, attend: Attend) -> Tensor:
+        qkv = rearrange(self.wqkv(x), "b s (three h d) -> b s three h d", three=3, h=self.heads)
+        q, k = rotate(qkv[:, :, :2], rope).transpose(1, 3).unbind(2)  # (B, H, S, head_dim) each
+        out = attend(q, k, qkv[:, :, 2].transpose(1, 2))  # (B, H, S, head_dim)
+        return self.dropout(self.wo(rearrange(out, "b h s d -> b s (h d)")))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * (w3 x))."""
+
+    def __init__(self, config: ModelConfig, dropout: float):
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.hidden, bias=False)
+        self.w3 = nn.Linear(config.dim, config.hidden, bias=False)
+        self.w2 = nn.Linear(config.hidden, config.dim, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+
+
+class Block(nn.Module):
+    """A pre-norm block."""
+
+    def __init__(self, config: ModelConfig, drop_path: float):
+        super().__init__()
+        dropout = 0.0 if config.drop_path > 0 else config.dropout
+        self.attention = Attention(config, dropout)
+        self.feed_forward = FeedForward(config, dropout)
+        self.attention_norm = RMSNorm(config.dim)
+        self.ffn_norm = RMSNorm(config.dim)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, rope: Tensor, attend: Attend) -> Tensor:
+        x = x + self.drop_path(self.attention(self.attention_norm(x), rope, attend))
+        return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))
+
+
+class LabelEmbedding(nn.Module):
+    """Class embedding with a last row for the null class of classifier-free guidance."""
+
+    def __init__(self, classes: int, dim: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(classes + 1, dim)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.embedding_table(labels)
+
+
+def draw_weights(module: nn.Module) -> None:
+    """Draw a module's linear layers and embeddings from N(0, 0.02), by torch's current generator; biases are 0."""
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(part.weight, std=0.02)
+        if isinstance(part, nn.Linear) and part.bias is not None:
+            nn.init.zeros_(part.bias)
+
+
+def block_flops(config: ModelConfig, tokens: float, pairs: float) -> float:
+    """Return the FLOPs of one block's forward pass over a sequence: matrix products, and attention.
+
+    Args:
+        config: the model's sizes.
+        tokens: inputs of the sequence.
+        pairs: query-key pairs that may attend.
+    """
+    return 2.0 * (4 * config.dim**2 + 3 * config.dim * config.hidden) * tokens + 4.0 * config.dim * pairs

@@ -1,0 +1,68 @@
+"""The section ``objective`` of a config, and the objective that it stands for."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from mutor_img.blocks import ModelConfig
+from mutor_img.common.config import check_choice
+from mutor_img.common.errors import UserError
+from mutor_img.objectives.mutor import Mutor
+from mutor_img.objectives.objective import Objective
+from mutor_img.objectives.parallel_heads import ParallelHeads
+from mutor_img.objectives.sequential_heads import SequentialHeads
+from mutor_img.registers import RegisterLaw
+
+KINDS: dict[str, type[Objective]] = {  # beside mutor
+    "parallel-heads": ParallelHeads, "sequential-heads": SequentialHeads,
+}
+
+
+@dataclass
+class ObjectiveConfig:
+    """What the run trains for. A setting that is left out has its kind's own default (docs/objectives.md)."""
+
+    kind: str = "mutor"  # mutor (next-token prediction where registers.kind is none), parallel-heads, sequential-heads
+    weight: float | None = None  # parallel-heads: a, their share of the loss; 0.1. sequential-heads: lambda; 0.3
+    offsets: list[int] = field(default_factory=list)  # parallel-heads: a head for each raster offset; [2]
+    tap_from_end: int | None = None  # parallel-heads: how many of the model's last blocks the heads leave out; 1
+    blocks: int | None = None  # parallel-heads: blocks of each head; 1
+    own_output: bool | None = None  # parallel-heads: an output matrix for each head; false: the model's
+    depths: int | None = None  # sequential-heads: links of the chain; 1
+    late_weight: float | None = None  # sequential-heads: lambda from update late_from on; 0.1
+    late_from: int | None = None  # sequential-heads: null: lambda stays
+
+    def given(self) -> dict[str, Any]:
+        """Return the settings that are not left out."""
+        settings = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "kind"}
+        return {name: value for name, value in settings.items() if value is not None and value != []}
+
+
+def build_objective(config: ObjectiveConfig, model: ModelConfig, law: RegisterLaw,
+                    register_weight: float) -> Objective:
+    """Build the objective, its weights drawn from torch's current generator.
+
+    Args:
+        config: the section ``objective``.
+        model: the model's sizes.
+        law: the registers, of kind ``"none"`` where there are none.
+        register_weight: their share of the loss.
+
+    Raises:
+        UserError: an unknown kind, a setting that its kind does not have or that is out of range, or registers beside
+            an objective that has none.
+    """
+    check_choice("objective.kind", config.kind, ("mutor", *KINDS))
+    kind, given = KINDS.get(config.kind), config.given()
+    known = list(inspect.signature(kind).parameters)[1:] if kind else []  # without the model's sizes
+    for name in given:
+        if name not in known:
+            where = f"it has {', '.join(known)}" if known else "its settings stand under registers"
+            raise UserError(f"objective.{name} is no setting of objective.kind={config.kind}; {where}")
+    if kind is None:
+        return Mutor(model, law, register_weight) if law.registers else Objective(model)
+    if law.registers:
+        raise UserError(f"objective.kind={config.kind} has no registers; give registers.kind=none")
+    return kind(model, **given)

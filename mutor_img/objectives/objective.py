@@ -1,0 +1,105 @@
+"""The interface of all objectives, which is next-token prediction as it stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from mutor_img.blocks import ModelConfig
+from mutor_img.chunked_loss import head_loss
+from mutor_img.transformer import Run, Transformer
+
+
+@dataclass
+class Batch:
+    """What the network reads of some sequences, and what it is to predict.
+
+    Attributes:
+        labels: (B,) int64, the null class where it is dropped.
+        codes: (B, N - 1) int64, the inputs x_1 .. x_{N-1}.
+        targets: (B, N) int64, x_1 .. x_N.
+        anchors, offsets: (B, R) int64 of registers, or None.
+    """
+
+    labels: Tensor
+    codes: Tensor
+    targets: Tensor
+    anchors: Tensor | None = None
+    offsets: Tensor | None = None
+
+
+class Objective(nn.Module):
+    """What a run trains for. This one is next-token prediction; another overrides what it does otherwise.
+
+    For each update a run asks, in this order, for :meth:`prepare` (what to read and to predict), :meth:`forward` (sums
+    of losses, by name), :meth:`terms` (how many losses each sum is of, over the whole global batch) and
+    :meth:`weights`. It trains on the weighted sum of the means, and logs each mean.
+
+    An objective hangs on the model as ``model.objective``: what it holds is trained, averaged and checkpointed with the
+    model, under names that begin with ``objective.``, and dropped by whoever samples. Draws are functions of (seed,
+    step, sample); shapes never change; nothing waits for the device.
+
+    Attributes:
+        config: the model's sizes.
+        read_outs: how often N rows of logits are made beside those of the next tokens and of registers, for the plan
+            of memory.
+    """
+
+    read_outs = 0
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+
+    def prepare(self, seed: int, step: int, samples: Tensor, labels: Tensor, codes: Tensor) -> Batch:
+        """Return what the network reads and predicts; it may add registers to the sequences, or corrupt the inputs.
+
+        Args:
+            seed: the run's.
+            step: number of the update.
+            samples: (B,) int64 global sample numbers, on the device.
+            labels: (B,) int64, the null class where it is dropped.
+            codes: (B, N) int64, x_1 .. x_N.
+        """
+        return Batch(labels, codes[:, :-1], codes)
+
+    def forward(self, model: Transformer, batch: Batch, rows: int = 0) -> dict[str, Tensor]:
+        """Return losses by name, each summed over its terms: fp32 scalars. Called within the model's forward pass.
+
+        Args:
+            model: the model that this hangs on, all its weights whole: :meth:`~Transformer.run` is its trunk.
+            batch: what :meth:`prepare` made.
+            rows: the most rows of logits at a time; 0: all.
+        """
+        run = model.run(batch.labels, batch.codes)
+        return {"next_token": self.next_token(model, run, batch, rows)}
+
+    def next_token(self, model: Transformer, run: Run, batch: Batch, rows: int) -> Tensor:
+        """Return the next-token loss of a run without registers, summed over B N terms."""
+        return head_loss(model.norm(run.states[self.config.layers]), model.output, batch.targets, rows)
+
+    def terms(self, seed: int, step: int, samples: Tensor) -> dict[str, int | Tensor]:
+        """Return how many terms each sum of :meth:`forward` has, from shapes and draws alone.
+
+        Args:
+            seed, step: as for :meth:`prepare`.
+            samples: (global batch,) int64, all samples of the update, on the device.
+        """
+        return {"next_token": len(samples) * self.config.length}
+
+    def weights(self, step: int, steps: int) -> dict[str, float]:
+        """Return what each mean is multiplied by at update ``step`` of ``steps``."""
+        return {"next_token": 1.0}
+
+    def blocks(self) -> list[nn.Module]:
+        """Return the heavy parts of this: like the model's blocks, compiled, checkpointed and sharded one by one."""
+        return []
+
+    def extra_flops(self) -> tuple[float, float]:
+        """Return the forward FLOPs per sequence beside those of the model itself, of trained and of frozen parts."""
+        return 0.0, 0.0
+
+    def extra_parameters(self) -> int:
+        """Return how many numbers are trained that sampling does not use."""
+        return sum(p.numel() for p in self.parameters())

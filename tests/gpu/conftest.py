@@ -1,0 +1,32 @@
+"""What the rehearsals of GPU checks share."""
+
+from functools import partial
+
+import pytest
+from bodies import CPU
+
+import tokenizer.train
+from mutor_img.decoding import cpu as packed
+from mutor_img.training import loop, parallel
+from mutor_img.training.log import RunLog
+
+
+@pytest.fixture
+def brief(monkeypatch, tiny):
+    """What takes long on a CPU and no check looks at is left out: compiled kernels, loss curves, FLOPs, peaks."""
+    monkeypatch.setattr(packed.shutil, "which", lambda name: None)
+    monkeypatch.setattr(loop, "peak_flops", lambda *given: None)  # half a minute in bf16 on some CPUs
+    monkeypatch.setattr(RunLog, "draw", lambda self, names: None)
+    monkeypatch.setattr(tokenizer.train, "forward_flops", lambda config: 1.0)
+
+
+@pytest.fixture
+def eager(monkeypatch, brief):
+    """Trainers compile as :data:`CPU` says: torch traces each block, and runs it as it is."""
+    monkeypatch.setattr(parallel, "compile_blocks", partial(parallel.compile_blocks, backend=CPU.backend))
+
+
+@pytest.fixture
+def uncompiled(monkeypatch, brief):
+    """Trainers compile nothing: a fault that lies elsewhere needs no tracing."""
+    monkeypatch.setattr(parallel, "compile_blocks", lambda blocks: None)
