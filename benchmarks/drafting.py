@@ -40,9 +40,7 @@ from mutor_img.decoding.drafting import SOURCES, Draft
 from mutor_img.decoding.guidance import guide
 from mutor_img.decoding.sampler import Sampler, SamplingSettings, draw
 from mutor_img.metrics.report import aligned
-from mutor_img.transformer import PRESETS, ModelConfig, Transformer
-
-H100 = {"flops": 989e12 * 0.4, "bytes": 3.35e12}  # bf16 at 40 % of the peak; memory, per second
+from mutor_img.transformer import ModelConfig, Transformer
 
 
 def drawn_model(preset: str, vocabulary: int, entropy: float, grid: tuple[int, int]) -> Transformer:
@@ -116,27 +114,6 @@ def speeds(model: Transformer, settings: SamplingSettings, drafts: Sequence[Draf
             taken.append(time.perf_counter() - begun)
         times.append(taken)
     return [batch / statistics.median(column) for column in zip(*times[1:])]  # the first images are not timed
-
-
-def break_even(preset: str, window: int, saving: float, length: int = 256) -> int:
-    """Return the largest batch of guided images at which drafts should pay on an H100: computed, not measured.
-
-    A pass takes as long as reading the weights and the cache once, or as long as its products, whichever is longer.
-
-    Args:
-        preset: a model size.
-        window: rows of an image per pass.
-        saving: codes per pass.
-        length: codes of an image.
-    """
-    layers, _, dim = PRESETS[preset]
-    weights = layers * (4 * dim**2 + 3 * dim * ModelConfig.preset(preset).hidden) + dim * 16384
-
-    def seconds(batch: int, rows: int) -> float:
-        read = 2 * weights + 2 * batch * 2 * layers * dim * 2 * length / 2  # bf16; the cache is half full on average
-        return max(read / H100["bytes"], 2 * weights * 2 * batch * rows / H100["flops"])
-
-    return max((batch for batch in range(1, 4097) if saving * seconds(batch, 1) >= seconds(batch, window)), default=0)
 
 
 def plot(path: str, offsets: Sequence[dict], drafted: Sequence[dict], title: str) -> None:
@@ -235,12 +212,6 @@ def main(argv: Sequence[str]) -> None:
     if args.out:
         plot(args.out, good, drafted, Path(name).name)
     _time(model, settings, drafted, args.batch_sizes if args.rounds else [], args.rounds)
-    sizes = [preset for preset in PRESETS if preset != "mnist"]
-    lines = [["source", "window", *sizes]]
-    lines += [[row["source"], str(row["window"]), *(str(break_even(size, row["rows"], row["codes"])) for size in sizes)]
-              for row in drafted]
-    print("computed for an H100 in bf16, not measured: the largest batch at which so many codes per pass pay",
-          *aligned(lines), sep="\n")
 
 
 def _time(model: Transformer, settings: SamplingSettings, drafted: Sequence[dict], batches: Sequence[int],
