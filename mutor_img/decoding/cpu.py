@@ -1,8 +1,8 @@
 """The transformer one position at a time on CPUs: linear layers packed for the machine, and a cache read as a prefix.
 
 :class:`PackedDecoder` computes what :class:`~mutor_img.transformer.Transformer` computes in eval mode, with the same
-rounding, from the same weights; registers play no part (method, section 2: regular inputs never see one). On GPUs
-:class:`mutor_img.decoding.gpu.StaticDecoder` does it.
+rounding, from the same weights. Regular inputs never see a register (method, section 2), so that registers play no part
+but as drafts. On GPUs :class:`mutor_img.decoding.gpu.StaticDecoder` does it.
 """
 
 from __future__ import annotations
