@@ -9,9 +9,9 @@ setting once beside each neighbour, in an order that rotates; the table shows me
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from mutor_img.common.threads import spin_briefly
+    from mutor_img.common.threads import set_spinning
 
-    spin_briefly()  # before torch is loaded
+    set_spinning()  # before torch is loaded
 
 import json
 import os
@@ -33,7 +33,7 @@ from mutor_img import generate
 from mutor_img.common.cli import Parser, run
 from mutor_img.common.config import OptimConfig
 from mutor_img.common.errors import check_range
-from mutor_img.common.threads import CHOICES, SHORT
+from mutor_img.common.threads import CHOICES, LONG, SHORT
 from mutor_img.registers import RegisterLaw
 from mutor_img.training.hardware import keep_freed_memory, precision_on
 from mutor_img.training.optimizer import build_optimizer
@@ -42,7 +42,7 @@ from tokenizer.network.vq import VQModel, preset
 
 SETTINGS = {"default": {"KMP_BLOCKTIME": "200"},  # its own default, which libgomp does not read
             "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
-            **{f"{count:,} turns": {"GOMP_SPINCOUNT": str(count)} for count in (100, 1000, 10_000, 100_000)}}
+            **{f"{count:,} turns": {"GOMP_SPINCOUNT": str(count)} for count in (1000, 3000, 10_000, 30_000, 100_000)}}
 BUSY = [sys.executable, "-c", "while True: pass"]
 NEIGHBOURS = {"idle": [], "a busy loop": [BUSY], "two busy loops, nice 10": [["nice", "-n", "10", *BUSY]] * 2}
 DEMO = RegisterLaw("2d", (8, 8), 4, 20)
@@ -73,20 +73,27 @@ def works(folder: Path) -> dict[str, Callable[[], object]]:
     precision = precision_on(torch.device("cpu"), "auto")
     labels, images = torch.arange(16) % 10, torch.rand(256, 1, 32, 32).mul(2).sub(1)
     return {
-        "demo: tokenizer updates": tokenizer_step(),
-        "demo: generator updates": make_step(folder / "demo", "mnist", DEMO, 16, precision, True, vocabulary=256),
-        "demo: 16 samples": lambda: generate(model, labels, cfg_scale=2.0),
-        "demo: 256 images encoded": lambda: vq.encode(images),
-        "B: updates of 4": make_step(folder / "B", "B", RegisterLaw("none", (16, 16)), 4, precision, False),
+        "demo: tokenizer updates": tokenizer_step,
+        "demo: generator updates": lambda: make_step(folder / "demo", "mnist", DEMO, 8, precision, True,
+                                                     vocabulary=256),
+        "demo: 16 samples": lambda: lambda: generate(model, labels, cfg_scale=2.0),
+        "demo: 256 images encoded": lambda: lambda: vq.encode(images),
+        "B: updates of 4": lambda: make_step(folder / "B", "B", RegisterLaw("none", (16, 16)), 4, precision, False),
     }
 
 
-def measure(seconds: float) -> dict[str, float]:
-    """Return units per second of each work: calls within about ``seconds`` after one that warms up."""
+def measure(seconds: float, only: str) -> dict[str, float]:
+    """Return units per second of each work whose name begins with ``only``: calls within about ``seconds``.
+
+    One call before them warms up.
+    """
     keep_freed_memory()
     rates = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, work in works(Path(folder)).items():
+        for name, build in works(Path(folder)).items():
+            if not name.startswith(only):
+                continue
+            work = build()
             work()
             begun, calls = time.perf_counter(), 0
             while (elapsed := time.perf_counter() - begun) < seconds or not calls:
@@ -108,12 +115,11 @@ def beside(commands: Sequence[Sequence[str]]) -> Iterator[None]:
             process.wait()
 
 
-def measured(setting: dict[str, str], seconds: float) -> dict[str, float]:
+def measured(setting: dict[str, str], seconds: float, only: str) -> dict[str, float]:
     """Run :func:`measure` in a process of its own under one setting."""
     clean = {name: value for name, value in os.environ.items() if name not in CHOICES}
-    words = [sys.executable, "-m", "benchmarks.spinning", "--measure", "--seconds", str(seconds)]
-    done = subprocess.run(words, env=clean | setting, capture_output=True, text=True,
-                          check=True)
+    words = [sys.executable, "-m", "benchmarks.spinning", "--measure", "--seconds", str(seconds), "--only", only]
+    done = subprocess.run(words, env=clean | setting, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -123,22 +129,24 @@ def main(argv: Sequence[str]) -> None:
                     example="python -m benchmarks.spinning --rounds 5")
     parser.add_argument("--rounds", type=int, default=3, help="times each setting is measured beside each neighbour")
     parser.add_argument("--seconds", type=float, default=2.0, help="seconds per work in each measurement")
+    parser.add_argument("--only", default="", metavar="TEXT", help="measure only works whose names begin so: demo, B")
     parser.add_argument("--measure", action="store_true", help="measure under this process's environment; print JSON")
     args = parser.parse_args(argv)
     check_range("--rounds", args.rounds, 1, 1000)
     check_range("--seconds", args.seconds, 0.1, 1000)
     if args.measure:
-        print(json.dumps(measure(args.seconds)))
+        print(json.dumps(measure(args.seconds, args.only)))
         return
     print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}; {args.rounds} rounds; the "
-          f"project's own setting: GOMP_SPINCOUNT={SHORT['GOMP_SPINCOUNT']}")
+          f"project's own setting: GOMP_SPINCOUNT={LONG['GOMP_SPINCOUNT']}, or {SHORT['GOMP_SPINCOUNT']} where other "
+          "work uses the processors")
     names, found = list(SETTINGS), {}
     with tqdm(total=args.rounds * len(NEIGHBOURS) * len(names), unit="process", disable=None) as bar:
         for turn in range(args.rounds):
             for neighbour, commands in NEIGHBOURS.items():
                 for name in names[turn % len(names):] + names[: turn % len(names)]:
                     with beside(commands):
-                        for work, rate in measured(SETTINGS[name], args.seconds).items():
+                        for work, rate in measured(SETTINGS[name], args.seconds, args.only).items():
                             found.setdefault((work, neighbour), {}).setdefault(name, []).append(rate)
                     bar.update()
     print(f"{'per second':<28}{'beside':<26}" + "".join(f"{name:>15}" for name in names))

@@ -10,9 +10,9 @@ learning rate. A few minutes of one core.
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from mutor_img.common.threads import spin_briefly
+    from mutor_img.common.threads import set_spinning
 
-    spin_briefly()  # before torch is loaded
+    set_spinning()  # before torch is loaded
 
 import shutil
 import tempfile

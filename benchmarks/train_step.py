@@ -11,9 +11,9 @@ reading random codes, drawing registers, forward, backward, clipping and the opt
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from mutor_img.common.threads import spin_briefly
+    from mutor_img.common.threads import set_spinning
 
-    spin_briefly()  # before torch is loaded
+    set_spinning()  # before torch is loaded
 
 import platform
 import statistics

@@ -8,9 +8,9 @@ from pathlib import Path
 # `tests/` is on the path and holds a folder `mutor_img` of its own: the package's folder must come first.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mutor_img.common.threads import spin_briefly
+from mutor_img.common.threads import set_spinning
 
-spin_briefly()  # before torch is loaded: the tests' own threads, and their child processes'
+set_spinning()  # before torch is loaded: the tests' own threads, and their child processes'
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from projection import Projection
 from tiny_runs import write_generator, write_tokenizer
+from torch._functorch import config as functorch
 
 from mutor_img import transformer
 from mutor_img.common.config import load_config
@@ -32,6 +33,8 @@ from mutor_img.training.runtime import Runtime
 from mutor_img.transformer import ModelConfig, Transformer
 
 torch.set_num_threads(1)  # the same sums in the same order, and no contention between test workers
+
+GRAPHSAFE = functorch.graphsafe_rng_functionalization
 
 RUN = """
 data: {{codes: {codes}, val_codes: {codes}}}
@@ -49,6 +52,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):  # not item.keywords, which hold the names of folders too
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def torchs_own_settings():
+    """Give each test what blocks that are prepared outside a run change for the whole process."""
+    with functorch.patch(graphsafe_rng_functionalization=GRAPHSAFE):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """The layout: which rooms there are, and that imports point down."""
 
-import ast
 import contextlib
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -13,8 +13,8 @@ METHOD = {"__init__", "attention", "blocks", "chunked_loss", "convert", "registe
 
 def classes(folder: str) -> list[str]:
     """Return the names of all classes below a folder."""
-    trees = [ast.parse(path.read_text()) for path in (ROOT / folder).rglob("*.py")]
-    return [node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
+    texts = [path.read_text() for path in (ROOT / folder).rglob("*.py")]
+    return [name for text in texts for name in re.findall(r"^class (\w+)", text, re.MULTILINE)]
 
 
 def test_imports_point_down_the_floors(capsys):

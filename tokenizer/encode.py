@@ -7,9 +7,9 @@ one number of rows: the files are the same bytes for any number of processes and
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from mutor_img.common.threads import spin_briefly
+    from mutor_img.common.threads import set_spinning
 
-    spin_briefly()  # before torch is loaded
+    set_spinning()  # before torch is loaded
 
 import os
 import sys

@@ -1,9 +1,9 @@
 """``python -m mutor_img.app``: a page to look at samples, and to compare two checkpoints."""
 
 if __name__ == "__main__":
-    from mutor_img.common.threads import spin_briefly
+    from mutor_img.common.threads import set_spinning
 
-    spin_briefly()  # before torch is loaded
+    set_spinning()  # before torch is loaded
 
 from mutor_img.app.command import main
 from mutor_img.common.cli import run

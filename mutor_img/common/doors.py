@@ -10,7 +10,7 @@ from types import ModuleType
 
 from mutor_img.common.cli import run
 from mutor_img.common.errors import UserError
-from mutor_img.common.threads import spin_briefly
+from mutor_img.common.threads import set_spinning
 
 
 def train() -> None:
@@ -29,7 +29,7 @@ def evaluate_fid() -> None:
 
 
 def _open(module: str) -> None:
-    spin_briefly()
+    set_spinning()
     run(lambda argv: _import(module).main(argv))
 
 

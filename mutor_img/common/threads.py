@@ -1,8 +1,8 @@
 """How long OpenMP's threads spin at a barrier before they sleep.
 
-A thread that spins eats the core that the last thread of its team may need: beside any other work the default (some
-milliseconds) can make a step several times slower, while threads that never spin wake too late on an idle machine. A
-short spin is as fast as the default on an idle machine and keeps most of that speed on a busy one
+A thread that spins uses the core that the last thread of its team may need. So beside other work a long spin can make
+a step several times slower. On an idle machine a short spin costs speed instead, where waking a thread is slow: on a
+virtual machine up to a third. So each command looks whether its processors are in use before it decides
 (docs/results.md has the figures). OpenMP reads the setting once, when torch is loaded.
 """
 
@@ -10,17 +10,28 @@ from __future__ import annotations
 
 import os
 
-SHORT = {
-    "GOMP_SPINCOUNT": "1000",  # GNU's libgomp, which torch's wheels for Linux bring: turns of its waiting loop
-    "KMP_BLOCKTIME": "1",  # LLVM's and Intel's runtimes: milliseconds
-}
+# Turns of the waiting loop of GNU's libgomp, which torch's wheels for Linux bring; milliseconds for LLVM's and Intel's.
+SHORT = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
+LONG = {"GOMP_SPINCOUNT": "300000", "KMP_BLOCKTIME": "200"}  # the runtimes' own defaults
 CHOICES = ("OMP_WAIT_POLICY", *SHORT)  # any of them set by the user is the user's choice of all
+_OURS = "MUTOR_IMG_SPINNING"  # marks a setting made here: a child that is a command looks anew
+_LOOK = 0.1  # seconds
 
 
-def spin_briefly() -> None:
-    """Set a short spin for this process and its children, unless the environment says something about it.
+def set_spinning() -> None:
+    """Set a short spin if other work uses the processors, else a long one, for this process and its children.
 
-    For commands only, before torch is loaded: importing the packages changes no environment.
+    What the user has set in the environment stays. For commands only, before torch is loaded: importing the packages
+    changes no environment.
     """
-    if not any(name in os.environ for name in CHOICES):
-        os.environ.update(SHORT)
+    if _OURS in os.environ or not any(name in os.environ for name in CHOICES):
+        os.environ.update(SHORT if in_use() else LONG, **{_OURS: "1"})
+
+
+def in_use() -> bool:
+    """Return whether more than half a processor of those that this process may use was busy in the last moment."""
+    import psutil
+
+    shares = psutil.cpu_percent(_LOOK, percpu=True)  # this process sleeps meanwhile
+    mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(shares))
+    return sum(shares[cpu] for cpu in mine if cpu < len(shares)) > 50

@@ -186,7 +186,7 @@ def score_generator(config: StudyConfig, generator: Generator, reference: Refere
                           lambda: score_settings(config, loaded, reference, network))
         best = best_row(selection, config.least_recognised)
         settings = {name: best[name] for name in CHOSEN}
-        key["least_recognised"] = config.least_recognised  # it decides among points that need not be scored again
+        key = {**key, "least_recognised": config.least_recognised}  # which chooses among rows that stay what they are
         if kept.is_file() and read_json(kept).get("key") != key:  # sample.py goes on with samples of its settings only
             for name in ("samples.npz", "samples.json", "study.json"):
                 clear(generator.run_dir / name)

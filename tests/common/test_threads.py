@@ -1,4 +1,4 @@
-"""Every command tells OpenMP to spin briefly before torch is loaded; a library import and a user's choice stay."""
+"""Every command tells OpenMP how long to spin before torch is loaded; a library import and a user's choice stay."""
 
 import os
 import subprocess
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mutor_img.common.threads import CHOICES, SHORT
+from mutor_img.common import threads
+from mutor_img.common.threads import CHOICES, LONG, SHORT
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ["train.py", "sample.py", "evaluate_fid.py"]
@@ -23,12 +24,20 @@ LIBRARY = "import mutor_img, tokenizer, mutor_img.common.cli; from tokenizer imp
 
 @pytest.fixture
 def seen_by_torch(tmp_path):
-    """Return a function that runs a command with a stand-in for torch: what torch would find in its environment."""
+    """Return a function that runs a command with stand-ins for torch and for the load of two processors.
+
+    It returns what torch would find in its environment.
+    """
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, psutil\n"
+        "psutil.cpu_percent = lambda *a, **k: [float(share) for share in os.environ['LOAD'].split()]\n"
+        "os.sched_getaffinity = lambda pid: {0, 1}\n")
     (tmp_path / "torch.py").write_text(
         f"import os\nprint(*[os.environ.get(name) for name in {CHOICES}], flush=True)\nos._exit(0)\n")
 
-    def run(*words, **environment):
-        clean = {name: value for name, value in os.environ.items() if name not in CHOICES}
+    def run(*words, load="0 0", **environment):
+        clean = {name: value for name, value in os.environ.items() if name not in (*CHOICES, threads._OURS)}
+        environment["LOAD"] = load
         done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True,
                               env=clean | {"PYTHONPATH": f"{tmp_path}:{ROOT}"} | environment)
         assert done.returncode == 0, done.stderr
@@ -38,14 +47,42 @@ def seen_by_torch(tmp_path):
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda words: words[-1])
-def test_a_command_spins_briefly(seen_by_torch, command):
-    assert seen_by_torch(*command) == ["None", *SHORT.values()]
+def test_a_command_spins_briefly_on_a_busy_machine(seen_by_torch, command):
+    assert seen_by_torch(*command, load="100 0") == ["None", *SHORT.values()]
+
+
+@pytest.mark.parametrize("load, setting", [
+    ("0 0", LONG), ("20 20", LONG), ("30 30", SHORT), ("0 100", SHORT), ("0", LONG),
+    ("0 0 100 100", LONG),  # processors that this process may not use
+])
+def test_how_long_it_spins_depends_on_the_load_of_its_processors(seen_by_torch, load, setting):
+    assert seen_by_torch("sample.py", load=load) == ["None", *setting.values()]
+
+
+def test_a_child_looks_anew(seen_by_torch):
+    inherited = LONG | {threads._OURS: "1"}
+    assert seen_by_torch("sample.py", load="100 100", **inherited) == ["None", *SHORT.values()]
+
+
+def test_the_load_is_that_of_others():
+    assert isinstance(threads.in_use(), bool)
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    try:
+        for _ in range(50):  # until they have started
+            if threads.in_use():
+                break
+        else:
+            pytest.fail("two busy processes were not seen")
+    finally:
+        for process in busy:
+            process.kill()
 
 
 @pytest.mark.parametrize("name, value", [("OMP_WAIT_POLICY", "PASSIVE"), ("GOMP_SPINCOUNT", "7"),
                                          ("KMP_BLOCKTIME", "0")])
 def test_a_user_s_choice_wins(seen_by_torch, name, value):
-    assert seen_by_torch("sample.py", **{name: value}) == [value if n == name else "None" for n in CHOICES]
+    seen = seen_by_torch("sample.py", load="100 100", **{name: value})
+    assert seen == [value if n == name else "None" for n in CHOICES]
 
 
 def test_a_library_import_changes_nothing(seen_by_torch):
@@ -53,7 +90,7 @@ def test_a_library_import_changes_nothing(seen_by_torch):
     assert seen_by_torch("-c", "import tokenizer.encode, mutor_img.pretraining.command") == ["None"] * 3
 
 
-def test_the_tests_and_their_children_spin_briefly():
+def test_the_tests_and_their_children_set_spinning():
     assert any(name in os.environ for name in CHOICES)
 
 

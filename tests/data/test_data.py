@@ -66,7 +66,7 @@ def test_stores_with_other_numbers_of_views_mix(make_codes, tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"tokenizer_hash": "b" * 64}, "tokenizers bbbbbbbbbbbb and aaaaaaaaaaaa"),
+    ({"tokenizer_hash": "b" * 64}, "tokenizer bbbbbbbbbbbb and by tokenizer aaaaaaaaaaaa"),
     ({"images": 11}, "images 11 and 10"),
     ({"vocabulary": 17}, "vocabulary 17 and 16"),
     ({"grid": (5, 4)}, r"grid \(5, 4\) and \(4, 5\)"),
@@ -94,7 +94,7 @@ def test_held_out_codes_of_other_classes_are_refused(run_training, make_codes, t
     (held_out / "codes.json").write_text(json.dumps({**info, "class_names": names}))
     with pytest.raises(UserError, match=message):
         run_training(f"data.val_codes={held_out}", "train.steps=1")
-    with pytest.raises(UserError, match="tokenizers bbbbbbbbbbbb and aaaaaaaaaaaa"):
+    with pytest.raises(UserError, match="tokenizer bbbbbbbbbbbb and by tokenizer aaaaaaaaaaaa"):
         run_training(f"data.val_codes={make_codes(tmp_path / 'other', tokenizer_hash='b' * 64)}", "train.steps=1")
     assert not (tmp_path / "runs").exists()
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from bodies import BODIES, CHECKS, CPU, EVEN, PLAIN, SMALL
 
-from mutor_img import transformer
+from mutor_img import chunked_loss
 from mutor_img.decoding.cpu import PackedDecoder
 from mutor_img.decoding.drafting import Drafts
 from mutor_img.gpu_report import attention, decoding, images, runs, training
@@ -94,7 +94,7 @@ def a_gradient_of_a_compiled_block_that_is_too_large(monkeypatch):
 
 @fault(training.check_training_step, "loss differs", law=SMALL, head_dim=16, precision="bf16", loss_chunk=7)
 def a_chunk_that_the_loss_forgets(monkeypatch):
-    wrap(monkeypatch, transformer, "chunked_cross_entropy_sum",
+    wrap(monkeypatch, chunked_loss, "chunked_cross_entropy_sum",
          lambda right, hidden, weight, targets, rows: right(hidden[:-1], weight, targets[:-1], rows))
 
 
@@ -208,7 +208,7 @@ def moments_that_are_not_read_back(monkeypatch):
 
 @fault(training.measure_update, "the first loss is", law=SMALL, preset="mnist", batch=2, rounds=1, vocabulary=32)
 def a_loss_that_counts_twice(monkeypatch):
-    wrap(monkeypatch, transformer, "cross_entropy_sum", lambda right, *given: 2 * right(*given))
+    wrap(monkeypatch, chunked_loss, "cross_entropy_sum", lambda right, *given: 2 * right(*given))
 
 
 # ---- decoding

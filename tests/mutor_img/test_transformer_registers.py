@@ -77,6 +77,15 @@ def test_only_the_rows_of_drawn_offsets_get_a_gradient(random_model):
     assert touched.tolist() == [False, False, True, False, False, False, False, True]
 
 
+def test_a_single_offset_has_the_row_of_the_shared_embedding(random_model):
+    model, shared = random_model(register_offsets=(5,)), random_model()
+    shared.load_state_dict(model.state_dict())
+    labels, codes = torch.tensor([1]), torch.randint(11, (1, 19))
+    anchors, offsets = torch.tensor([[0, 7]]), torch.tensor([[5, 5]])
+    for mine, its in zip(model(labels, codes, anchors, offsets), shared(labels, codes, anchors, offsets), strict=True):
+        assert torch.equal(mine, its)
+
+
 def test_at_weight_one_the_last_codes_embedding_gets_no_gradient_from_next_token_prediction(random_model):
     model = random_model()
     labels, codes, targets = batch_of(model, 1)

@@ -153,5 +153,5 @@ B = Path(__file__).parents[2] / "configs" / "imagenet256" / "ntp_b.yaml"
 def test_the_plan_names_what_is_trained_and_computed_beside_next_token_prediction(overrides, parameters, ratio):
     sections = plan_generator(load_config(GeneratorConfig, B, overrides))
     assert sections["model"]["of the objective, dropped after training"] == parameters
-    found = sections["an update"]["times the FLOPs of next-token prediction"]
+    found = sections["per update"]["times the FLOPs of next-token prediction"]
     assert found == pytest.approx(ratio, rel=0.01)

@@ -1,21 +1,12 @@
 """Objectives with weights of their own under DDP and FSDP2: two gloo processes give the losses of one."""
 
-import functools
 from pathlib import Path
 
 import pytest
-import torch
-from launching import join, launch
+from launching import counted_graphs, join, launch, train_small
 
-from mutor_img import transformer
 from mutor_img.checkpoints.folder import find_checkpoint, read_meta
-from mutor_img.common.config import load_config
-from mutor_img.pretraining.config import GeneratorConfig
-from mutor_img.pretraining.task import GeneratorTask
-from mutor_img.training import parallel
 from mutor_img.training.log import read_metrics
-from mutor_img.training.loop import train
-from mutor_img.training.runtime import Runtime
 
 RUN = """
 data: {{codes: {codes}, val_codes: {codes}}}
@@ -32,38 +23,17 @@ OBJECTIVES = {
 FSDP = ("train.parallel=fsdp", "train.activation_checkpointing=true", "model.loss_chunk=7")
 
 
-def run(root: Path, name: str, *overrides: str) -> None:
-    transformer.PRESETS["mnist"] = (2, 2, 16)
-    config = load_config(GeneratorConfig, root / "run.yaml", [f"run_dir={root / name}", *overrides])
-    runtime = Runtime.start(5)
-    train(GeneratorTask(config, runtime), config, runtime)
-
-
-def graphs_of(root: Path, name: str, *overrides: str) -> int:
-    """Return how many graphs the compiled blocks of a sharded run become."""
-    graphs = []
-
-    def count(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel, "compile_blocks", functools.partial(parallel.compile_blocks, backend=count))
-        torch._dynamo.reset()
-        run(root, name, "train.compile=true", "train.steps=1", *FSDP, *overrides)
-    return len(graphs)
-
-
 def work(rank: int, world: int, port: int, root: Path) -> None:
     """What each of the two processes does."""
     join(rank, world, port)
     for name, overrides in OBJECTIVES.items():
-        run(root, f"{name}_ddp", *overrides)
-        run(root, f"{name}_fsdp", *overrides, *FSDP)
-        run(root, f"{name}_parts", *overrides, *FSDP, "train.steps=1")
-        run(root, f"{name}_parts", *overrides, *FSDP)
-        graphs = graphs_of(root, f"{name}_compiled", *overrides)
-        (root / f"{name}_graphs_{rank}").write_text(str(graphs))
+        train_small(root, f"{name}_ddp", overrides)
+        train_small(root, f"{name}_fsdp", (*overrides, *FSDP))
+        train_small(root, f"{name}_parts", (*overrides, *FSDP, "train.steps=1"))
+        train_small(root, f"{name}_parts", (*overrides, *FSDP))
+        with counted_graphs() as graphs:
+            train_small(root, f"{name}_compiled", ("train.compile=true", "train.steps=1", *FSDP, *overrides))
+        (root / f"{name}_graphs_{rank}").write_text(str(len(graphs)))
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +41,9 @@ def root(tmp_path_factory, make_codes, processes) -> Path:
     """A folder in which one process, then two, have trained each objective."""
     root = tmp_path_factory.mktemp("objectives")
     (root / "run.yaml").write_text(RUN.format(codes=make_codes(root / "codes")))
-    preset = transformer.PRESETS["mnist"]
-    try:
-        for name, overrides in OBJECTIVES.items():
-            run(root, name, *overrides)
-        assert launch(processes, 2, work, root) == [0, 0]
-    finally:
-        transformer.PRESETS["mnist"] = preset
+    for name, overrides in OBJECTIVES.items():
+        train_small(root, name, overrides)
+    assert launch(processes, 2, work, root) == [0, 0]
     return root
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import join, launch
+from launching import counted_graphs, join, launch, train_small
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.utils import _to_kwargs
 
-from mutor_img import load_checkpoint, transformer
+from mutor_img import load_checkpoint
 from mutor_img.checkpoints.folder import find_checkpoint, read_meta, read_tensors, write_checkpoint
 from mutor_img.checkpoints.tensor_files import Slice
 from mutor_img.common import cli
@@ -25,7 +25,6 @@ from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.pretraining.task import GeneratorTask
 from mutor_img.training import parallel
 from mutor_img.training.log import read_metrics
-from mutor_img.training.loop import train
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.trainer import Trainer
 
@@ -52,28 +51,13 @@ SCENARIOS = [  # run folder, overrides; one run folder after the other, by both 
 ]
 
 
-def run(root: Path, name: str, overrides: tuple[str, ...]) -> Trainer:
-    transformer.PRESETS["mnist"] = (2, 2, 16)
-    config = load_config(GeneratorConfig, root / "run.yaml", [f"run_dir={root / name}", *overrides])
-    runtime = Runtime.start(5)
-    return train(GeneratorTask(config, runtime), config, runtime)
-
-
 def count_graphs(root: Path, name: str, *overrides: str) -> int:
     """Return the graphs that two compiled blocks become, where DDP's buckets are much smaller than a block."""
-    graphs = []
-
-    def count(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
     small = functools.partial(parallel.DistributedDataParallel, bucket_cap_mb=0.001)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel, "compile_blocks", functools.partial(parallel.compile_blocks, backend=count))
+    with pytest.MonkeyPatch.context() as patch, counted_graphs() as graphs:
         if not overrides:
             patch.setattr(parallel, "distribute", lambda model, *_: small(model))
-        torch._dynamo.reset()
-        run(root, name, ("train.compile=true", "train.steps=2", *overrides))
+        train_small(root, name, ("train.compile=true", "train.steps=2", *overrides))
     return len(graphs)
 
 
@@ -103,7 +87,7 @@ def stop_on_rank_0(root: Path) -> int:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GeneratorTask, "loss", interrupted)
-        return run(root, "stopped", (FSDP,)).step
+        return train_small(root, "stopped", (FSDP,)).step
 
 
 def fail_on_rank_1(root: Path) -> None:
@@ -117,14 +101,14 @@ def fail_on_rank_1(root: Path) -> None:
 
     GeneratorTask.loss = broken
     with Runtime.start().one_voice():
-        run(root, "failed", (FSDP,))
+        train_small(root, "failed", (FSDP,))
 
 
 def three(rank: int, world: int, port: int, root: Path) -> None:
     """What each of three processes does."""
     join(rank, world, port)
     for name, steps in (("three", 3), ("three_parts", 2), ("three_parts", 3)):
-        run(root, name, ("train.global_batch=3", f"train.steps={steps}"))
+        train_small(root, name, ("train.global_batch=3", f"train.steps={steps}"))
 
 
 def work(rank: int, world: int, port: int, root: Path) -> None:
@@ -132,7 +116,7 @@ def work(rank: int, world: int, port: int, root: Path) -> None:
     join(rank, world, port)
     with open(root / f"stderr_{rank}", "w") as file, contextlib.redirect_stderr(file):
         for name, overrides in SCENARIOS:
-            trainer = run(root, name, overrides)
+            trainer = train_small(root, name, overrides)
             if name == "fsdp":
                 whole, itself = gathered(trainer)
                 save_file(whole.state_dict(), root / f"whole_{rank}.safetensors")
@@ -153,15 +137,11 @@ def root(tmp_path_factory, make_codes, processes) -> Path:
     """A folder in which one process, then two, then one again have run everything."""
     root = tmp_path_factory.mktemp("parallel")
     (root / "run.yaml").write_text(RUN.format(codes=make_codes(root / "codes")))
-    preset = transformer.PRESETS["mnist"]
-    try:
-        run(root, "one", ())
-        run(root, "one_two_one", ("train.steps=2",))
-        (root / "status").write_text(json.dumps(launch(processes, 2, work, root)))
-        launch(processes, 3, three, root)
-        run(root, "one_two_one", ())
-    finally:
-        transformer.PRESETS["mnist"] = preset
+    train_small(root, "one", ())
+    train_small(root, "one_two_one", ("train.steps=2",))
+    (root / "status").write_text(json.dumps(launch(processes, 2, work, root)))
+    launch(processes, 3, three, root)
+    train_small(root, "one_two_one", ())
     return root
 
 

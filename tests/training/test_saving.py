@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from launching import join, launch, train_small
 from safetensors import safe_open
-from test_parallel import RUN, curve, join, launch, run, saved
+from test_parallel import RUN, curve, saved
 
-from mutor_img import convert, load_checkpoint, transformer
+from mutor_img import convert, load_checkpoint
 from mutor_img.checkpoints import tensor_files
 from mutor_img.checkpoints.folder import find_checkpoint, read_meta, write_checkpoint
 from mutor_img.checkpoints.tensor_files import Slice
@@ -35,15 +36,15 @@ def first_two(rank: int, world: int, port: int, root: Path) -> None:
         reads.append(bytes_read() - before)
 
     Trainer.save = counted
-    run(root, "whole", ("train.steps=4", "train.checkpoint_every=2"))
-    run(root, "parts", ("train.steps=2",))
+    train_small(root, "whole", ("train.steps=4", "train.checkpoint_every=2"))
+    train_small(root, "parts", ("train.steps=2",))
     (root / f"reads_{rank}.json").write_text(json.dumps(reads))
 
 
 def last_two(rank: int, world: int, port: int, root: Path) -> None:
     """Go on where one process was, then lose rank 1 in the midst of a file of the second checkpoint."""
     join(rank, world, port)
-    run(root, "parts", ("train.steps=4",))
+    train_small(root, "parts", ("train.steps=4",))
     good, calls = tensor_files.save_file, []
 
     def deadly(tensors, path, metadata=None):
@@ -56,7 +57,7 @@ def last_two(rank: int, world: int, port: int, root: Path) -> None:
 
     tensor_files.save_file = deadly
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # rank 0 loses its peer, loudly
-    run(root, "killed", ("train.steps=2", "train.checkpoint_every=1"))
+    train_small(root, "killed", ("train.steps=2", "train.checkpoint_every=1"))
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +65,11 @@ def root(tmp_path_factory, make_codes, processes) -> Path:
     """A folder in which two processes, then one, then two again have trained."""
     root = tmp_path_factory.mktemp("saving")
     (root / "run.yaml").write_text(RUN.format(codes=make_codes(root / "codes")))
-    preset = transformer.PRESETS["mnist"]
-    try:
-        assert launch(processes, 2, first_two, root) == [0, 0]
-        run(root, "parts", ("train.steps=3",))
-        status = launch(processes, 2, last_two, root)
-        assert status[0] not in (0, None) and status[1] == -signal.SIGKILL
-        run(root, "killed_whole", ("train.steps=2",))
-    finally:
-        transformer.PRESETS["mnist"] = preset
+    assert launch(processes, 2, first_two, root) == [0, 0]
+    train_small(root, "parts", ("train.steps=3",))
+    status = launch(processes, 2, last_two, root)
+    assert status[0] not in (0, None) and status[1] == -signal.SIGKILL
+    train_small(root, "killed_whole", ("train.steps=2",))
     return root
 
 
@@ -114,7 +111,7 @@ def test_weights_saved_together_load_and_convert_as_a_model(root, tmp_path):
 def test_a_process_killed_in_a_save_leaves_the_checkpoint_before(root, tiny):
     assert find_checkpoint(root / "killed").name == "step_00000001"
     assert read_meta(find_checkpoint(root / "killed"))["step"] == 1 and saved(root, "killed", "optimizer")
-    run(root, "killed", ("train.steps=2",))
+    train_small(root, "killed", ("train.steps=2",))
     left = sorted(path.name for path in (root / "killed" / "checkpoints").iterdir())
     assert left == ["latest", "step_00000001", "step_00000002"]
     assert curve(root, "killed") == pytest.approx(curve(root, "killed_whole"), abs=2e-5)
