@@ -31,12 +31,12 @@ from torch import Tensor, nn
 
 from benchmarks.sampling import machine
 from mutor_img.checkpoints.loading import load_run
-from mutor_img.common.cli import Parser, run
+from mutor_img.common.cli import Parser, parse_numbers, run
 from mutor_img.common.errors import UserError, check_range
 from mutor_img.common.files import write_atomic
 from mutor_img.common.images import check_png
 from mutor_img.common.streams import Stream, uniform
-from mutor_img.decoding.drafting import SOURCES, Draft
+from mutor_img.decoding.drafting import AUTO, SOURCES, TRIES, Draft
 from mutor_img.decoding.guidance import guide
 from mutor_img.decoding.sampler import Sampler, SamplingSettings, draw
 from mutor_img.metrics.report import aligned
@@ -103,17 +103,21 @@ def passes(model: Transformer, labels: Tensor, codes: Tensor, settings: Sampling
 
 def speeds(model: Transformer, settings: SamplingSettings, drafts: Sequence[Draft], batch: int,
            rounds: int) -> list[float]:
-    """Return images per second of each way to draft at ``batch`` images at a time: medians of rounds taken in turn."""
+    """Return images per second of each way to draft at ``batch`` images at a time: medians of rounds taken in turn.
+
+    The first call of each is not timed, nor are those in which ``auto`` makes up its mind.
+    """
     samplers = [Sampler(model, settings, batch, draft=draft) for draft in drafts]
-    times: list[list[float]] = []
-    for number in range(rounds + 1):
-        samples, taken = number * batch + torch.arange(batch), []
-        for sampler in samplers:
+    times: list[list[float]] = [[] for _ in samplers]
+    for number in range(-2 * TRIES, rounds):
+        samples = (number + 2 * TRIES) * batch + torch.arange(batch)
+        for sampler, taken in zip(samplers, times):
+            if number < -1 and sampler.draft.window != AUTO:
+                continue
             begun = time.perf_counter()
             sampler.generate(samples % model.config.classes, samples)
             taken.append(time.perf_counter() - begun)
-        times.append(taken)
-    return [batch / statistics.median(column) for column in zip(*times[1:])]  # the first images are not timed
+    return [batch / statistics.median(taken[-rounds:]) for taken in times]
 
 
 def plot(path: str, offsets: Sequence[dict], drafted: Sequence[dict], title: str) -> None:
@@ -157,13 +161,10 @@ def _parser() -> Parser:
     return parser
 
 
-def _numbers(flag: str, text: str, low: int, high: int) -> list[int]:
-    try:
-        numbers = sorted({int(word) for word in text.split(",")})
-    except ValueError:
-        raise UserError(f"{flag} {text!r}: give whole numbers with commas between them, as in 2,4,8") from None
+def _numbers(text: str, flag: str, high: int) -> list[int]:
+    numbers = sorted(parse_numbers(text, flag, int))
     for number in numbers:
-        check_range(flag, number, low, high)
+        check_range(flag, number, 1, high)
     return numbers
 
 
@@ -175,14 +176,14 @@ def _open(parser: Parser, argv: Sequence[str]) -> tuple[Any, Transformer]:
     check_png(args.out)
     for flag, low in (("images", 1), ("rounds", 0), ("threads", 1), ("grid", 2), ("vocabulary", 2)):
         check_range(f"--{flag}", getattr(args, flag), low, 100_000)
-    args.batch_sizes = _numbers("--batch-sizes", args.batch_sizes, 1, 4096)
+    args.batch_sizes = _numbers(args.batch_sizes, "--batch-sizes", 4096)
     torch.set_num_threads(args.threads)
     if args.preset:
         torch.manual_seed(0)
         model = drawn_model(args.preset, args.vocabulary, args.entropy, (args.grid, args.grid))
     else:
         model = load_run(args.checkpoint).model
-    args.windows = _numbers("--windows", args.windows, 1, model.config.length)
+    args.windows = _numbers(args.windows, "--windows", model.config.length)
     return args, model
 
 
@@ -198,8 +199,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"{name}: {model.config.length} codes of {model.config.vocabulary}, guidance {args.cfg_scale}, "
           f"{args.images} images", flush=True)
     codes = Sampler(model, settings, args.images).generate(labels, torch.arange(args.images))
-    offsets = [d for d in sorted({1, 2, *range(1, max(args.windows) + 1)}) if d <= model.config.length]
-    good = overlaps(model, labels, codes, settings, offsets) if registers else []
+    good = overlaps(model, labels, codes, settings, range(1, max(args.windows) + 1)) if registers else []
     if good:
         lines = [["offset", "overlap", "right"],
                  *([str(row["offset"]), f"{row['overlap']:.3f}", f"{row['right']:.3f}"] for row in good)]
@@ -218,7 +218,7 @@ def _time(model: Transformer, settings: SamplingSettings, drafted: Sequence[dict
           rounds: int) -> None:
     """Print images per second by batch size, and the best window of each."""
     for batch in batches:
-        drafts = [Draft(), Draft("auto", "frequency"), *(Draft(row["window"], row["source"]) for row in drafted)]
+        drafts = [Draft(), Draft(AUTO), *(Draft(row["window"], row["source"]) for row in drafted)]
         found = speeds(model, settings, drafts, batch, rounds)
         lines = [["draft", "source", "images/s", "ratio"]]
         lines += [[str(draft.window or "off"), draft.source if draft.window else "", f"{speed:.3f}",

@@ -23,6 +23,7 @@ A register has the slot after the window for itself, and the next window writes 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -41,6 +42,7 @@ from mutor_img.transformer import ModelConfig, Transformer
 
 SOURCES = ("window", "frequency", "registers")
 AUTO = "auto"
+TRIES = 3  # of drafts and of sequential decoding each, until ``auto`` settles for one
 REMEMBERED = 256  # images whose codes ``frequency`` draws from, the latest
 
 
@@ -49,9 +51,9 @@ class Draft:
     """How codes are drafted: it decides how fast samples come, never which.
 
     Attributes:
-        window: W, the inputs of an image per pass; 0: sequential decoding, one code per pass. ``"auto"``: as many as
-            cost nothing, that is on CPUs in fp32 those that would be padding, where there are four images or fewer at
-            a time; else 0.
+        window: W, the inputs of an image per pass; 0: sequential decoding, one code per pass. ``"auto"``: on CPUs in
+            fp32, as many as fill the rows that would be padding, where there are few images at a time and drafts prove
+            faster (:class:`Trial`); else 0.
         source: one of ``SOURCES``; where the first drafts of a place come from.
     """
 
@@ -93,19 +95,40 @@ class Draft:
     @property
     def offsets(self) -> range:
         """The offsets of the registers that this takes at most; offset 1 is the window's own last draw."""
-        width = self.windows(CHUNK) if self.window == AUTO else self.window
+        width = self.widest(CHUNK) if self.window == AUTO else self.window
         return range(2, width + 1) if self.source == "registers" else range(0)
 
     def to_json(self) -> dict[str, int | str]:
         """Return what a manifest says of it."""
         return {"draft": self.window, "draft_source": self.source} if self.window else {"draft": 0}
 
-    def windows(self, rows: int) -> int:
-        """Return the widest window that takes at most so many rows."""
+    def widest(self, rows: int) -> int:
+        """Return the widest window, W, of an image that takes at most so many rows."""
         return (rows + 1) // 2 if self.source == "registers" else rows
 
 
 NO_DRAFT = Draft()
+
+
+class Trial:
+    """Whether drafts are faster here than sequential decoding: both are tried in turn, and the faster one goes on.
+
+    What a row costs depends on the model and the machine, and how many passes drafts save depends on the images.
+    """
+
+    def __init__(self):
+        self.tries = 0
+        self.least = {True: math.inf, False: math.inf}  # seconds of the fastest try, with drafts and without
+
+    @property
+    def drafts(self) -> bool:
+        """Whether to draft the next images."""
+        return self.tries % 2 == 0 if self.tries < 2 * TRIES else self.least[True] <= self.least[False]
+
+    def note(self, drafted: bool, seconds: float) -> None:
+        """Take in how long images have taken."""
+        self.tries += 1
+        self.least[drafted] = min(self.least[drafted], seconds)
 
 
 class WindowDecoder(Protocol):
@@ -202,7 +225,8 @@ class Drafter:
         self.model, self.draft, self.seed, self.draw = model, draft, seed, draw
         self.scales = torch.tensor(scales, dtype=torch.float32, device=model.output.weight.device)  # (N,)
         self.halves = 2 if max(scales) > 1 else 1
-        self.seen: Tensor | None = None  # (up to REMEMBERED, N) codes of the latest images, ascending at each place
+        self.latest = torch.empty(0, len(scales), dtype=torch.int64, device=self.scales.device)  # codes of images
+        self.seen: Tensor | None = None  # (up to REMEMBERED, N), the same, ascending at each place; None: no image yet
 
     def generate(self, decoder: WindowDecoder, labels: Tensor, samples: Tensor, count: int, width: int) -> Tensor:
         """Return codes (B, N) for labels and sample numbers (B,) int64; -1 where logits are not finite.
@@ -266,5 +290,5 @@ class Drafter:
 
     def _remember(self, codes: Tensor) -> None:
         if self.draft.source != "window":
-            self._latest = torch.cat([*([] if self.seen is None else [self._latest]), codes])[-REMEMBERED:]
-            self.seen = self._latest.sort(dim=0).values
+            self.latest = torch.cat([self.latest, codes])[-REMEMBERED:]
+            self.seen = self.latest.sort(dim=0).values

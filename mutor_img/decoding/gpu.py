@@ -176,8 +176,8 @@ def static_decoder(model: Transformer, rows: int, window: tuple[int, int] | None
     sequences, and neither compiled nor kept.
 
     Its rows are a power of two, so that all numbers from 1 to 64 make seven graphs. A model keeps one decoder of each,
-    compiled: their caches together are less than twice that of the largest. Weights that change in place need no new
-    ones.
+    compiled: their caches together are less than twice that of the largest, and so are those of each window. Weights
+    that change in place need no new ones.
     """
     def build(rows: int) -> StaticDecoder:
         return StaticWindow(model, rows, *window, eager) if window else StaticDecoder(model, rows, eager)

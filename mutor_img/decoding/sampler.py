@@ -8,6 +8,8 @@ in row i mod CHUNK of them, whoever its neighbours are.
 from __future__ import annotations
 
 import math
+import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from torch import Tensor
 from mutor_img.common.errors import UserError, check_range
 from mutor_img.common.streams import Stream, uniform
 from mutor_img.decoding.cpu import CHUNK, PackedDecoder, PackedTransformer, pack
-from mutor_img.decoding.drafting import AUTO, NO_DRAFT, Draft, Drafter
+from mutor_img.decoding.drafting import AUTO, NO_DRAFT, Draft, Drafter, Trial
 from mutor_img.decoding.gpu import MOST_ROWS, StaticDecoder, StaticWindow, static_decoder
 from mutor_img.decoding.guidance import guidance_scales, guide
 from mutor_img.transformer import Transformer
@@ -132,6 +134,7 @@ class Sampler:
         self.keep, self.draft = keep, draft
         self.drafter = Drafter(model, draft, self.scales, settings.seed, partial(draw, settings=settings))
         self.decoder = self._decoder(self.halves * self.count)
+        self.trials: defaultdict[int, Trial] = defaultdict(Trial)  # of ``auto``, by the number of images at a time
         self.windows: dict[int, PackedDecoder | StaticWindow] = {}  # a decoder for each W so far
 
     def _decoder(self, rows: int, window: tuple[int, int] | None = None) -> PackedDecoder | StaticDecoder:
@@ -154,9 +157,11 @@ class Sampler:
             raise UserError(f"label {int(wrong[0])} is out of range; the model has classes 0 to "
                             f"{self.config.classes - 1}")
         labels, samples = labels.to(self.device), samples.to(self.device)
-        window = self._window(len(labels))
+        window, begun = self._window(len(labels)), time.perf_counter()
         with _evaluating(self.model), torch.no_grad() if self.static else torch.inference_mode():
             made = self._draft(labels, samples, window) if window else self._in_turn(labels, samples)
+        if self.draft.window == AUTO:
+            self.trials[len(labels)].note(window > 0, time.perf_counter() - begun)
         codes = torch.empty_like(made).copy_(made)  # no inference tensor
         if len(codes) and int(codes.min()) < 0:
             raise UserError("the model's logits are not finite; its weights are damaged, or too large for their dtype")
@@ -166,8 +171,8 @@ class Sampler:
         """Return W for so many images at a time; 0: no drafts."""
         if self.draft.window != AUTO:
             return self.draft.window if images else 0
-        window = self.draft.windows(CHUNK // images) if self.fixed and images else 0
-        return window if window > 1 else 0
+        window = self.draft.widest(CHUNK // images) if self.fixed and images else 0
+        return window if window > 1 and self.trials[images].drafts else 0
 
     def _draft(self, labels: Tensor, samples: Tensor, window: int) -> Tensor:
         """Return codes (B, N), each from a window of drafts."""

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from scipy import stats
 
 from mutor_img import generate
 from mutor_img.common.errors import UserError
-from mutor_img.decoding.cpu import CHUNK, PackedDecoder, pack
-from mutor_img.decoding.drafting import SOURCES, Draft, Drafts
+from mutor_img.decoding import sampler as sampler_module
+from mutor_img.decoding.cpu import CHUNK, Packed, PackedDecoder, pack
+from mutor_img.decoding.drafting import SOURCES, TRIES, Draft, Drafts
 from mutor_img.decoding.gpu import StaticWindow
 from mutor_img.decoding.sampler import Sampler, SamplingSettings
 from mutor_img.transformer import ModelConfig
@@ -29,6 +31,13 @@ def sampled(model, settings, window, source="window", labels=LABELS, batch=64):
     return sampler, sampler.generate(labels, 40 + torch.arange(len(labels)))
 
 
+def sampled_as_on_a_gpu(model, settings, window, source):
+    """The same by the decoder for GPUs, not compiled, four images at a time."""
+    sampler = Sampler(model, SamplingSettings(seed=5, **settings), 4, keep=False, draft=Draft(window, source))
+    sampler.fixed, sampler.static, sampler.count = False, True, 4
+    return sampler, sampler.generate(LABELS, 40 + torch.arange(len(LABELS)))
+
+
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("settings", GUIDANCE + FILTERS, ids=str)
 def test_no_draft_changes_a_code(random_model, settings, source):
@@ -36,6 +45,24 @@ def test_no_draft_changes_a_code(random_model, settings, source):
     _, expected = sampled(model, settings, 0)
     for window in (1, 2, 4, 20):
         assert torch.equal(sampled(model, settings, window, source)[1], expected), window
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_no_window_changes_a_code(random_model, scale):
+    model = random_model()
+    _, expected = sampled(model, {"cfg_scale": scale}, 0)
+    for window, source in zip(range(1, 21), itertools.cycle(SOURCES)):
+        assert torch.equal(sampled(model, {"cfg_scale": scale}, window, source)[1], expected), (window, source)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(32, 96), (192, 512), (768, 300)])
+def test_a_row_of_a_product_in_fp32_does_not_depend_on_the_other_rows(inputs, outputs):
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(rows, inputs, generator=generator) for rows in (outputs, 2 * 20))
+    packed = Packed(weight)
+    whole = packed(x)
+    for rows in range(4, len(x)):  # as few as a window of 4 has without guidance
+        assert torch.equal(packed(x[-rows:]), whole[-rows:]), rows
 
 
 def test_no_code_of_ten_thousand_images_of_random_models_changes(random_model):
@@ -58,10 +85,8 @@ def test_images_of_one_batch_go_on_at_their_own_pace(random_model):
 def test_the_gpu_path_gives_the_codes_of_the_cpu_path(random_model, source):
     model = random_model()
     for settings in ({}, {"cfg_scale": 1.0}, GUIDANCE[3]):
-        sampler = Sampler(model, SamplingSettings(seed=5, **settings), 4, keep=False, draft=Draft(3, source))
-        sampler.fixed, sampler.static, sampler.count = False, True, 4
-        assert torch.equal(sampler.generate(LABELS, 40 + torch.arange(5)), sampled(model, settings, 0)[1])
-        assert isinstance(sampler.windows[3], StaticWindow)
+        sampler, codes = sampled_as_on_a_gpu(model, settings, 3, source)
+        assert torch.equal(codes, sampled(model, settings, 0)[1]) and isinstance(sampler.windows[3], StaticWindow)
 
 
 def test_a_window_for_gpus_is_one_graph_for_all_places(random_model):
@@ -111,18 +136,29 @@ def test_wrong_drafts_take_a_pass_for_each_code_and_right_ones_a_window(window):
     assert worst == 20 and one == 10 // window + 1 + math.ceil(9 / window) + behind and best == math.ceil(20 / window)
 
 
+def packed_cache(decoder):
+    return decoder.cache.store.flatten(0, 1)  # (2 L, Q, H, slots, head dim)
+
+
+def static_cache(decoder):
+    return [each for cache in decoder.caches for each in (cache.keys, cache.values)]
+
+
 @pytest.mark.parametrize("source", SOURCES)
-def test_rejected_drafts_leave_the_cache_as_if_never_seen(random_model, monkeypatch, source):
-    model, window = random_model(), PackedDecoder.window
-    expected = sampled(model, {}, 4, source)[1]
+@pytest.mark.parametrize(("kind", "cache", "sample"), [
+    (PackedDecoder, packed_cache, sampled), (StaticWindow, static_cache, sampled_as_on_a_gpu)], ids=["cpu", "gpu"])
+def test_rejected_drafts_leave_the_cache_as_if_never_seen(random_model, monkeypatch, source, kind, cache, sample):
+    model, window = random_model(), kind.window
+    expected = sample(model, {}, 4, source)[1]
 
     def spoiled(self, x, start, width):
         for image, place in enumerate(start.tolist()):
-            self.cache.store[:, :, image * 2 : image * 2 + 2, :, place:] = 1000.0
+            for store in cache(self):
+                store[image * 2 : image * 2 + 2, :, place:] = 1000.0
         return window(self, x, start, width)
 
-    monkeypatch.setattr(PackedDecoder, "window", spoiled)
-    assert torch.equal(sampled(model, {}, 4, source)[1], expected)
+    monkeypatch.setattr(kind, "window", spoiled)
+    assert torch.equal(sample(model, {}, 4, source)[1], expected)
 
 
 @pytest.mark.parametrize("offsets", [(), (2, 3, 5)], ids=["shared", "one each"])
@@ -179,6 +215,28 @@ def test_auto_drafts_only_where_rows_would_be_padding(random_model, monkeypatch)
     seen.clear()
     sampled(model.to(torch.float64), {}, "auto")  # no padding there
     assert not seen
+
+
+@pytest.mark.parametrize(("row", "faster"), [(1.0, "window"), (20.0, "step")], ids=["cheap rows", "dear rows"])
+def test_auto_tries_both_and_switches_itself_off_where_rows_cost_more_than_passes_save(random_model, monkeypatch, row,
+                                                                                       faster):
+    model, settings, now, seen = random_model(), SamplingSettings(temperature=0.3), [0.0], []
+    monkeypatch.setattr(sampler_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    for name, seconds in (("window", row), ("step", 1.0)):
+        def costing(*args, method=getattr(PackedDecoder, name), name=name, seconds=seconds):
+            now[0] += seconds
+            seen.append(name)
+            return method(*args)
+
+        monkeypatch.setattr(PackedDecoder, name, costing)
+    auto, in_turn, used = Sampler(model, settings, 1, draft=Draft("auto")), Sampler(model, settings, 1), []
+    for number in range(2 * TRIES + 2):
+        label, sample = LABELS[:1], torch.tensor([number])
+        seen.clear()
+        codes = auto.generate(label, sample)
+        used += set(seen)
+        assert torch.equal(codes, in_turn.generate(label, sample))
+    assert used == ["window", "step"] * TRIES + [faster] * 2
 
 
 def test_earlier_images_are_remembered_up_to_a_number(random_model, monkeypatch):
