@@ -29,7 +29,8 @@ def test_help_shows_a_default_of_0_but_not_an_absent_one(parser):
 
 
 def test_a_list_of_numbers_keeps_its_order_and_is_refused_in_one_line():
-    assert parse_numbers("4,1,2", "--windows", int) == [4, 1, 2] and parse_numbers("1,1.5", "--scales", float) == [1, 1.5]
+    assert parse_numbers("4,1,2", "--windows", int) == [4, 1, 2]
+    assert parse_numbers("1,1.5", "--scales", float) == [1, 1.5]
     for text, kind, words in (("1,x", float, "give numbers with commas"), ("1,1.0", float, "given twice"),
                               ("1,1.5", int, "give whole numbers with commas"), ("", int, "--windows is ''")):
         with pytest.raises(UserError, match=words):

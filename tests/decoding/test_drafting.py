@@ -222,13 +222,19 @@ def test_auto_tries_both_and_switches_itself_off_where_rows_cost_more_than_passe
                                                                                        faster):
     model, settings, now, seen = random_model(), SamplingSettings(temperature=0.3), [0.0], []
     monkeypatch.setattr(sampler_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    for name, seconds in (("window", row), ("step", 1.0)):
-        def costing(*args, method=getattr(PackedDecoder, name), name=name, seconds=seconds):
+
+    def cost(name, seconds):
+        method = getattr(PackedDecoder, name)
+
+        def costing(*args):
             now[0] += seconds
             seen.append(name)
             return method(*args)
 
         monkeypatch.setattr(PackedDecoder, name, costing)
+
+    cost("window", row)
+    cost("step", 1.0)
     auto, in_turn, used = Sampler(model, settings, 1, draft=Draft("auto")), Sampler(model, settings, 1), []
     for number in range(2 * TRIES + 2):
         label, sample = LABELS[:1], torch.tensor([number])
