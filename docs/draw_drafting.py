@@ -38,7 +38,7 @@ def main(path: str) -> None:
     """Draw the picture."""
     model = load_run(path).model
     sampler = Sampler(model, SamplingSettings(), 1, draft=Draft(WINDOW))
-    recorder = sampler.windows[WINDOW] = Recorder(pack(model), 2)
+    recorder = sampler.decoders[WINDOW] = Recorder(pack(model), 2)
     recorder.starts = []
     sampler.generate(torch.tensor([SAMPLE % model.config.classes]), torch.tensor([SAMPLE]))
     length, starts = model.config.length, [*recorder.starts, model.config.length]

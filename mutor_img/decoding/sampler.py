@@ -22,7 +22,7 @@ from mutor_img.common.errors import UserError, check_range
 from mutor_img.common.streams import Stream, uniform
 from mutor_img.decoding.cpu import CHUNK, PackedDecoder, PackedTransformer, pack
 from mutor_img.decoding.drafting import AUTO, NO_DRAFT, Draft, Drafter, Trial
-from mutor_img.decoding.gpu import MOST_ROWS, StaticDecoder, StaticWindow, static_decoder
+from mutor_img.decoding.gpu import MOST_ROWS, StaticDecoder, static_decoder
 from mutor_img.decoding.guidance import guidance_scales, guide
 from mutor_img.transformer import Transformer
 
@@ -133,16 +133,27 @@ class Sampler:
         self.count = CHUNK if self.fixed else min(batch, most)
         self.keep, self.draft = keep, draft
         self.drafter = Drafter(model, draft, self.scales, settings.seed, partial(draw, settings=settings))
-        self.decoder = self._decoder(self.halves * self.count)
         self.trials: defaultdict[int, Trial] = defaultdict(Trial)  # of ``auto``, by the number of images at a time
-        self.windows: dict[int, PackedDecoder | StaticWindow] = {}  # a decoder for each W so far
-
-    def _decoder(self, rows: int, window: tuple[int, int] | None = None) -> PackedDecoder | StaticDecoder:
-        """Return a decoder of so many sequences; of a window: its regular inputs and its registers."""
         with torch.no_grad():
-            if self.static:
-                return static_decoder(self.model, rows, window, eager=not self.keep)
-            return PackedDecoder(pack(self.model) if self.keep else PackedTransformer(self.model), rows)
+            self.packed = None if self.static else pack(model) if keep else PackedTransformer(model)
+        self.decoders: dict[int, PackedDecoder | StaticDecoder] = {}  # by W, 0: of single steps; those asked for so far
+
+    def decoder(self, window: int = 0) -> PackedDecoder | StaticDecoder:
+        """Return the decoder of passes over a window W of each image; 0: of single steps."""
+        if window not in self.decoders:
+            rows = self.halves * self.images(window)
+            inputs = (window, self.draft.rows(window) - window) if window else None  # regular ones, and registers
+            with torch.no_grad():
+                self.decoders[window] = (static_decoder(self.model, rows, inputs, eager=not self.keep) if self.static
+                                         else PackedDecoder(self.packed, rows))
+        return self.decoders[window]
+
+    def images(self, window: int) -> int:
+        """Return how many images run at a time with a window W; 0: without one.
+
+        On CPUs in fp32 the rows of all together are those of a step without drafts, as far as they go in.
+        """
+        return max(1, CHUNK // self.draft.rows(window)) if self.fixed and window else self.count
 
     def generate(self, labels: Tensor, samples: Tensor) -> Tensor:
         """Return codes (B, N) int64 on the model's device for labels and sample numbers (B,) int64, any B.
@@ -158,8 +169,10 @@ class Sampler:
                             f"{self.config.classes - 1}")
         labels, samples = labels.to(self.device), samples.to(self.device)
         window, begun = self._window(len(labels)), time.perf_counter()
+        decoder = self.decoder(window)  # not in inference mode: its cache serves other decoders after it
         with _evaluating(self.model), torch.no_grad() if self.static else torch.inference_mode():
-            made = self._draft(labels, samples, window) if window else self._in_turn(labels, samples)
+            made = (self.drafter.generate(decoder, labels, samples, self.images(window), window) if window
+                    else self._in_turn(decoder, labels, samples))
         if self.draft.window == AUTO:
             self.trials[len(labels)].note(window > 0, time.perf_counter() - begun)
         codes = torch.empty_like(made).copy_(made)  # no inference tensor
@@ -174,23 +187,14 @@ class Sampler:
         window = self.draft.widest(CHUNK // images) if self.fixed and images else 0
         return window if window > 1 and self.trials[images].drafts else 0
 
-    def _draft(self, labels: Tensor, samples: Tensor, window: int) -> Tensor:
-        """Return codes (B, N), each from a window of drafts."""
-        rows = self.draft.rows(window)
-        # On CPUs in fp32 the rows of all images together are those of a step without drafts, as far as they go in.
-        count = max(1, CHUNK // rows) if self.fixed else self.count
-        if window not in self.windows:
-            self.windows[window] = self._decoder(self.halves * count, (window, rows - window))
-        return self.drafter.generate(self.windows[window], labels, samples, count, window)
-
-    def _in_turn(self, labels: Tensor, samples: Tensor) -> Tensor:
+    def _in_turn(self, decoder: PackedDecoder | StaticDecoder, labels: Tensor, samples: Tensor) -> Tensor:
         """Return codes (B, N), one after the other."""
         codes = torch.zeros(len(labels), self.config.length, dtype=torch.int64, device=self.device)
         for rows in self._cut(samples):
             slots = samples[rows] % self.count if self.fixed else torch.arange(len(rows), device=self.device)
             padded = torch.zeros(2, self.count, dtype=torch.int64, device=self.device)
             padded[:, slots] = torch.stack([labels[rows], samples[rows]])
-            codes[rows] = self._run(*padded)[slots]
+            codes[rows] = self._run(decoder, *padded)[slots]
         return codes
 
     def _cut(self, samples: Tensor) -> Iterable[Tensor]:
@@ -200,25 +204,25 @@ class Sampler:
         groups = samples // self.count
         return [(groups == group).nonzero()[:, 0] for group in groups.unique()]
 
-    def _run(self, labels: Tensor, samples: Tensor) -> Tensor:
+    def _run(self, decoder: PackedDecoder | StaticDecoder, labels: Tensor, samples: Tensor) -> Tensor:
         """Return codes (count, N) for labels and sample numbers (count,) int64; -1 where logits were not finite."""
         places = torch.arange(self.config.length, device=self.device)
         numbers = uniform(self.settings.seed, Stream.TOKEN, samples[:, None], places).T.contiguous()  # (N, count)
         codes = torch.empty(len(places), self.count, dtype=torch.int64, device=self.device)
         nulls = [torch.full_like(labels, self.config.classes)] if self.halves == 2 else []
-        logits = self.decoder.first(torch.cat([labels, *nulls]))  # (2 count or count, V)
+        logits = decoder.first(torch.cat([labels, *nulls]))  # (2 count or count, V)
         for position, scale in enumerate(self.scales):
             if position:
-                logits = self._decode(codes[position - 1], position)
+                logits = self._decode(decoder, codes[position - 1], position)
             logits = guide(logits.float(), scale) if scale > 1 else logits[: self.count].float()
             codes[position] = draw(logits, numbers[position], self.settings)
         return torch.where((codes < 0).any(0), -1, codes).T
 
-    def _decode(self, codes: Tensor, position: int) -> Tensor:
+    def _decode(self, decoder: PackedDecoder | StaticDecoder, codes: Tensor, position: int) -> Tensor:
         """Return logits (2 count or count, V) at ``position``; both halves of a batch go on with the same codes."""
         codes = codes.clamp(min=0)  # not finite: go on with anything, and say so at the end
         halves = self.halves if self.static or position < self.guided_until else 1
-        return self.decoder.next(codes.repeat(halves), position)
+        return decoder.next(codes.repeat(halves), position)
 
 
 def _replays(device: torch.device) -> bool:

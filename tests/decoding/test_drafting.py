@@ -86,7 +86,7 @@ def test_the_gpu_path_gives_the_codes_of_the_cpu_path(random_model, source):
     model = random_model()
     for settings in ({}, {"cfg_scale": 1.0}, GUIDANCE[3]):
         sampler, codes = sampled_as_on_a_gpu(model, settings, 3, source)
-        assert torch.equal(codes, sampled(model, settings, 0)[1]) and isinstance(sampler.windows[3], StaticWindow)
+        assert torch.equal(codes, sampled(model, settings, 0)[1]) and isinstance(sampler.decoder(3), StaticWindow)
 
 
 def test_a_window_for_gpus_is_one_graph_for_all_places(random_model):
