@@ -224,6 +224,19 @@ def register_ids(anchors: Tensor, offsets: Tensor, length: int) -> Tensor:
     return (anchors + offsets - 1).clamp(max=length - 1)
 
 
+def embedding_rows(offsets: Tensor, known: tuple[int, ...]) -> Tensor:
+    """Return the row of ``register_embedding`` of each offset, int64 of the same shape: 0 where all share one vector.
+
+    Offsets stand in ascending order, so that a row is how many are smaller; an offset past the end (a dropped target)
+    takes the last row, and its loss is ignored.
+
+    Args:
+        offsets: int64, any shape.
+        known: the offsets that have a row each; (): one for all.
+    """
+    return sum(((offsets > d).to(torch.int64) for d in known[:-1]), torch.zeros_like(offsets))
+
+
 def register_targets(targets: Tensor, anchors: Tensor, offsets: Tensor) -> Tensor:
     """Return what each register predicts, ``x_{t+d}``, or ``IGNORE`` where t + d > N.
 

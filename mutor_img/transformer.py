@@ -26,7 +26,7 @@ from mutor_img.blocks import (
     block_flops,
     draw_weights,
 )
-from mutor_img.registers import register_ids
+from mutor_img.registers import embedding_rows, register_ids
 
 T = TypeVar("T")
 
@@ -151,16 +151,8 @@ class Transformer(nn.Module):
         self.flex = FlexAttention(self.config.length, anchors, fixed)
 
     def _embed_registers(self, offsets: Tensor) -> Tensor:
-        """Return (B, R, dim): the one shared vector, or the row of each offset.
-
-        Offsets stand in ascending order, so that a row is how many are smaller; an offset past the end (a dropped
-        target) takes the last row, and its loss is ignored.
-        """
-        known = self.config.register_offsets
-        if not known:
-            return self.register_embedding(torch.zeros_like(offsets))
-        rows = sum(((offsets > d).to(torch.int64) for d in known[:-1]), start=torch.zeros_like(offsets))  # (B, R)
-        return self.register_embedding(rows)
+        """Return (B, R, dim): the one shared vector, or the row of each offset."""
+        return self.register_embedding(embedding_rows(offsets, self.config.register_offsets))
 
     def _attend(self, length: int, anchors: Tensor | None) -> Attend:
         if anchors is None or self.flex is None:

@@ -48,6 +48,18 @@ class Loaded:
         """What the run knows of its codes: tokenizer, tokenizer_hash, class_names, image_size; {} for a ``.pt``."""
         return self.meta.get("codes", {})
 
+    @property
+    def trained_offsets(self) -> tuple[int, ...] | None:
+        """The offsets of the registers that the run was trained with, ascending; None: nothing says them."""
+        config = self.model.config
+        if config.register_offsets:
+            return config.register_offsets
+        registers = self.meta.get("config", {}).get("registers", {})
+        if registers.get("kind", "none") == "none":
+            return None
+        chosen = tuple(registers.get("offsets", ()))
+        return RegisterLaw(registers["kind"], config.grid, registers["d_max"], chosen=chosen).offsets
+
     @cached_property
     def weights_hash(self) -> str:
         """The sha256 of the weights file; of a sharded checkpoint's files, that of their hashes."""

@@ -11,8 +11,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 from mutor_img.common.errors import UserError, suggest
+
+N = TypeVar("N", int, float)
 
 # No permission, a read-only disk, a file where a path needs a folder or the other way round, links in a circle, and a
 # name that is too long.
@@ -74,6 +77,23 @@ def parse_grid(text: str, flag: str) -> tuple[int, int]:
     if len(sides) > 2 or not all(re.fullmatch("[0-9]{1,4}", side) and 0 < int(side) <= 1024 for side in sides):
         raise UserError(f"{flag} is {text!r}; give rows x columns of codes, as in 16x16")
     return int(sides[0]), int(sides[-1])
+
+
+def parse_numbers(text: str, flag: str, kind: type[N]) -> list[N]:
+    """Return the numbers of a comma-separated list, ``int`` or ``float``, all different, in the order given.
+
+    Raises:
+        UserError: something else, or a number twice; ``flag`` is what is named.
+    """
+    try:
+        numbers = [kind(word) for word in text.split(",")]
+    except ValueError:
+        words = "whole numbers with commas between them, as in 1,2,4" if kind is int else (
+            "numbers with commas between them, as in 1,1.5,2")
+        raise UserError(f"{flag} is {text!r}; give {words}") from None
+    if len(set(numbers)) < len(numbers):
+        raise UserError(f"{flag} is {text!r}: a number is given twice; give each once")
+    return numbers
 
 
 def run(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = None) -> None:

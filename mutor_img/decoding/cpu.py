@@ -1,15 +1,15 @@
 """The transformer one position at a time on CPUs: linear layers packed for the machine, and a cache read as a prefix.
 
 :class:`PackedDecoder` computes what :class:`~mutor_img.transformer.Transformer` computes in eval mode, with the same
-rounding, from the same weights; registers play no part (method, section 2: regular inputs never see one). On GPUs
-:class:`mutor_img.decoding.gpu.StaticDecoder` does it.
+rounding, from the same weights. Regular inputs never see a register (method, section 2), so that registers play no part
+but as drafts. On GPUs :class:`mutor_img.decoding.gpu.StaticDecoder` does it.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from weakref import WeakKeyDictionary, finalize
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mutor_img.transformer import Block, Transformer
 
+CHUNK = 8  # sequences the network runs on at a time in fp32, padded; a bit of the result may depend on it
 _PACK_ROWS = 32  # rows that oneDNN lays weights out for; the same layout serves from 8 to 64 as well
 
 
@@ -48,14 +49,46 @@ class PrefixCache:
         """
         store = self.store[layer, :, : len(qkv)]  # (2, R, H, N, head dim)
         store[:, :, :, position] = qkv[:, 1:].transpose(0, 1)
+        return self._read(*store.flatten(1, 2), position, qkv[:, 0].flatten(0, 1)).view_as(qkv[:, 0])
+
+    def attend_window(self, layer: int, starts: Sequence[int], width: int, qkv: Tensor) -> Tensor:
+        """Keep the keys and values of a window, and attend to all before each of its rows and to the row itself.
+
+        Each row is read by itself, exactly as :meth:`attend` reads it: batched products would sum in another order, and
+        a code whose draw falls near an edge would flip. Registers, the rows after the first ``width``, take turns in
+        the slot after the window.
+
+        Args:
+            starts: the place of the first row of each of B images; rows from the grid's end on are left out.
+            qkv: (Q, S, 3, H, head dim) of Q sequences, those of an image side by side; queries are scaled already.
+
+        Returns:
+            (Q, S, H, head dim); zero for the rows left out.
+        """
+        out, halves, length = torch.zeros_like(qkv[:, :, 0]), len(qkv) // len(starts), self.store.shape[4] - 1
+        for first, start in zip(range(0, len(qkv), halves), starts):
+            image, store = qkv[first : first + halves], self.store[layer, :, first : first + halves]
+            queries = image[:, :, 0].transpose(0, 1).flatten(1, 2)  # (S, halves H, head dim)
+            keys, values = store.flatten(1, 2)  # (halves H, N, head dim) each
+            keep = image[:, :, 1:].permute(2, 0, 3, 1, 4)  # (2, halves, H, S, head dim)
+            end = min(start + width, length)
+            store[:, :, :, start:end] = keep[:, :, :, : end - start]
+            for row in range(min(qkv.shape[1], length - start)):
+                if row >= width:
+                    store[:, :, :, end] = keep[:, :, :, row]
+                read = self._read(keys, values, min(start + row, end), queries[row])
+                out[first : first + halves, row] = read.view_as(image[:, row, 0])
+        return out
+
+    def _read(self, keys: Tensor, values: Tensor, position: int, queries: Tensor) -> Tensor:
+        """Attend from one query each, (R H, head dim), to the first places of keys and values (R H, N, head dim)."""
         if not position:
-            return qkv[:, 2]  # itself alone
-        keys, values = store[:, :, :, : position + 1].unbind(0)  # (R, H, seen, head dim) each
+            return values[:, 0].to(queries.dtype)  # itself alone
+        keys, values = keys[:, : position + 1], values[:, : position + 1]  # (R H, seen, head dim) each
         if self.fused:  # R * H, not R and H: a kernel would be compiled anew where one of them is 1
-            queries, keys, values = (x.flatten(0, 1) for x in (qkv[:, 0], keys, values))
-            return _compiled_attention()(queries, keys, values).unflatten(0, qkv.shape[:1] + qkv.shape[2:3])
-        scores = torch.matmul(qkv[:, 0, :, None].to(keys.dtype), keys.transpose(2, 3))  # (R, H, 1, seen)
-        return torch.matmul(scores.softmax(-1), values)[:, :, 0]
+            return _compiled_attention()(queries, keys, values)
+        scores = torch.bmm(queries[:, None].to(keys.dtype), keys.transpose(1, 2))  # (R H, 1, seen)
+        return torch.bmm(scores.softmax(-1), values)[:, 0]
 
 
 def _fuses(dtype: torch.dtype) -> bool:
@@ -231,3 +264,17 @@ class PackedDecoder:
         for index, layer in enumerate(self.weights.layers):
             x = layer.forward(x, rope, lambda qkv, at=index: self.cache.attend(at, position, qkv))
         return self.weights.output(norm(x, self.weights.norm))
+
+    def window(self, x: Tensor, start: Tensor, width: int) -> Tensor:
+        """Return logits (Q, S, V) of a window; see :class:`~mutor_img.decoding.drafting.WindowDecoder`."""
+        places = (start[:, None] + torch.arange(x.shape[1])).clamp(max=self.weights.config.length - 1)  # (B, S)
+        rope = self.weights.rope[places.repeat_interleave(len(x) // len(start), 0).flatten(), 0]  # (Q S, 2, 1, ..)
+        starts = start.tolist()
+
+        def attend(qkv: Tensor, layer: int) -> Tensor:
+            return self.cache.attend_window(layer, starts, width, qkv.unflatten(0, x.shape[:2])).flatten(0, 1)
+
+        y = x.flatten(0, 1)  # (Q S, dim): the linear layers take all rows at once
+        for index, layer in enumerate(self.weights.layers):
+            y = layer.forward(y, rope, lambda qkv, at=index: attend(qkv, at))
+        return self.weights.output(norm(y, self.weights.norm)).unflatten(0, x.shape[:2])

@@ -8,6 +8,8 @@ one takes long: so there are few, and others are padded.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from types import FunctionType
 from weakref import WeakKeyDictionary
 
@@ -21,27 +23,28 @@ MOST_ROWS = 512  # sequences that samplers hand over at a time: each further num
 
 
 class StaticCache(nn.Module):
-    """One layer's keys and values of all positions, (R, H, N, head dim) each."""
+    """One layer's keys and values of all slots, (R, H, slots, head dim) each."""
 
-    def __init__(self, rows: int, heads: int, length: int, head_dim: int, like: Tensor):
+    def __init__(self, rows: int, heads: int, slots: int, head_dim: int, like: Tensor):
         super().__init__()
         for name in ("keys", "values"):
-            empty = torch.zeros(rows, heads, length, head_dim, device=like.device, dtype=like.dtype)
+            empty = torch.zeros(rows, heads, slots, head_dim, device=like.device, dtype=like.dtype)
             self.register_buffer(name, empty, persistent=False)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor, mask: Tensor) -> Tensor:
-        """Keep one position's keys and values, and attend to all so far.
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, where: tuple, mask: Tensor) -> Tensor:
+        """Keep keys and values, and attend to all that the mask allows.
 
         Args:
-            q, k, v: (R, H, 1, head dim).
-            position: (1,) int64.
-            mask: (1, 1, 1, N) bool, True up to the position.
+            q: (R, H, S, head dim).
+            k, v: as they stand at ``keys[where]``.
+            where: an index of the slots that are written.
+            mask: bool, broadcast to (R, 1, S, slots).
 
         Returns:
-            (R, H, 1, head dim).
+            (R, H, S, head dim).
         """
-        self.keys[:, :, position] = k
-        self.values[:, :, position] = v
+        self.keys[where] = k
+        self.values[where] = v
         return F.scaled_dot_product_attention(q, self.keys, self.values, attn_mask=mask)
 
 
@@ -55,27 +58,31 @@ class StaticDecoder(nn.Module):
         rows: sequences that the cache is for. A step takes so many or fewer and is padded.
     """
 
-    def __init__(self, model: Transformer, rows: int, eager: bool = False):
-        """Allocate the cache for ``rows`` sequences; the step is compiled when it is first called, or never."""
+    def __init__(self, model: Transformer, rows: int, eager: bool = False, spare: int = 0):
+        """Allocate the cache for ``rows`` sequences; the step is compiled when it is first called, or never.
+
+        ``spare`` is the number of slots after those of the grid.
+        """
         super().__init__()
         config, like = model.config, model.output.weight
         self.rows = rows
         self.cls_embedding, self.tok_embeddings, self.rope = model.cls_embedding, model.tok_embeddings, model.rope
         self.layers, self.norm, self.output = model.layers, model.norm, model.output
+        slots = config.length + spare
         self.caches = nn.ModuleList(
-            StaticCache(rows, config.heads, config.length, config.dim // config.heads, like) for _ in model.layers)
-        self.register_buffer("places", torch.arange(config.length, device=like.device), persistent=False)
+            StaticCache(rows, config.heads, slots, config.dim // config.heads, like) for _ in model.layers)
+        self.register_buffer("places", torch.arange(slots, device=like.device), persistent=False)
         self.position = torch.zeros(1, dtype=torch.int64, device=like.device)  # an argument of the step
         self.compiled = _step if eager else None
 
     def forward(self, codes: Tensor, position: Tensor) -> Tensor:
         """Return logits (rows, V) of x_{t+1} for codes x_t (rows,) int64 at position t (1,) int64: what is compiled."""
-        return self._run(self.tok_embeddings(codes), position)
+        return self._one(self.tok_embeddings(codes), position)
 
     def first(self, labels: Tensor) -> Tensor:
         """Start sequences: labels (R,) int64 in 0 .. classes (the null class) -> logits (R, V) of the first code."""
         x = self.cls_embedding(self._pad(labels))  # (rows, dim)
-        return self._run(x, self.position.zero_())[: len(labels)]  # once per image: not worth a graph
+        return self._one(x, self.position.zero_())[: len(labels)]  # once per image: not worth a graph
 
     def next(self, codes: Tensor, position: int) -> Tensor:
         """Go on: codes x_t (R,) int64 at position t -> logits (R, V) of x_{t+1}, overwritten by the next call."""
@@ -96,40 +103,93 @@ class StaticDecoder(nn.Module):
         self.compiled = torch.compile(own, fullgraph=True, dynamic=False, **options)
 
     def _pad(self, numbers: Tensor) -> Tensor:
-        """Return labels or codes (R,) as the first of (rows,); no sequence sees another one, so that zeros will do."""
-        return F.pad(numbers, (0, self.rows - len(numbers)))
+        """Return (R, ..) as the first of (rows, ..); no sequence sees another one, so that zeros will do."""
+        return torch.cat([numbers, numbers.new_zeros(self.rows - len(numbers), *numbers.shape[1:])])
 
-    def _run(self, x: Tensor, position: Tensor) -> Tensor:
-        x, rope = x[:, None], self.rope(position)[None]  # (rows, 1, dim), (1, 1, 2, head dim / 2)
+    def _one(self, x: Tensor, position: Tensor) -> Tensor:
         mask = (self.places <= position)[None, None, None]  # (1, 1, 1, N)
+
+        def attend(cache: StaticCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return cache.attend(q, k, v, (slice(None), slice(None), position), mask)
+
+        return self._run(x[:, None], self.rope(position)[None], attend)[:, 0]  # (rows, V)
+
+    def _run(self, x: Tensor, rope: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+        """Return logits (rows, S, V) of embedded inputs (rows, S, dim); ``attend`` takes a layer's cache, q, k, v."""
         for layer, cache in zip(self.layers, self.caches):
-            def attend(q: Tensor, k: Tensor, v: Tensor, cache: StaticCache = cache) -> Tensor:
-                return cache.attend(q, k, v, position, mask)
-
-            x = Block.forward(layer, x, rope, attend)  # the class's: training may have compiled the instance's
-        return self.output(self.norm(x))[:, 0]  # (rows, V)
+            x = Block.forward(layer, x, rope, partial(attend, cache))  # the class's: training may have compiled its own
+        return self.output(self.norm(x))
 
 
-def _step(decoder: StaticDecoder, codes: Tensor, position: Tensor) -> Tensor:
-    return decoder.forward(codes, position)
+class StaticWindow(StaticDecoder):
+    """Passes over a window of drafts: W regular inputs and R registers of each sequence, each sequence at its place.
+
+    A slot after the grid's takes what rows past its end write, and each register has one more for itself.
+    """
+
+    def __init__(self, model: Transformer, rows: int, width: int, registers: int, eager: bool = False):
+        """Allocate the cache for ``rows`` sequences, for windows of ``width`` inputs and so many registers."""
+        super().__init__(model, rows, eager, spare=1 + registers)
+        self.length, self.width = model.config.length, width
+        device = self.places.device
+        self.register_buffer("offsets", torch.arange(width + registers, device=device), persistent=False)
+        self.register_buffer("sequences", torch.arange(rows, device=device)[:, None], persistent=False)
+
+    def forward(self, x: Tensor, start: Tensor) -> Tensor:
+        """Return logits (rows, S, V) for embedded inputs (rows, S, dim) of windows at ``start`` (rows,) int64."""
+        places = start[:, None] + self.offsets  # (rows, S)
+        seen = torch.minimum(places, start[:, None] + self.width - 1)  # the last slot of the window that a row sees
+        own = torch.where(self.offsets < self.width, places.clamp(max=self.length),
+                          self.length + 1 + self.offsets - self.width)  # the slot that it writes, and sees as well
+        mask = (self.places <= seen[..., None]) | (self.places == own[..., None])  # (rows, S, slots)
+
+        def attend(cache: StaticCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            where = self.sequences, slice(None), own  # (rows, S, H, head dim)
+            return cache.attend(q, k.transpose(1, 2), v.transpose(1, 2), where, mask[:, None])
+
+        return self._run(x, self.rope(places.clamp(max=self.length - 1)), attend)
+
+    def window(self, x: Tensor, start: Tensor, width: int) -> Tensor:
+        """Return logits (Q, S, V); see :class:`~mutor_img.decoding.drafting.WindowDecoder`."""
+        if width != self.width or x.shape[1] != len(self.offsets):
+            raise ValueError(f"a window of {width} of {x.shape[1]} rows; this decoder is for {self.width} of "
+                             f"{len(self.offsets)}")
+        if self.compiled is None:
+            self.compile_step(mode="reduce-overhead")
+        torch.compiler.cudagraph_mark_step_begin()  # the logits of the pass before are done with
+        starts = self._pad(start.repeat_interleave(len(x) // len(start)))
+        return self.compiled(self, self._pad(x), starts)[: len(x)]
 
 
-_DECODERS: WeakKeyDictionary[Transformer, tuple[list, dict[int, StaticDecoder]]] = WeakKeyDictionary()
+def _step(decoder: StaticDecoder, inputs: Tensor, places: Tensor) -> Tensor:
+    return decoder.forward(inputs, places)
 
 
-def static_decoder(model: Transformer, rows: int) -> StaticDecoder:
+_DECODERS: WeakKeyDictionary[Transformer, tuple[list, dict[tuple, StaticDecoder]]] = WeakKeyDictionary()
+
+
+def static_decoder(model: Transformer, rows: int, window: tuple[int, int] | None = None,
+                   eager: bool = False) -> StaticDecoder:
     """Return a decoder of at least ``rows`` sequences, the one of an earlier call where it still fits.
 
+    ``window`` asks for a :class:`StaticWindow` of its regular inputs and registers. An eager one is for exactly so many
+    sequences, and neither compiled nor kept.
+
     Its rows are a power of two, so that all numbers from 1 to 64 make seven graphs. A model keeps one decoder of each,
-    compiled: their caches together are less than twice that of the largest. Weights that change in place need no new
-    ones.
+    compiled: their caches together are less than twice that of the largest, and so are those of each window. Weights
+    that change in place need no new ones.
     """
+    def build(rows: int) -> StaticDecoder:
+        return StaticWindow(model, rows, *window, eager) if window else StaticDecoder(model, rows, eager)
+
+    if eager:
+        return build(rows)
     rows = 1 << (rows - 1).bit_length()
     state = [(weight.data_ptr(), weight.dtype) for weight in model.parameters()]
     kept = _DECODERS.get(model)
     if kept is None or kept[0] != state:
         _DECODERS.pop(model, None)  # the old caches go before a new one comes
         kept = _DECODERS[model] = state, {}
-    if rows not in kept[1]:
-        kept[1][rows] = StaticDecoder(model, rows)
-    return kept[1][rows]
+    if (rows, window) not in kept[1]:
+        kept[1][rows, window] = build(rows)
+    return kept[1][rows, window]

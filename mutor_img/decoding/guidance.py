@@ -78,7 +78,10 @@ def guidance_scales(schedule: str, scale: float, parameter: float | None, length
     return [1.0 + (scale - 1.0) * (1.0 - math.cos(math.pi * r**parameter)) / 2.0 for r in done]
 
 
-def guide(logits: Tensor, scale: float) -> Tensor:
-    """Combine logits (2 B, V), conditional rows first, into (B, V); any floating dtype."""
-    conditional, unconditional = logits.chunk(2)  # (B, V) each
+def guide(logits: Tensor, scale: float | Tensor) -> Tensor:
+    """Combine logits (2 B, .., V), conditional rows first, into (B, .., V); any floating dtype.
+
+    ``scale`` may be a tensor that broadcasts to them: a scale for each row.
+    """
+    conditional, unconditional = logits.chunk(2)  # (B, .., V) each
     return (conditional - unconditional).mul_(scale).add_(unconditional)  # one large temporary, not three

@@ -8,21 +8,23 @@ in row i mod CHUNK of them, whoever its neighbours are.
 from __future__ import annotations
 
 import math
+import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mutor_img.common.errors import UserError, check_range
 from mutor_img.common.streams import Stream, uniform
-from mutor_img.decoding.cpu import PackedDecoder, PackedTransformer, pack
+from mutor_img.decoding.cpu import CHUNK, PackedDecoder, PackedTransformer, pack
+from mutor_img.decoding.drafting import AUTO, NO_DRAFT, Draft, Drafter, Trial
 from mutor_img.decoding.gpu import MOST_ROWS, StaticDecoder, static_decoder
 from mutor_img.decoding.guidance import guidance_scales, guide
 from mutor_img.transformer import Transformer
-
-CHUNK = 8  # sequences the network runs on at a time, on CPUs in fp32; a bit of the result may depend on it
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class SamplingSettings:
 
 
 def generate(model: Transformer, labels: Tensor | Sequence[int], cfg_scale: float = 2.0, temperature: float = 1.0,
-             top_k: int = 0, top_p: float = 1.0, seed: int = 0, first: int = 0) -> Tensor:
+             top_k: int = 0, top_p: float = 1.0, seed: int = 0, first: int = 0, draft: int | str = 0,
+             draft_source: str = Draft.source) -> Tensor:
     """Sample the codes of one image a label.
 
     Args:
@@ -64,6 +67,8 @@ def generate(model: Transformer, labels: Tensor | Sequence[int], cfg_scale: floa
         labels: (B,) in 0 .. classes - 1.
         cfg_scale, temperature, top_k, top_p, seed: see :class:`SamplingSettings`.
         first: number of the first sample; row j uses the random stream f(seed, first + j).
+        draft, draft_source: how many codes a pass of the network drafts, and where from; they decide how fast the
+            codes come, never which. See :class:`~mutor_img.decoding.drafting.Draft`.
 
     Returns:
         (B, N) int64 codes on the model's device.
@@ -73,10 +78,11 @@ def generate(model: Transformer, labels: Tensor | Sequence[int], cfg_scale: floa
     """
     labels = torch.as_tensor(labels, dtype=torch.int64)
     settings = SamplingSettings(cfg_scale, "constant", None, temperature, top_k, top_p, seed)
-    return generate_samples(model, labels, first + torch.arange(len(labels)), settings)
+    return generate_samples(model, labels, first + torch.arange(len(labels)), settings, Draft(draft, draft_source))
 
 
-def generate_samples(model: Transformer, labels: Tensor, samples: Tensor, settings: SamplingSettings) -> Tensor:
+def generate_samples(model: Transformer, labels: Tensor, samples: Tensor, settings: SamplingSettings,
+                     draft: Draft = NO_DRAFT) -> Tensor:
     """Sample the codes of the given samples; as :func:`generate` for sample numbers that need not be consecutive.
 
     Args:
@@ -86,7 +92,7 @@ def generate_samples(model: Transformer, labels: Tensor, samples: Tensor, settin
     Returns:
         (B, N) int64 codes.
     """
-    return Sampler(model, settings, max(1, len(labels))).generate(labels, samples)
+    return Sampler(model, settings, max(1, len(labels)), draft=draft).generate(labels, samples)
 
 
 class Sampler:
@@ -99,7 +105,8 @@ class Sampler:
         count: sequences the network runs on at a time; batches are cut and padded to it.
     """
 
-    def __init__(self, model: Transformer, settings: SamplingSettings, batch: int, keep: bool = True):
+    def __init__(self, model: Transformer, settings: SamplingSettings, batch: int, keep: bool = True,
+                 draft: Draft = NO_DRAFT):
         """Prepare.
 
         Args:
@@ -108,9 +115,10 @@ class Sampler:
             batch: sequences at a time where the number is free, that is anywhere but on CPUs in fp32; on GPUs at most
                 ``MOST_ROWS``, with guidance half of it.
             keep: False: nothing is compiled or kept beside the model; amid training.
+            draft: how codes are drafted.
 
         Raises:
-            UserError: settings out of range.
+            UserError: settings out of range, or a draft that the model cannot have.
         """
         config, weight = model.config, model.output.weight
         settings.validate(config.vocabulary)
@@ -123,12 +131,29 @@ class Sampler:
         self.halves = 2 if self.guided_until else 1
         most = MOST_ROWS // self.halves if self.static else batch
         self.count = CHUNK if self.fixed else min(batch, most)
-        rows = self.halves * self.count
+        self.keep, self.draft = keep, draft
+        self.drafter = Drafter(model, draft, self.scales, settings.seed, partial(draw, settings=settings))
+        self.trials: defaultdict[int, Trial] = defaultdict(Trial)  # of ``auto``, by the number of images at a time
         with torch.no_grad():
-            if self.static:
-                self.decoder = static_decoder(model, rows) if keep else StaticDecoder(model, rows, eager=True)
-            else:
-                self.decoder = PackedDecoder(pack(model) if keep else PackedTransformer(model), rows)
+            self.packed = None if self.static else pack(model) if keep else PackedTransformer(model)
+        self.decoders: dict[int, PackedDecoder | StaticDecoder] = {}  # by W, 0: of single steps; those asked for so far
+
+    def decoder(self, window: int = 0) -> PackedDecoder | StaticDecoder:
+        """Return the decoder of passes over a window W of each image; 0: of single steps."""
+        if window not in self.decoders:
+            rows = self.halves * self.images(window)
+            inputs = (window, self.draft.rows(window) - window) if window else None  # regular ones, and registers
+            with torch.no_grad():
+                self.decoders[window] = (static_decoder(self.model, rows, inputs, eager=not self.keep) if self.static
+                                         else PackedDecoder(self.packed, rows))
+        return self.decoders[window]
+
+    def images(self, window: int) -> int:
+        """Return how many images run at a time with a window W; 0: without one.
+
+        On CPUs in fp32 the rows of all together are those of a step without drafts, as far as they go in.
+        """
+        return max(1, CHUNK // self.draft.rows(window)) if self.fixed and window else self.count
 
     def generate(self, labels: Tensor, samples: Tensor) -> Tensor:
         """Return codes (B, N) int64 on the model's device for labels and sample numbers (B,) int64, any B.
@@ -143,16 +168,33 @@ class Sampler:
             raise UserError(f"label {int(wrong[0])} is out of range; the model has classes 0 to "
                             f"{self.config.classes - 1}")
         labels, samples = labels.to(self.device), samples.to(self.device)
+        window, begun = self._window(len(labels)), time.perf_counter()
+        decoder = self.decoder(window)  # not in inference mode: its cache serves other decoders after it
+        with _evaluating(self.model), torch.no_grad() if self.static else torch.inference_mode():
+            made = (self.drafter.generate(decoder, labels, samples, self.images(window), window) if window
+                    else self._in_turn(decoder, labels, samples))
+        if self.draft.window == AUTO:
+            self.trials[len(labels)].note(window > 0, time.perf_counter() - begun)
+        codes = torch.empty_like(made).copy_(made)  # no inference tensor
+        if len(codes) and int(codes.min()) < 0:
+            raise UserError("the model's logits are not finite; its weights are damaged, or too large for their dtype")
+        return codes
+
+    def _window(self, images: int) -> int:
+        """Return W for so many images at a time; 0: no drafts."""
+        if self.draft.window != AUTO:
+            return self.draft.window if images else 0
+        window = self.draft.widest(CHUNK // images) if self.fixed and images else 0
+        return window if window > 1 and self.trials[images].drafts else 0
+
+    def _in_turn(self, decoder: PackedDecoder | StaticDecoder, labels: Tensor, samples: Tensor) -> Tensor:
+        """Return codes (B, N), one after the other."""
         codes = torch.zeros(len(labels), self.config.length, dtype=torch.int64, device=self.device)
         for rows in self._cut(samples):
             slots = samples[rows] % self.count if self.fixed else torch.arange(len(rows), device=self.device)
             padded = torch.zeros(2, self.count, dtype=torch.int64, device=self.device)
             padded[:, slots] = torch.stack([labels[rows], samples[rows]])
-            with _evaluating(self.model), torch.no_grad() if self.static else torch.inference_mode():
-                made = self._run(*padded)  # (count, N)
-            codes[rows] = made[slots]
-        if len(codes) and int(codes.min()) < 0:
-            raise UserError("the model's logits are not finite; its weights are damaged, or too large for their dtype")
+            codes[rows] = self._run(decoder, *padded)[slots]
         return codes
 
     def _cut(self, samples: Tensor) -> Iterable[Tensor]:
@@ -162,25 +204,25 @@ class Sampler:
         groups = samples // self.count
         return [(groups == group).nonzero()[:, 0] for group in groups.unique()]
 
-    def _run(self, labels: Tensor, samples: Tensor) -> Tensor:
+    def _run(self, decoder: PackedDecoder | StaticDecoder, labels: Tensor, samples: Tensor) -> Tensor:
         """Return codes (count, N) for labels and sample numbers (count,) int64; -1 where logits were not finite."""
         places = torch.arange(self.config.length, device=self.device)
         numbers = uniform(self.settings.seed, Stream.TOKEN, samples[:, None], places).T.contiguous()  # (N, count)
         codes = torch.empty(len(places), self.count, dtype=torch.int64, device=self.device)
         nulls = [torch.full_like(labels, self.config.classes)] if self.halves == 2 else []
-        logits = self.decoder.first(torch.cat([labels, *nulls]))  # (2 count or count, V)
+        logits = decoder.first(torch.cat([labels, *nulls]))  # (2 count or count, V)
         for position, scale in enumerate(self.scales):
             if position:
-                logits = self._decode(codes[position - 1], position)
+                logits = self._decode(decoder, codes[position - 1], position)
             logits = guide(logits.float(), scale) if scale > 1 else logits[: self.count].float()
             codes[position] = draw(logits, numbers[position], self.settings)
         return torch.where((codes < 0).any(0), -1, codes).T
 
-    def _decode(self, codes: Tensor, position: int) -> Tensor:
+    def _decode(self, decoder: PackedDecoder | StaticDecoder, codes: Tensor, position: int) -> Tensor:
         """Return logits (2 count or count, V) at ``position``; both halves of a batch go on with the same codes."""
         codes = codes.clamp(min=0)  # not finite: go on with anything, and say so at the end
         halves = self.halves if self.static or position < self.guided_until else 1
-        return self.decoder.next(codes.repeat(halves), position)
+        return decoder.next(codes.repeat(halves), position)
 
 
 def _replays(device: torch.device) -> bool:

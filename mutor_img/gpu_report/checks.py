@@ -6,8 +6,9 @@ from collections.abc import Callable
 from functools import partial
 
 from mutor_img.blocks import PRESETS
+from mutor_img.decoding.drafting import SOURCES
 from mutor_img.gpu_report.attention import check_flex, check_one_mask, check_sdpa
-from mutor_img.gpu_report.decoding import check_decoding
+from mutor_img.gpu_report.decoding import check_decoding, check_drafts
 from mutor_img.gpu_report.images import (
     check_decode,
     check_encode,
@@ -101,6 +102,8 @@ def other_checks() -> dict[str, Check]:
     for precision in PRECISIONS:
         for name, scale in (("no guidance", 1.0), ("guidance 2", 2.0)):
             checks[f"decoding, {name}, {precision}"] = partial(check_decoding, cfg_scale=scale, precision=precision)
+        for source in SOURCES:
+            checks[f"drafts, {source}, {precision}"] = partial(check_drafts, source=source, precision=precision)
         checks[f"tokenizer, training step, {precision}"] = partial(check_tokenizer_step, precision=precision)
         checks[f"tokenizer, LPIPS, {precision}"] = partial(check_lpips, precision=precision)
         checks[f"tokenizer, resume, {precision}"] = partial(check_tokenizer_resume, precision=precision)

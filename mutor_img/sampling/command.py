@@ -21,6 +21,7 @@ from mutor_img.common.errors import UserError, check_range
 from mutor_img.common.images import check_png, write_png
 from mutor_img.common.locks import file_lock
 from mutor_img.common.outputs import keep_apart
+from mutor_img.decoding.drafting import NO_DRAFT, Draft
 from mutor_img.decoding.sampler import Sampler, SamplingSettings
 from mutor_img.sampling.archive import FORMAT, SampleArchive, open_archive
 from mutor_img.sampling.options import add_sampling_flags, check_sampling_flags, open_source
@@ -86,10 +87,10 @@ def _write(args: argparse.Namespace, runtime: Runtime) -> Path:
     archive = open_archive(args.out, {"format": FORMAT, **source.identity(count)})
     loaded = source.loaded
     about = {"checkpoint": str(loaded.path), "step": loaded.meta.get("step"), "tokenizer": source.tokenizer.path,
-             "grid": list(loaded.model.config.grid),
+             "grid": list(loaded.model.config.grid), **source.draft.to_json(),
              "class_names": source.names, "versions": {name: version(name) for name in ("mutor_img", "torch", "numpy")}}
     write_samples(archive, loaded, source.tokenizer, source.labels(count), source.settings, about, runtime,
-                  args.batch_size, source.resize)
+                  args.batch_size, source.resize, source.draft)
     return archive.out
 
 
@@ -148,18 +149,19 @@ def _write_grid(args: argparse.Namespace, source: SampleSource) -> None:
     if args.num_samples is not None and not args.out:
         columns = -(-args.num_samples // len(classes))
     write_png(args.grid, class_grid(source.loaded.model, source.tokenizer, classes, columns, source.names,
-                                    source.settings, args.batch_size))
+                                    source.settings, args.batch_size, draft=source.draft))
     print(f"{args.grid}: {len(classes)} classes, {columns} images each")
 
 
 def _write_strip(path: str, source: SampleSource, label: int) -> None:
-    write_png(path, steps_strip(source.loaded.model, source.tokenizer, label, source.names[label], source.settings))
+    write_png(path, steps_strip(source.loaded.model, source.tokenizer, label, source.names[label], source.settings,
+                                source.draft))
     print(f"{path}: an image of {source.names[label]} as its codes arrive")
 
 
 def write_samples(archive: SampleArchive, loaded: Loaded, tokenizer: VQModel, labels: Tensor,
                   settings: SamplingSettings, about: dict[str, Any], runtime: Runtime, batch_size: int,
-                  resize: int | None = None) -> None:
+                  resize: int | None = None, draft: Draft = NO_DRAFT) -> None:
     """Make a sample set, going on from what an earlier run left, on all processes that call this alike.
 
     Args:
@@ -169,6 +171,7 @@ def write_samples(archive: SampleArchive, loaded: Loaded, tokenizer: VQModel, la
         about: what the manifest says beside ``archive.settings``.
         batch_size: images at a time on this device.
         resize: pixels per side that images are shrunk to, or None.
+        draft: how codes are drafted.
 
     Raises:
         UserError: the archive holds a run of other settings, or the processes have other ones.
@@ -183,7 +186,7 @@ def write_samples(archive: SampleArchive, loaded: Loaded, tokenizer: VQModel, la
     with tqdm(total=archive.count, initial=archive.done(), desc="sample", unit="image", mininterval=1.0,
               disable=not runtime.is_main) as bar:
         numbers = torch.tensor([i for unit in mine for i in archive.samples(unit)], dtype=torch.int64)
-        images = _sample(loaded, tokenizer, labels, numbers, settings, batch_size, resize)
+        images = _sample(loaded, tokenizer, labels, numbers, settings, batch_size, resize, draft)
         ahead: list[np.ndarray] = []  # sampled, not yet a part
         for unit in mine:
             size = len(archive.samples(unit))
@@ -204,8 +207,8 @@ def write_samples(archive: SampleArchive, loaded: Loaded, tokenizer: VQModel, la
 
 
 def _sample(loaded: Loaded, tokenizer: VQModel, labels: Tensor, numbers: Tensor, settings: SamplingSettings,
-            batch_size: int, resize: int | None) -> Iterator[np.ndarray]:
+            batch_size: int, resize: int | None, draft: Draft) -> Iterator[np.ndarray]:
     """Yield (b, H, W, 3) uint8 images of the given sample numbers, a batch at a time."""
-    sampler = Sampler(loaded.model, settings, min(batch_size, len(numbers)))
+    sampler = Sampler(loaded.model, settings, min(batch_size, len(numbers)), draft=draft)
     for part in numbers.split(batch_size):
         yield decode_images(tokenizer, sampler.generate(labels[part], part), loaded.model.config.grid, resize)

@@ -13,6 +13,7 @@ from mutor_img.checkpoints.loading import Loaded, load_run
 from mutor_img.common.cli import parse_grid
 from mutor_img.common.config import check_choice
 from mutor_img.common.errors import UserError, check_range
+from mutor_img.decoding.drafting import SOURCES, Draft
 from mutor_img.decoding.guidance import SCHEDULES
 from mutor_img.decoding.sampler import SamplingSettings
 from mutor_img.sampling.labels import RULES, parse_classes, readable_names
@@ -61,6 +62,11 @@ def add_sampling_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup
                                                      "probability; 1: from all")
     add("--dtype", default="auto", metavar="TYPE", help="dtype of the generator: fp32, bf16, or auto: bf16 on "
                                                                 "CUDA, else fp32")
+    add("--draft", default="off", metavar="W", help="codes per image that each pass of the network takes, drafts among "
+                                                    "them; off; or auto: drafts only where they are faster. Changes no "
+                                                    "image")
+    add("--draft-source", default=Draft.source, metavar="NAME", help="where the first drafts come from: "
+                                                                     f"{', '.join(SOURCES)}")
     return [action.dest for action in parser._actions if action.dest not in before]
 
 
@@ -69,6 +75,7 @@ def check_sampling_flags(args: argparse.Namespace) -> None:
     check_choice("--weights", args.weights, tuple(WEIGHTS))
     check_choice("--labels", args.labels, RULES)
     check_choice("--dtype", args.dtype, ("auto", *DTYPES))
+    Draft.parse(args.draft, args.draft_source)
     if args.resize is not None:
         check_range("--resize", args.resize, 1, 65536)
     if args.grid_size is not None:
@@ -92,12 +99,18 @@ def open_source(args: argparse.Namespace, runtime: Runtime) -> SampleSource:
     settings = SamplingSettings(args.cfg_scale, args.cfg_schedule, args.cfg_parameter, args.temperature, args.top_k,
                                 args.top_p, args.seed)
     settings.validate(loaded.model.config.vocabulary)
+    draft = Draft.parse(args.draft, args.draft_source)
+    draft.validate(loaded.model.config)
+    unknown = sorted(set(draft.offsets) - set(loaded.trained_offsets or draft.offsets))
+    if unknown and runtime.is_main:
+        print(f"note: {loaded.path} was not trained with registers of offset {', '.join(map(str, unknown))}, which "
+              f"--draft {args.draft} uses; the images stay the same, but more drafts may be wrong", file=sys.stderr)
     run_names = loaded.codes.get("class_names")
     names = readable_names(run_names, loaded.model.config.classes)
     classes = parse_classes(args.classes, names, run_names) if args.classes is not None else None
     tokenizer = _tokenizer(args.tokenizer, loaded, runtime)
     resize = None if args.resize is None else _smaller(args.resize, loaded, tokenizer)
-    source = SampleSource(loaded, tokenizer, settings, args.labels, classes, names, name, resize)
+    source = SampleSource(loaded, tokenizer, settings, args.labels, classes, names, name, resize, draft)
     if runtime.world > 1:  # else no reason to hash a .pt
         runtime.agree(source.identity(0))
     return source

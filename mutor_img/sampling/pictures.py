@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mutor_img.common.errors import UserError
 from mutor_img.common.images import grid_picture, shrink, to_nhwc, write_png
+from mutor_img.decoding.drafting import NO_DRAFT, Draft
 from mutor_img.decoding.sampler import Sampler, SamplingSettings, generate_samples
 from mutor_img.sampling.labels import readable_names
 from mutor_img.transformer import Transformer
@@ -95,27 +96,28 @@ def verified_tokenizer(codes: dict[str, Any], device: torch.device | str, model:
 
 
 def class_grid(model: Transformer, tokenizer: VQModel, classes: Sequence[int], columns: int, names: Sequence[str],
-               settings: SamplingSettings, batch: int = DECODE, keep: bool = True) -> Image:
+               settings: SamplingSettings, batch: int = DECODE, keep: bool = True, draft: Draft = NO_DRAFT) -> Image:
     """Return a picture with a row of ``columns`` samples for each of ``classes`` and the class's name beside it.
 
-    The image in row r, column c is sample number r * columns + c. Small images are magnified. ``batch`` and ``keep``
-    are those of :class:`~mutor_img.decoding.sampler.Sampler`.
+    The image in row r, column c is sample number r * columns + c. Small images are magnified. ``batch``, ``keep``
+    and ``draft`` are those of :class:`~mutor_img.decoding.sampler.Sampler`.
     """
     labels = torch.tensor(classes).repeat_interleave(columns)  # (rows * columns,)
-    sampler = Sampler(model, settings, min(batch, len(labels)), keep)
+    sampler = Sampler(model, settings, min(batch, len(labels)), keep, draft)
     images = np.concatenate([decode_images(tokenizer, sampler.generate(labels[part], part), model.config.grid)
                              for part in torch.arange(len(labels)).split(batch)])
     return grid_picture(images, columns, row_names=[names[label] for label in classes], scale=_magnified(images))
 
 
-def steps_strip(model: Transformer, tokenizer: VQModel, label: int, name: str, settings: SamplingSettings) -> Image:
+def steps_strip(model: Transformer, tokenizer: VQModel, label: int, name: str, settings: SamplingSettings,
+                draft: Draft = NO_DRAFT) -> Image:
     """Return a strip of sample number 0 of class ``label`` as its codes arrive, at up to ``FRAMES`` even moments.
 
     Each frame is the decoder's image of the codes so far, the last one repeated for those to come, whose cells are
     then painted grey. The decoder looks beyond a cell, so that pixels near the border may still change.
     """
     (rows, columns), length = model.config.grid, model.config.length
-    codes = generate_samples(model, torch.tensor([label]), torch.tensor([0]), settings)  # (1, N)
+    codes = generate_samples(model, torch.tensor([label]), torch.tensor([0]), settings, draft)  # (1, N)
     known = torch.tensor(sorted({-(-length * (frame + 1) // FRAMES) for frame in range(FRAMES)}), device=codes.device)
     arrived = torch.arange(length, device=codes.device) < known[:, None]  # (frames, N)
     images = decode_images(tokenizer, torch.where(arrived, codes, codes[0, known - 1][:, None]), (rows, columns))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mutor_img.checkpoints.loading import Loaded
+from mutor_img.decoding.drafting import NO_DRAFT, Draft
 from mutor_img.decoding.sampler import Sampler, SamplingSettings
 from mutor_img.sampling.labels import make_labels
 from mutor_img.sampling.pictures import decode_images
@@ -33,6 +34,7 @@ class SampleSource:
         names: a readable name for each class.
         dtype: the generator's, "fp32" or "bf16".
         resize: pixels per side that images are shrunk to before they are rounded; None: as they are decoded.
+        draft: how codes are drafted, which changes no image.
     """
 
     loaded: Loaded
@@ -43,6 +45,7 @@ class SampleSource:
     names: Sequence[str]
     dtype: str
     resize: int | None = None
+    draft: Draft = NO_DRAFT
 
     @property
     def run_names(self) -> list[str] | None:
@@ -87,25 +90,25 @@ class ModelImages:
     manifest: dict[str, Any] | None = None
 
     def __init__(self, model: Transformer, tokenizer: VQModel, labels: Tensor, settings: SamplingSettings, batch: int,
-                 name: str, keep: bool = True, resize: int | None = None):
+                 name: str, keep: bool = True, resize: int | None = None, draft: Draft = NO_DRAFT):
         """Nothing is sampled yet.
 
         Args:
             model, tokenizer: on one device.
             labels: (N,) int64 of images 0 .. N - 1.
             settings: guidance, filtering and seed.
-            batch, keep: see :class:`~mutor_img.decoding.sampler.Sampler`.
+            batch, keep, draft: see :class:`~mutor_img.decoding.sampler.Sampler`.
             name: for results.
             resize: pixels per side that images are shrunk to, or None.
         """
         self.model, self.tokenizer, self.settings, self.batch, self.name = model, tokenizer, settings, batch, name
-        self.keep, self.resize = keep, resize
+        self.keep, self.resize, self.draft = keep, resize, draft
         self.size = (resize, resize) if resize else tuple(side * tokenizer.downsample for side in model.config.grid)
         self.drawn, self.labels = labels, labels.numpy()
 
     @cached_property
     def _sampler(self) -> Sampler:
-        return Sampler(self.model, self.settings, min(self.batch, len(self)), self.keep)
+        return Sampler(self.model, self.settings, min(self.batch, len(self)), self.keep, self.draft)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -125,6 +128,6 @@ class GeneratedImages(ModelImages):
 
     def __init__(self, source: SampleSource, count: int, batch: int):
         super().__init__(source.loaded.model, source.tokenizer, source.labels(count), source.settings, batch,
-                         str(source.loaded.path), resize=source.resize)
+                         str(source.loaded.path), resize=source.resize, draft=source.draft)
         self.class_names = list(source.names)
-        self.manifest = {"generated": True, **source.identity(count)}
+        self.manifest = {"generated": True, **source.identity(count), **source.draft.to_json()}

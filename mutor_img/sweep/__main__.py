@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mutor_img.common.cli import Parser, run
+from mutor_img.common.cli import Parser, parse_numbers, run
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import read_json, write_json
 from mutor_img.common.locks import folder_lock
@@ -30,7 +30,7 @@ from mutor_img.training.runtime import Runtime
 
 SEED = 1  # not that of sample.py and evaluate_fid.py: a choice must not be made on the samples that are reported
 _REPEATED = ("checkpoint", "tokenizer", "grid_size", "resize", "weights", "classes", "labels", "top_k", "top_p",
-             "dtype", "reference", "features", "features_weights", "inception_weights")
+             "dtype", "draft", "draft_source", "reference", "features", "features_weights", "inception_weights")
 
 
 def _parser() -> Parser:
@@ -68,8 +68,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     args = parser.parse_args(argv)
     check_network_flags(args)
     check_sampling_flags(args)
-    points = grid(_numbers("--cfg-scales", args.cfg_scales), _numbers("--temperatures", args.temperatures),
-                  _schedules(parser, args))
+    points = grid(parse_numbers(args.cfg_scales, "--cfg-scales", float),
+                  parse_numbers(args.temperatures, "--temperatures", float), _schedules(parser, args))
     metrics = None if args.metrics is None else [name.strip() for name in args.metrics.split(",")]
     if metrics is not None:
         check_names(metrics)
@@ -150,17 +150,6 @@ def _schedules(parser: argparse.ArgumentParser, args: argparse.Namespace) -> lis
     if len(set(schedules)) < len(schedules):
         raise UserError(f"--cfg-schedules {args.cfg_schedules!r}: a schedule is given twice")
     return schedules
-
-
-def _numbers(flag: str, text: str) -> list[float]:
-    """Return the numbers of a comma-separated list, all different."""
-    try:
-        numbers = [float(word) for word in text.split(",")]
-    except ValueError:
-        raise UserError(f"{flag} {text!r}: give numbers with commas between them, as in 1,1.5,2") from None
-    if len(set(numbers)) < len(numbers):
-        raise UserError(f"{flag} {text!r}: a number is given twice")
-    return numbers
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 import pytest
 
-from mutor_img.common.cli import Parser, run
+from mutor_img.common.cli import Parser, parse_numbers, run
+from mutor_img.common.errors import UserError
 from mutor_img.common.files import write_atomic
 
 
@@ -25,6 +26,15 @@ def test_help_shows_a_default_of_0_but_not_an_absent_one(parser):
     parser.add_argument("--seed", type=int, default=0, help="of all draws")
     parser.add_argument("--quick", action="store_true", help="less")
     assert "of all draws (default: 0)" in parser.format_help() and parser.format_help().count("default") == 1
+
+
+def test_a_list_of_numbers_keeps_its_order_and_is_refused_in_one_line():
+    assert parse_numbers("4,1,2", "--windows", int) == [4, 1, 2]
+    assert parse_numbers("1,1.5", "--scales", float) == [1, 1.5]
+    for text, kind, words in (("1,x", float, "give numbers with commas"), ("1,1.0", float, "given twice"),
+                              ("1,1.5", int, "give whole numbers with commas"), ("", int, "--windows is ''")):
+        with pytest.raises(UserError, match=words):
+            parse_numbers(text, "--windows", kind)
 
 
 def test_a_name_that_is_too_long_is_one_line(tmp_path, capsys):

@@ -58,7 +58,7 @@ def test_a_batch_of_any_size_is_cut_to_the_most_rows(random_model, as_on_a_gpu, 
     model = random_model((2, 2), layers=1)
     for scale, count in ((2.0, 4), (1.0, 8)):
         many = Sampler(model, SamplingSettings(cfg_scale=scale), batch=1000)
-        assert many.count == count and many.decoder.rows == 8
+        assert many.count == count and many.decoder().rows == 8
     assert torch.equal(generate(model, [1] * 21)[:5], generate(model, [1] * 5))
 
 
@@ -101,7 +101,7 @@ def test_a_model_that_is_dropped_takes_decoders_and_weights_with_it(random_model
     with no_collector:
         used = Sampler(model, SamplingSettings(), 3)
         used.generate(torch.tensor([0, 1, 2]), torch.arange(3))
-        gone = [weakref.ref(x) for x in (model, used.decoder.caches[0].keys, model.output.weight)]
+        gone = [weakref.ref(x) for x in (model, used.decoder().caches[0].keys, model.output.weight)]
         before = len(gpu._DECODERS)
         del model, used
         assert [reference() for reference in gone] == [None] * 3 and len(gpu._DECODERS) == before - 1

@@ -311,7 +311,7 @@ def test_the_gpu_path_gives_the_codes_of_the_cpu_path(random_model):
     for settings in ({}, {"cfg_scale": 1.0}, {"cfg_schedule": "interval", "cfg_parameter": 2, "top_k": 5}):
         sampler = Sampler(model, SamplingSettings(**settings), 4)
         sampler.fixed, sampler.static, sampler.count = False, True, 4
-        sampler.decoder = StaticDecoder(model, 4 * sampler.halves, eager=True)
+        sampler.decoders[0] = StaticDecoder(model, 4 * sampler.halves, eager=True)
         assert torch.equal(sampler.generate(LABELS, torch.arange(5)), codes_of(model, **settings))
 
 

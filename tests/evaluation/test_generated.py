@@ -58,6 +58,9 @@ def test_nothing_is_written_and_the_result_says_what_made_the_images(run, digits
     manifest = result["samples"]["manifest"]
     assert (manifest["generated"], manifest["cfg_scale"], manifest["num_samples"]) == (True, 1.5, 8)
     assert len(manifest["weights_hash"]) == 64
+    drafted = main(["--checkpoint", str(run), "--num-samples", "8", "--cfg-scale", "1.5", "--metrics", "fid",
+                    "--draft", "4", *digits])
+    assert drafted["fd"] == result["fd"] and drafted["samples"]["manifest"]["draft"] == 4 and manifest["draft"] == 0
 
 
 def test_a_reference_of_another_size_is_refused_before_anything_is_made(run, classifier, tmp_path):

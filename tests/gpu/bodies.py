@@ -37,6 +37,8 @@ BODIES = {
     "run": partial(runs.check_run, law=EVEN),
     "decoding": partial(decoding.check_decoding, cfg_scale=2.0, precision="fp32"),
     "decoding, bf16": partial(decoding.check_decoding, cfg_scale=1.0, precision="bf16"),
+    "drafts": partial(decoding.check_drafts, source="registers", precision="fp32", count=4),
+    "drafts, bf16": partial(decoding.check_drafts, source="frequency", precision="bf16", count=4),
     "tokenizer step": partial(images.check_tokenizer_step, precision="bf16"),
     "LPIPS": partial(images.check_lpips, precision="fp32", count=1),
     "encode": partial(images.check_encode, count=10),

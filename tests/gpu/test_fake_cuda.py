@@ -3,6 +3,8 @@
 Each walk names the functions that may read from the GPU. Those of an update are one: ``read_numbers``.
 """
 
+import itertools
+
 import numpy as np
 import pytest
 import timm
@@ -14,6 +16,7 @@ from mutor_img.checkpoints.folder import find_checkpoint
 from mutor_img.common.config import load_config
 from mutor_img.common.files import read_json, write_json
 from mutor_img.data.store import Codes
+from mutor_img.decoding.drafting import SOURCES, Drafts
 from mutor_img.metrics.digits import DigitFeatures, DigitNet
 from mutor_img.metrics.evaluator import evaluate
 from mutor_img.metrics.features import Inception, InceptionGraph
@@ -206,6 +209,19 @@ def test_sampling(random_model, tmp_path, settings):
     with FakeCuda(PICTURES):
         sample(["--checkpoint", run, "--num-samples", "3", "--batch-size", "2", "--out", str(tmp_path / "samples.npz"),
                 *settings])
+    assert (tmp_path / "samples.npz").is_file()
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_sampling_with_drafts(random_model, tmp_path, monkeypatch, source):
+    """Two passes per batch, since without numbers nobody can tell when all codes are certain."""
+    asked, finished = Drafts.finished, itertools.cycle([False, False, True])
+    monkeypatch.setattr(Drafts, "finished", property(lambda drafts: asked.fget(drafts) and next(finished)))
+    run = write_generator(tmp_path / "run", random_model((2, 2), layers=1), write_tokenizer(tmp_path / "vq"),
+                          image_size=4)
+    with FakeCuda([*PICTURES, "mutor_img.decoding.drafting.Drafts.finished"]):
+        sample(["--checkpoint", run, "--num-samples", "3", "--batch-size", "2", "--out", str(tmp_path / "samples.npz"),
+                "--draft", "3", "--draft-source", source])
     assert (tmp_path / "samples.npz").is_file()
 
 

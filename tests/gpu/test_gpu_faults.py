@@ -7,6 +7,8 @@ import torch
 from bodies import BODIES, CHECKS, CPU, EVEN, PLAIN, SMALL
 
 from mutor_img import chunked_loss
+from mutor_img.decoding.cpu import PackedDecoder
+from mutor_img.decoding.drafting import Drafts
 from mutor_img.gpu_report import attention, decoding, images, runs, training
 from mutor_img.gpu_report.place import CheckFailed, Place
 from mutor_img.pretraining.task import GeneratorTask
@@ -229,6 +231,28 @@ def a_cache_that_a_replay_spoils(monkeypatch):
     wrap(monkeypatch, decoding, "generate", only_first(lambda codes: codes.roll(1, 0)))
 
 
+@fault(decoding.check_drafts, "hold codes that were not drawn", source="window", precision="fp32", count=2)
+@fault(decoding.check_drafts, "hold codes that were not drawn", source="frequency", precision="bf16", count=2)
+def a_draft_that_is_taken_unverified(monkeypatch):
+    def around(right, drafts, drawn):
+        right(drafts, drawn)
+        drafts.start = (drafts.start + 1).clamp(max=drafts.length)
+
+    wrap(monkeypatch, Drafts, "take", around)
+
+
+@fault(decoding.check_drafts, "hold codes that were not drawn", source="registers", precision="fp32", count=2)
+def a_window_that_is_a_place_too_late(monkeypatch):
+    wrap(monkeypatch, PackedDecoder, "window", lambda right, self, x, start, width: right(
+        self, x, (start + 1).clamp(max=self.weights.config.length), width))
+
+
+@fault(decoding.check_drafts, "hold codes that were not drawn", source="window", precision="fp32", count=2)
+def images_of_other_labels(monkeypatch):
+    wrap(monkeypatch, decoding.Sampler, "generate", lambda right, self, labels, samples: right(
+        self, labels.roll(1), samples))
+
+
 class GraphsExpected(Place):
     """A CPU of which CUDA graphs are expected."""
 
@@ -256,6 +280,12 @@ def test_each_token_but_the_first_must_be_a_replay(replays, says, monkeypatch):
         return
     with pytest.raises(CheckFailed, match=says):
         check()
+
+
+def test_each_pass_of_drafts_must_be_a_replay(monkeypatch):
+    replaying(monkeypatch, 0)
+    with pytest.raises(CheckFailed, match=r"replayed 0 times for \d\d steps"):
+        decoding.check_drafts(GraphsExpected(CPU.device, CPU.backend), "window", "fp32", count=1)
 
 
 def test_a_graph_that_the_compiler_skips_is_a_fault(monkeypatch):
