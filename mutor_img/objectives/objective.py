@@ -42,15 +42,25 @@ class Objective(nn.Module):
 
     Attributes:
         config: the model's sizes.
+        code_dim: how many numbers each of the tokenizer's vectors of the codes has, where the objective reads these;
+            the run hands them to :meth:`take_codebook`. None: it does not.
         read_outs: how often N rows of logits are made beside those of the next tokens and of registers, for the plan
             of memory.
+        kept_numbers: how many numbers per input stay for the backward pass of what is neither a block nor a read-out,
+            for the plan of memory.
     """
 
+    code_dim: int | None = None
     read_outs = 0
+    kept_numbers = 0
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+
+    def take_codebook(self, vectors: Tensor) -> None:
+        """Keep the tokenizer's vectors of the codes, (V, code_dim), as ``codebook``: fp32, frozen, never saved."""
+        self.register_buffer("codebook", vectors.detach().float(), persistent=False)
 
     def prepare(self, seed: int, step: int, samples: Tensor, labels: Tensor, codes: Tensor) -> Batch:
         """Return what the network reads and predicts; it may add registers to the sequences, or corrupt the inputs.
@@ -96,8 +106,12 @@ class Objective(nn.Module):
         """Return the heavy parts of this: like the model's blocks, compiled, checkpointed and sharded one by one."""
         return []
 
-    def extra_flops(self) -> tuple[float, float]:
-        """Return the forward FLOPs per sequence beside those of the model itself, of trained and of frozen parts."""
+    def extra_flops(self, step: int) -> tuple[float, float]:
+        """Return the forward FLOPs per sequence of update ``step`` beside those of a model that reads N inputs.
+
+        First those of what is trained, which goes backward too (below 0 where fewer inputs are read), then those of
+        what is frozen.
+        """
         return 0.0, 0.0
 
     def extra_parameters(self) -> int:

@@ -24,6 +24,7 @@ from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.pretraining.plan import training_flops
 from mutor_img.pretraining.preflight import Preflight, preflight
 from mutor_img.pretraining.scores import RunScores
+from mutor_img.sampling.pictures import PUT_BACK, verified_tokenizer
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.task import Task
 from mutor_img.transformer import Transformer
@@ -51,6 +52,7 @@ class GeneratorTask(Task):
         self.val_codes = open_codes(config.data.val_codes, config, runtime) if config.data.val_codes else None
         if self.val_codes:
             check_same_codes(self.codes, self.val_codes)
+        codebook = open_codebook(config, self._about_codes())
         torch.manual_seed(generator_seed(config.seed, Stream.INIT))  # the model's weights, then the objective's
         self.model = Transformer(config.model_config())
         if config.init_from:
@@ -58,12 +60,15 @@ class GeneratorTask(Task):
             taken = start_from(self.model, config.init_from, names)
             runtime.agree({f"the content of init_from={config.init_from}": taken})
         self.model.objective = objective = config.build_objective()
+        if codebook is not None:
+            objective.take_codebook(codebook)
         self.headline = ("loss", *objective.weights(0, config.train.steps), "val_next_token")
         self.units_per_sample = self.law.length  # code tokens; registers are method, not data
-        self.flops_per_sample = training_flops(self.model, objective, self.law, config.seed)
+        self.flops_per_sample = training_flops(self.model, objective, self.law, config.seed,
+                                               config.train.steps)
         self.score_every, self.scores = config.eval.every, None
         if self.score_every:
-            self.scores = RunScores(config.eval, self.metadata()["codes"], self.model, config.seed, runtime)
+            self.scores = RunScores(config.eval, self._about_codes(), self.model, config.seed, runtime)
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         return [*model.layers, *model.objective.blocks()]
@@ -141,19 +146,21 @@ class GeneratorTask(Task):
         from mutor_img.sampling import draw_training_grid  # the picture needs the tokenizer, training does not
 
         try:
-            draw_training_grid(model, self.metadata()["codes"], self.config.pictures, self.config.seed,
+            draw_training_grid(model, self._about_codes(), self.config.pictures, self.config.seed,
                                folder / f"samples_{step:08d}.png")
         except UserError as error:  # a missing tokenizer is no reason to end a training run
             tqdm.write(f"no sample grid at step {step}: {error}")
 
     def metadata(self) -> dict[str, Any]:
-        info, stores = self.codes.info, self.data.stores
         checked = {"preflight": self.preflight.to_json()} if self.preflight else {}
-        return {"kind": "generator", "model": self.model.config.to_json(), **checked, "codes": {
-            "class_names": info.class_names, "image_size": info.image_size, "tokenizer": info.tokenizer,
-            "tokenizer_hash": info.tokenizer_hash, "stores": [
-                {"path": str(store.folder), "hash": store.content_hash(), "crop": store.info.crop,
-                 "views": store.info.views} for store in stores]}}
+        return {"kind": "generator", "model": self.model.config.to_json(), **checked, "codes": self._about_codes()}
+
+    def _about_codes(self) -> dict[str, Any]:
+        info, stores = self.codes.info, self.data.stores
+        return {"class_names": info.class_names, "image_size": info.image_size, "tokenizer": info.tokenizer,
+                "tokenizer_hash": info.tokenizer_hash, "stores": [
+                    {"path": str(store.folder), "hash": store.content_hash(), "crop": store.info.crop,
+                     "views": store.info.views} for store in stores]}
 
 
 def start_from(model: Transformer, path: str, class_names: list[str] | None = None) -> str:
@@ -179,6 +186,28 @@ def start_from(model: Transformer, path: str, class_names: list[str] | None = No
         weights.setdefault("register_embedding.weight", model.register_embedding.weight.detach())
     load_strict(model, weights, path)
     return loaded.weights_hash
+
+
+def open_codebook(config: GeneratorConfig, codes: dict[str, Any]) -> Tensor | None:
+    """Return the vectors of the codes, (V, c) fp32, as the tokenizer's decoder sees them; None: nobody reads them.
+
+    Args:
+        config: the run's.
+        codes: what the run knows of its codes; names the tokenizer and its hash.
+
+    Raises:
+        UserError: the tokenizer is gone or another one, or its vectors have another length than the config says.
+    """
+    with torch.device("meta"):
+        wanted = config.build_objective().code_dim
+    if wanted is None:
+        return None
+    vq = verified_tokenizer(codes, "cpu", config.model_config(), "the run", PUT_BACK)
+    vectors = vq.quantize.codes()  # (V, c)
+    if vectors.shape[1] != wanted:
+        raise UserError(f"objective.code_dim is {wanted}, but the codes of {vq.path} are vectors of {vectors.shape[1]} "
+                        f"numbers; give objective.code_dim={vectors.shape[1]}")
+    return vectors
 
 
 def open_codes(folder: str, config: GeneratorConfig, runtime: Runtime) -> Codes:

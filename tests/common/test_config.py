@@ -224,7 +224,8 @@ RIVALS = {  # objective and offsets, as in docs/objectives.md
     "mtar_b_234": ("parallel-heads", [2, 3, 4]), "heads_b_234": ("parallel-heads", [2, 3, 4]),
     "heads_b_23": ("parallel-heads", [2, 3]), "heads_b_2_17": ("parallel-heads", [2, 17]),
     "sequential_b": ("sequential-heads", []), "leaps_b": ("mutor", [3, 5, 7]),
-    "leaps2d_b": ("mutor", [2, 4, 32, 34, 64]),
+    "leaps2d_b": ("mutor", [2, 4, 32, 34, 64]), "rear_b": ("rear", []), "rear_b_noise": ("rear", []),
+    "rear_b_mlps": ("rear", []),
 }
 
 
@@ -232,8 +233,18 @@ RIVALS = {  # objective and offsets, as in docs/objectives.md
 def test_rival_objectives_are_those_of_the_page(name, expected):
     c = load_config(GeneratorConfig, CONFIGS / "imagenet256" / f"{name}.yaml")
     assert (c.objective.kind, c.objective.offsets + c.registers.offsets) == expected
-    assert (c.registers.kind == "none") == (c.objective.kind != "mutor")
+    assert c.objective.kind == "mutor" or c.registers.kind == "none"
     assert c.model.preset == "B"
+
+
+OWN_SCHEDULES = ("llamagen_b", "rear_b")
+
+
+def test_rear_b_is_its_papers_schedule():
+    c = load_config(GeneratorConfig, CONFIGS / "imagenet256" / "rear_b.yaml")
+    assert (c.optim.lr, c.optim.schedule, c.optim.final_lr, c.train.global_batch) == (4e-4, "cosine", 1e-5, 2048)
+    assert c.train.steps == -(-400 * 1_281_167 // 2048) and c.optim.warmup_steps == round(100 * 1_281_167 / 2048)
+    assert c.objective.noise_until == 0.75 * c.train.steps
 
 
 def test_every_imagenet_file_is_in_a_table():
@@ -247,4 +258,4 @@ def test_shared_values_stand_once():
             continue
         layer = yaml.safe_load(path.read_text())
         assert "extends" in layer and not {"grid", "vocabulary", "classes"} & layer.get("model", {}).keys()
-        assert not {"optim", "data"} & layer.keys() or path.stem == "llamagen_b"
+        assert not {"optim", "data"} & layer.keys() or path.stem in OWN_SCHEDULES

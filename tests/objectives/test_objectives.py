@@ -19,12 +19,15 @@ from mutor_img.transformer import Transformer, sampled_weights
 
 NEXT_TOKEN = ("registers.kind=none",)
 HEADS = (*NEXT_TOKEN, "objective.kind=parallel-heads")
-# On 4 x 5 codes: what switches an objective off, and its settings.
+REAR = (*NEXT_TOKEN, "objective.kind=rear", "objective.code_dim=4")
+# On 4 x 4 codes: what switches an objective off, and its settings.
 OFF = {
-    "parallel heads": ("objective.weight=0", (*HEADS, "objective.offsets=[2,6]")),
-    "sequential heads": ("objective.weight=0", (*NEXT_TOKEN, "objective.kind=sequential-heads", "objective.depths=2")),
-    "heads with an output": ("objective.weight=0", (*HEADS, "objective.offsets=[5]", "objective.tap_from_end=0",
-                                                    "objective.blocks=2", "objective.own_output=true")),
+    "parallel heads": (("objective.weight=0",), (*HEADS, "objective.offsets=[2,6]")),
+    "sequential heads": (("objective.weight=0",), (*NEXT_TOKEN, "objective.kind=sequential-heads",
+                                                   "objective.depths=2")),
+    "heads with an output": (("objective.weight=0",), (*HEADS, "objective.offsets=[5]", "objective.tap_from_end=0",
+                                                       "objective.blocks=2", "objective.own_output=true")),
+    "rear": (("objective.weight=0", "objective.noise_until=0"), (*REAR, "objective.noise_until=2")),
 }
 OBJECTIVES = {name: overrides for name, (_, overrides) in OFF.items()}
 
@@ -51,7 +54,7 @@ def gradients(task, step=0):
 def test_switched_off_it_is_next_token_prediction_bit_for_bit(name, run_file, tiny):
     off, overrides = OFF[name]
     plain = gradients(build(run_file, *NEXT_TOKEN, "model.dropout=0.1"))
-    found = gradients(build(run_file, *overrides, off, "model.dropout=0.1"))
+    found = gradients(build(run_file, *overrides, *off, "model.dropout=0.1"))
     assert found[0].item() == plain[0].item() and found[1].keys() == plain[1].keys()
     for weight, gradient in plain[1].items():
         assert torch.equal(found[1][weight], gradient), weight
@@ -102,10 +105,10 @@ def test_loaders_drop_what_only_training_used_and_nothing_else(name, run_trainin
     convert(["--source", str(trainer.run_dir), "--out", str(tmp_path / "sampled.pt")])
     assert not [key for key in torch.load(tmp_path / "sampled.pt")["model"] if key.startswith("objective.")]
     torch.save({"model": trainer.model.state_dict()}, tmp_path / "trained.pt")
-    load_checkpoint(tmp_path / "trained.pt", grid=(4, 5), heads=2)
+    load_checkpoint(tmp_path / "trained.pt", grid=(4, 4), heads=2)
     torch.save({"model": {**plain.state_dict(), "objectives.weight": torch.ones(1)}}, tmp_path / "other.pt")
     with pytest.raises(UserError, match=r"unknown weight 'objectives\.weight'"):
-        load_checkpoint(tmp_path / "other.pt", grid=(4, 5), heads=2)
+        load_checkpoint(tmp_path / "other.pt", grid=(4, 4), heads=2)
 
     for objective in (OBJECTIVES[name], NEXT_TOKEN):
         config = load_config(GeneratorConfig, run_file, [f"init_from={trainer.run_dir}", *objective])
@@ -124,13 +127,17 @@ def test_another_objective_is_another_run(name, run_training):
     (("objective.kind=parallel",), r"objective.kind is 'parallel'; did you mean 'parallel-heads'"),
     (("objective.kind=parallel-heads", "registers.kind=2d"), "parallel-heads has no registers; give registers.ki"),
     (("objective.weight=0.5",), "objective.weight is no setting of objective.kind=mutor; its settings stand"),
-    ((*HEADS, "objective.offsets=[2,2]"), r"objective.offsets is \[2, 2\]; give different offsets between 1 and 20"),
-    ((*HEADS, "objective.offsets=[21]"), r"objective.offsets is \[21\]"),
+    ((*HEADS, "objective.offsets=[2,2]"), r"objective.offsets is \[2, 2\]; give different offsets between 1 and 16"),
+    ((*HEADS, "objective.offsets=[17]"), r"objective.offsets is \[17\]"),
     ((*HEADS, "objective.tap_from_end=7"), r"objective.tap_from_end is 7; give a value in \[0, 2\]"),
     ((*HEADS, "objective.blocks=0"), r"objective.blocks is 0"),
     ((*HEADS, "objective.weight=1.5"), r"objective.weight is 1.5"),
     ((*HEADS, "objective.depths=2"), "objective.depths is no setting of objective.kind=parallel-heads; it has offsets"),
-    ((*NEXT_TOKEN, "objective.kind=sequential-heads", "objective.depths=20"), r"objective.depths is 20; .* \[1, 19\]"),
+    (REAR, "objective.noise_until is null; objective.kind=rear needs a value"),
+    ((*REAR, "objective.noise_until=-1"), "objective.noise_until is -1"),
+    ((*REAR, "objective.noise_until=1", "objective.mlp_layers=4"), r"objective.mlp_layers is 4; .* \[2, 3\]"),
+    ((*REAR, "objective.noise_until=1", "registers.kind=1d"), "objective.kind=rear has no registers"),
+    ((*NEXT_TOKEN, "objective.kind=sequential-heads", "objective.depths=16"), r"objective.depths is 16; .* \[1, 15\]"),
 ])
 def test_what_cannot_be_is_one_line_before_anything_is_built(override, message, run_file, tiny):
     with pytest.raises(UserError, match=message) as caught:
@@ -149,7 +156,10 @@ B = Path(__file__).parents[2] / "configs" / "imagenet256" / "ntp_b.yaml"
     (("objective.kind=parallel-heads", "objective.offsets=[2,3,4]"), 3 * 7_079_424, 1.592),
     (("objective.kind=parallel-heads", "objective.offsets=[16]", "objective.tap_from_end=0", "objective.blocks=2",
       "objective.own_output=true"), 26_741_760, 1.27),
-    (("objective.kind=sequential-heads",), 8_261_376, 1.210)])
+    (("objective.kind=sequential-heads",), 8_261_376, 1.210),
+    (("objective.kind=rear", "objective.noise_until=9"), 3_182_608, 1.032),
+    (("objective.kind=rear", "objective.noise_until=9", "objective.mlp_layers=3"), 11_575_312, 1.116),
+    (("objective.kind=rear", "objective.noise_until=9", "objective.weight=0"), 0, 1.000)])
 def test_the_plan_names_what_is_trained_and_computed_beside_next_token_prediction(overrides, parameters, ratio):
     sections = plan_generator(load_config(GeneratorConfig, B, overrides))
     assert sections["model"]["of the objective, dropped after training"] == parameters
