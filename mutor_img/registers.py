@@ -250,8 +250,12 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
 
     Args:
         logits: (B, S, V), any float dtype.
-        targets: (B, S) int64.
+        targets: (B, S) int64, or (B, S, K): K targets of each row, which count alike.
     """
+    if targets.dim() == logits.dim():
+        kept = targets != IGNORE
+        found = logits.float().log_softmax(dim=-1).gather(-1, targets.where(kept, 0))  # (B, S, K)
+        return -found.where(kept, 0.0).sum()
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
 

@@ -10,6 +10,7 @@ from mutor_img.blocks import ModelConfig
 from mutor_img.common.config import check_choice
 from mutor_img.common.errors import UserError
 from mutor_img.objectives.mutor import Mutor
+from mutor_img.objectives.next_patch import NextPatch
 from mutor_img.objectives.objective import Objective
 from mutor_img.objectives.parallel_heads import ParallelHeads
 from mutor_img.objectives.rear import Rear
@@ -18,6 +19,7 @@ from mutor_img.registers import RegisterLaw
 
 KINDS: dict[str, type[Objective]] = {  # beside mutor
     "parallel-heads": ParallelHeads, "sequential-heads": SequentialHeads, "rear": Rear,
+    "next-patch": NextPatch,
 }
 
 
@@ -25,7 +27,7 @@ KINDS: dict[str, type[Objective]] = {  # beside mutor
 class ObjectiveConfig:
     """What the run trains for. A setting that is left out has its kind's own default (docs/objectives.md)."""
 
-    kind: str = "mutor"  # mutor (next-token where registers.kind is none), parallel-heads, sequential-heads, rear
+    kind: str = "mutor"  # mutor (next-token if registers.kind is none), or another of docs/objectives.md
     weight: float | None = None  # parallel-heads: a; 0.1. sequential-heads, rear: lambda; 0.3, 1
     offsets: list[int] = field(default_factory=list)  # parallel-heads: a head for each raster offset; [2]
     tap_from_end: int | None = None  # parallel-heads: how many of the model's last blocks the heads leave out; 1
@@ -38,6 +40,8 @@ class ObjectiveConfig:
     code_dim: int | None = None  # rear: numbers per vector of the tokenizer's codebook; 8
     mlp_layers: int | None = None  # rear: of the networks that give such vectors: 2 (GELU) or 3 (SiLU); 2
     keep_replaced: bool | None = None  # rear: the encode term counts changed inputs too; false
+    patches: list[int] = field(default_factory=list)  # next-patch: patch sides of the stages, falling to 1; [2, 1]
+    stage_ends: list[int] = field(default_factory=list)  # next-patch: updates at which the stages after the first begin
 
     def given(self) -> dict[str, Any]:
         """Return the settings that are not left out."""
@@ -72,6 +76,6 @@ def build_objective(config: ObjectiveConfig, model: ModelConfig, law: RegisterLa
         raise UserError(f"objective.kind={config.kind} has no registers; give registers.kind=none")
     for name, setting in known.items():
         if setting.default is setting.empty and name not in given:
-            raise UserError(f"objective.{name} is null; objective.kind={config.kind} needs a value, see "
+            raise UserError(f"objective.{name} is not given; objective.kind={config.kind} needs it, see "
                             "docs/objectives.md")
     return kind(model, **given)

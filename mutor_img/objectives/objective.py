@@ -17,9 +17,10 @@ class Batch:
 
     Attributes:
         labels: (B,) int64, the null class where it is dropped.
-        codes: (B, N - 1) int64, the inputs x_1 .. x_{N-1}.
-        targets: (B, N) int64, x_1 .. x_N.
+        codes: (B, N - 1) int64, the inputs x_1 .. x_{N-1}; of patches (B, P - 1, p * p), the codes of each.
+        targets: (B, N) int64, x_1 .. x_N; of patches (B, P, p * p).
         anchors, offsets: (B, R) int64 of registers, or None.
+        side: p, of the patches that the sequence is of; 1: it is of codes.
     """
 
     labels: Tensor
@@ -27,6 +28,7 @@ class Batch:
     targets: Tensor
     anchors: Tensor | None = None
     offsets: Tensor | None = None
+    side: int = 1
 
 
 class Objective(nn.Module):
@@ -86,7 +88,7 @@ class Objective(nn.Module):
         return {"next_token": self.next_token(model, run, batch, rows)}
 
     def next_token(self, model: Transformer, run: Run, batch: Batch, rows: int) -> Tensor:
-        """Return the next-token loss of a run without registers, summed over B N terms."""
+        """Return the loss of a run without registers, whose rows predict what follows: a sum over B N terms."""
         return head_loss(model.norm(run.states[self.config.layers]), model.output, batch.targets, rows)
 
     def terms(self, seed: int, step: int, samples: Tensor) -> dict[str, int | Tensor]:

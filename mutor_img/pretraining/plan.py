@@ -51,22 +51,30 @@ def device_share(config: GeneratorConfig) -> int:
     return batch // devices
 
 
-def training_flops(model: Transformer, objective: Objective, law: RegisterLaw, seed: int, steps: int) -> float:
+def trunk_flops(model: Transformer, law: RegisterLaw, seed: int) -> float:
+    """Return the FLOPs of the model's own forward pass over one sequence, registers included."""
+    return model.forward_flops(law.length, law.registers, attended_pairs(law, seed))
+
+
+def training_flops(trunk: float, objective: Objective, step: int) -> float:
     """Return the FLOPs of one sequence in an update: forward, and of what is trained twice as much backward.
 
-    Where an objective computes more in one update than in another, this is the mean of a run of ``steps`` updates.
+    Args:
+        trunk: what :func:`trunk_flops` gives.
+        objective: the run's.
+        step: number of the update.
     """
-    beside = [objective.extra_flops(step) for step in range(0, steps, max(1, steps // 1000))]  # enough for a mean
-    trained, frozen = (fmean(flops) for flops in zip(*beside))
-    return 3 * (model.forward_flops(law.length, law.registers, attended_pairs(law, seed)) + trained) + frozen
+    trained, frozen = objective.extra_flops(step)
+    return 3 * (trunk + trained) + frozen
 
 
 def update_sections(config: GeneratorConfig, model: Transformer, objective: Objective, share: int,
                     micro_batch: int) -> dict[str, Any]:
     """Return the sections of tokens and FLOPs, and of time. MFU counts the model's FLOPs, not recomputed ones."""
     law, plan, batch = config.law(), config.plan, config.train.global_batch
-    flops = batch * training_flops(model, objective, law, config.seed, config.train.steps)
-    trunk = model.forward_flops(law.length, law.registers, attended_pairs(law, config.seed))
+    trunk, steps = trunk_flops(model, law, config.seed), config.train.steps
+    # A thousand updates, spread over the run, are enough for the mean of what grows or falls on its way.
+    flops = batch * fmean(training_flops(trunk, objective, step) for step in range(0, steps, max(1, steps // 1000)))
     attention = trunk - model.forward_flops(law.length, law.registers, 0.0)
     peak = plan.peak_tflops or gpu_peak("H100", "fp32" if config.train.precision == "fp32" else "bf16") / 1e12
     seconds = flops / (plan.devices * peak * 1e12 * plan.mfu)

@@ -21,7 +21,7 @@ from mutor_img.data.order import TrainingCodes, check_same_codes
 from mutor_img.data.store import Codes
 from mutor_img.objectives.objective import Batch, Objective
 from mutor_img.pretraining.config import GeneratorConfig
-from mutor_img.pretraining.plan import training_flops
+from mutor_img.pretraining.plan import training_flops, trunk_flops
 from mutor_img.pretraining.preflight import Preflight, preflight
 from mutor_img.pretraining.scores import RunScores
 from mutor_img.sampling.pictures import PUT_BACK, verified_tokenizer
@@ -62,16 +62,20 @@ class GeneratorTask(Task):
         self.model.objective = objective = config.build_objective()
         if codebook is not None:
             objective.take_codebook(codebook)
-        self.headline = ("loss", *objective.weights(0, config.train.steps), "val_next_token")
+        steps = config.train.steps
+        self.headline = tuple(dict.fromkeys(  # losses of the first update, and of the last
+            ("loss", *objective.weights(0, steps), *objective.weights(steps - 1, steps), "val_next_token")))
         self.units_per_sample = self.law.length  # code tokens; registers are method, not data
-        self.flops_per_sample = training_flops(self.model, objective, self.law, config.seed,
-                                               config.train.steps)
+        self._trunk_flops = trunk_flops(self.model, self.law, config.seed)
         self.score_every, self.scores = config.eval.every, None
         if self.score_every:
             self.scores = RunScores(config.eval, self._about_codes(), self.model, config.seed, runtime)
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         return [*model.layers, *model.objective.blocks()]
+
+    def flops_per_sample(self, step: int) -> float:
+        return training_flops(self._trunk_flops, self.model.objective, step)
 
     def batch(self, step: int, samples: Tensor) -> tuple[Tensor, Tensor]:
         """Return labels (b,), the null class where dropped, and codes (b, N) of global sample numbers (b,) on the CPU.

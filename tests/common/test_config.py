@@ -48,6 +48,10 @@ def test_the_run_folder_is_the_configs_path_under_runs():
     ("optim.lr=fast", "optim.lr"),
     ("optim.lr=-1", "optim.lr is -1"),
     ("optim.lr=nan", "optim.lr is nan"),
+    ("optim.restarts=[5,5]", "optim.restarts is [5, 5]"),
+    ("optim.restarts=[0]", "optim.restarts is [0]"),
+    ("optim.decay_share=1.5", "optim.decay_share is 1.5"),
+    ("optim={decay_steps: 1, decay_share: 0.5}", "set one of them to 0"),
     ("optim.schedule=cosin", "did you mean 'cosine'"),
     ("train.precision=fp16", "train.precision is 'fp16'"),
     ("train.steps=0", "train.steps is 0"),
@@ -224,7 +228,8 @@ RIVALS = {  # objective and offsets, as in docs/objectives.md
     "mtar_b_234": ("parallel-heads", [2, 3, 4]), "heads_b_234": ("parallel-heads", [2, 3, 4]),
     "heads_b_23": ("parallel-heads", [2, 3]), "heads_b_2_17": ("parallel-heads", [2, 17]),
     "sequential_b": ("sequential-heads", []), "leaps_b": ("mutor", [3, 5, 7]),
-    "leaps2d_b": ("mutor", [2, 4, 32, 34, 64]), "rear_b": ("rear", []), "rear_b_noise": ("rear", []),
+    "leaps2d_b": ("mutor", [2, 4, 32, 34, 64]), "npp_b": ("next-patch", []), "npp_b_control": ("mutor", []),
+    "rear_b": ("rear", []), "rear_b_noise": ("rear", []),
     "rear_b_mlps": ("rear", []),
 }
 
@@ -237,7 +242,16 @@ def test_rival_objectives_are_those_of_the_page(name, expected):
     assert c.model.preset == "B"
 
 
-OWN_SCHEDULES = ("llamagen_b", "rear_b")
+OWN_SCHEDULES = ("llamagen_b", "rear_b", "npp_b")
+
+
+def test_npp_b_is_its_papers_schedule_and_its_control_has_the_same_rates():
+    c, control = (load_config(GeneratorConfig, CONFIGS / "imagenet256" / f"{name}.yaml")
+                  for name in ("npp_b", "npp_b_control"))
+    assert c.objective.patches == [2, 1] and c.objective.stage_ends == c.optim.restarts == [c.train.steps // 2]
+    assert (c.optim.lr, c.optim.final_lr, c.optim.schedule, c.optim.decay_share) == (1e-4, 1e-5, "wsd", 0.2)
+    assert c.optim.warmup_steps == round(5 * 1_281_167 / 256)
+    assert (control.optim, control.train, control.data) == (c.optim, c.train, c.data) and not control.objective.given()
 
 
 def test_rear_b_is_its_papers_schedule():

@@ -20,6 +20,7 @@ from mutor_img.transformer import Transformer, sampled_weights
 NEXT_TOKEN = ("registers.kind=none",)
 HEADS = (*NEXT_TOKEN, "objective.kind=parallel-heads")
 REAR = (*NEXT_TOKEN, "objective.kind=rear", "objective.code_dim=4")
+PATCHES = (*NEXT_TOKEN, "objective.kind=next-patch")
 # On 4 x 4 codes: what switches an objective off, and its settings.
 OFF = {
     "parallel heads": (("objective.weight=0",), (*HEADS, "objective.offsets=[2,6]")),
@@ -27,6 +28,7 @@ OFF = {
                                                    "objective.depths=2")),
     "heads with an output": (("objective.weight=0",), (*HEADS, "objective.offsets=[5]", "objective.tap_from_end=0",
                                                        "objective.blocks=2", "objective.own_output=true")),
+    "next-patch": (("objective.patches=[1]", "objective.stage_ends=[]"), (*PATCHES, "objective.stage_ends=[1]")),
     "rear": (("objective.weight=0", "objective.noise_until=0"), (*REAR, "objective.noise_until=2")),
 }
 OBJECTIVES = {name: overrides for name, (_, overrides) in OFF.items()}
@@ -100,7 +102,9 @@ def test_loaders_drop_what_only_training_used_and_nothing_else(name, run_trainin
     plain.load_state_dict(sampled_weights(trainer.model.state_dict()))
     assert model.state_dict().keys() == plain.state_dict().keys()
     assert all(torch.equal(weight, plain.state_dict()[key]) for key, weight in model.state_dict().items())
-    assert any(key.startswith("objective.") for key in read_tensors(find_checkpoint(trainer.run_dir), "model"))
+    saved = read_tensors(find_checkpoint(trainer.run_dir), "model")
+    beside = sum(weight.numel() for key, weight in saved.items() if key.startswith("objective."))
+    assert beside == trainer.task.model.objective.extra_parameters()
 
     convert(["--source", str(trainer.run_dir), "--out", str(tmp_path / "sampled.pt")])
     assert not [key for key in torch.load(tmp_path / "sampled.pt")["model"] if key.startswith("objective.")]
@@ -133,10 +137,17 @@ def test_another_objective_is_another_run(name, run_training):
     ((*HEADS, "objective.blocks=0"), r"objective.blocks is 0"),
     ((*HEADS, "objective.weight=1.5"), r"objective.weight is 1.5"),
     ((*HEADS, "objective.depths=2"), "objective.depths is no setting of objective.kind=parallel-heads; it has offsets"),
-    (REAR, "objective.noise_until is null; objective.kind=rear needs a value"),
+    (REAR, "objective.noise_until is not given; objective.kind=rear needs it"),
     ((*REAR, "objective.noise_until=-1"), "objective.noise_until is -1"),
     ((*REAR, "objective.noise_until=1", "objective.mlp_layers=4"), r"objective.mlp_layers is 4; .* \[2, 3\]"),
     ((*REAR, "objective.noise_until=1", "registers.kind=1d"), "objective.kind=rear has no registers"),
+    (PATCHES, r"objective.stage_ends is \[\]; for objective.patches=\[2, 1\] give 1 rising update"),
+    ((*PATCHES, "objective.patches=[4,2,1]", "objective.stage_ends=[5,5]"), r"is \[5, 5\]; .* give 2 rising"),
+    ((*PATCHES, "objective.stage_ends=[0]"), r"stage_ends is \[0\]"),
+    ((*PATCHES, "objective.patches=[1,2]", "objective.stage_ends=[5]"), r"objective.patches is \[1, 2\]; give .* fall"),
+    ((*PATCHES, "objective.patches=[4,2]", "objective.stage_ends=[5]"), r"objective.patches is \[4, 2\]; give .* to 1"),
+    ((*PATCHES, "objective.stage_ends=[5]", "model.grid=[4,5]"), "patches of 2 x 2 do not fill 4 x 5 codes"),
+    ((*PATCHES, "objective.stage_ends=[5]", "registers.kind=2d"), "next-patch has no registers; give registers.ki"),
     ((*NEXT_TOKEN, "objective.kind=sequential-heads", "objective.depths=16"), r"objective.depths is 16; .* \[1, 15\]"),
 ])
 def test_what_cannot_be_is_one_line_before_anything_is_built(override, message, run_file, tiny):
@@ -159,7 +170,9 @@ B = Path(__file__).parents[2] / "configs" / "imagenet256" / "ntp_b.yaml"
     (("objective.kind=sequential-heads",), 8_261_376, 1.210),
     (("objective.kind=rear", "objective.noise_until=9"), 3_182_608, 1.032),
     (("objective.kind=rear", "objective.noise_until=9", "objective.mlp_layers=3"), 11_575_312, 1.116),
-    (("objective.kind=rear", "objective.noise_until=9", "objective.weight=0"), 0, 1.000)])
+    (("objective.kind=rear", "objective.noise_until=9", "objective.weight=0"), 0, 1.000),
+    (("objective.kind=next-patch", "objective.stage_ends=[180000]"), 0, 0.623),
+    (("objective.kind=next-patch", "objective.patches=[4,2,1]", "objective.stage_ends=[90000,180000]"), 0, 0.577)])
 def test_the_plan_names_what_is_trained_and_computed_beside_next_token_prediction(overrides, parameters, ratio):
     sections = plan_generator(load_config(GeneratorConfig, B, overrides))
     assert sections["model"]["of the objective, dropped after training"] == parameters

@@ -92,6 +92,7 @@ PICTURES: list = []
 HEADS = ("registers.kind=none", "objective.kind=parallel-heads")
 CHAIN = ("registers.kind=none", "objective.kind=sequential-heads")
 SQUARE = ("data.codes={tmp}/square", "data.val_codes=null", "model.grid=[4,4]")  # codes of a tokenizer that is there
+PATCHES = (*SQUARE, "registers.kind=none", "objective.kind=next-patch", "objective.stage_ends=[1]")
 REAR = (*SQUARE, "registers.kind=none", "objective.kind=rear", "objective.noise_until=3", "objective.code_dim=4")
 SCORED = "eval.reference=some.npz"
 
@@ -119,6 +120,8 @@ FIELDS = {
     "objective.depths": (CHAIN, "2", shapes),
     "objective.late_weight": ((*CHAIN, "objective.late_from=1"), "0.2", losses),
     "objective.late_from": (CHAIN, "1", losses),
+    "objective.patches": (PATCHES, "[1]", None),
+    "objective.stage_ends": (PATCHES, "[2]", losses),
     "objective.noise_until": ((*REAR, "objective.noise_until=0"), "3", losses),
     "objective.code_dim": (REAR, "5", None),
     "objective.mlp_layers": (REAR, "3", shapes),
@@ -139,6 +142,8 @@ FIELDS = {
     "optim.schedule": ((), "cosine", lambda t: rows_with(t, "lr")),
     "optim.warmup_steps": ((), "2", lambda t: rows_with(t, "lr")),
     "optim.decay_steps": (("optim.schedule=wsd",), "2", lambda t: rows_with(t, "lr")),
+    "optim.decay_share": (("optim.schedule=wsd",), "0.7", lambda t: rows_with(t, "lr")),
+    "optim.restarts": (("optim.warmup_steps=1",), "[2]", lambda t: rows_with(t, "lr")),
     "optim.final_lr": (("optim.schedule=cosine",), "5e-3", lambda t: rows_with(t, "lr")),
     "train.steps": ((), "2", lambda t: t.step),
     "train.global_batch": ((), "2", lambda t: rows_with(t, "samples")),
@@ -185,7 +190,7 @@ def test_a_field_changes_what_it_names(field, run_training, make_codes, tmp_path
         (pictures.cfg_scale, pictures.per_class)))
     monkeypatch.setattr(generator, "RunScores", FakeScores)
     shared, change = [option.format(tmp=tmp_path) for option in shared], f"{field}={value.format(tmp=tmp_path)}"
-    if observe is None:  # the shape of the data, checked against the code store and its tokenizer
+    if observe is None:  # checked against the code store and its tokenizer, or another setting
         with pytest.raises(ValueError, match=field.split(".")[1]):
             run_training("registers.kind=none", *shared, change)
         return
@@ -227,5 +232,5 @@ def test_every_shipped_config_takes_two_steps_on_a_shrunken_model(path, tiny, tm
     runtime = Runtime.start()
     trainer = train(GeneratorTask(wanted, runtime), wanted, runtime)
     assert trainer.step == 2 and read_meta(find_checkpoint(trainer.run_dir))["kind"] == "generator"
-    first = rows_with(trainer, "next_token")[0]
+    first = read_metrics(trainer.run_dir)[0][trainer.task.headline[1]]
     assert first == pytest.approx(torch.tensor(float(wanted.model.vocabulary)).log().item(), abs=1e-3)
