@@ -179,16 +179,18 @@ class RegisterLaw:
         return (anchors >= 1) & ((anchors - 1) % columns + offsets % columns >= columns)
 
 
-def check_offsets(name: str, offsets: Sequence[int], length: int) -> None:
-    """Raise :class:`UserError` unless ``offsets`` are at least one, all different, each in 1 .. N.
+def check_offsets(name: str, offsets: Sequence[int], highest: int, lowest: int = 1) -> None:
+    """Raise :class:`UserError` unless ``offsets`` are at least one, all different, each in lowest .. highest.
 
     Args:
         name: the key of the config that holds them.
         offsets: raster offsets d.
-        length: N.
+        highest: N where t + d must reach a code from input 0.
+        lowest: 0 where an input may stand for itself.
     """
-    if not offsets or len(set(offsets)) < len(offsets) or not all(1 <= d <= length for d in offsets):
-        raise UserError(f"{name} is {list(offsets)}; give different offsets between 1 and {length}, as in [2, 3]")
+    if not offsets or len(set(offsets)) < len(offsets) or not all(lowest <= d <= highest for d in offsets):
+        raise UserError(f"{name} is {list(offsets)}; give different offsets between {lowest} and {highest}, as in "
+                        "[2, 3]")
 
 
 @lru_cache(maxsize=16)

@@ -84,7 +84,8 @@ class TokenizerTask(Task):
     def flops_per_sample(self, step: int) -> float:
         return self._flops
 
-    def loss(self, model: nn.Module, step: int, samples: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: nn.Module, step: int, samples: Tensor,
+             average: nn.Module | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return this micro-batch's share of the weighted sum of all terms, and of each term unweighted.
 
         The terms are ``config.loss.terms``, the quantiser's losses and, from ``adversarial_start`` on, ``adversarial``

@@ -9,6 +9,7 @@ from typing import Any
 from mutor_img.blocks import ModelConfig
 from mutor_img.common.config import check_choice
 from mutor_img.common.errors import UserError
+from mutor_img.objectives.mirai import Mirai
 from mutor_img.objectives.mutor import Mutor
 from mutor_img.objectives.next_patch import NextPatch
 from mutor_img.objectives.objective import Objective
@@ -19,7 +20,7 @@ from mutor_img.registers import RegisterLaw
 
 KINDS: dict[str, type[Objective]] = {  # beside mutor
     "parallel-heads": ParallelHeads, "sequential-heads": SequentialHeads, "rear": Rear,
-    "next-patch": NextPatch,
+    "next-patch": NextPatch, "mirai": Mirai,
 }
 
 
@@ -28,14 +29,16 @@ class ObjectiveConfig:
     """What the run trains for. A setting that is left out has its kind's own default (docs/objectives.md)."""
 
     kind: str = "mutor"  # mutor (next-token if registers.kind is none), or another of docs/objectives.md
-    weight: float | None = None  # parallel-heads: a; 0.1. sequential-heads, rear: lambda; 0.3, 1
-    offsets: list[int] = field(default_factory=list)  # parallel-heads: a head for each raster offset; [2]
+    weight: float | None = None  # parallel-heads: a; 0.1. sequential-heads, rear: lambda; 0.3, 1. mirai: c; 2
+    offsets: list[int] = field(default_factory=list)  # parallel-heads, mirai: raster offsets; [2], [0, 1, columns]
     tap_from_end: int | None = None  # parallel-heads: how many of the model's last blocks the heads leave out; 1
     blocks: int | None = None  # parallel-heads: blocks of each head; 1
     own_output: bool | None = None  # parallel-heads: an output matrix for each head; false: the model's
     depths: int | None = None  # sequential-heads: links of the chain; 1
-    late_weight: float | None = None  # sequential-heads: lambda from update late_from on; 0.1
-    late_from: int | None = None  # sequential-heads: null: lambda stays
+    late_weight: float | None = None  # sequential-heads, mirai: weight from update late_from on; 0.1, 1
+    late_from: int | None = None  # sequential-heads, mirai: null: the weight stays
+    tap: int | None = None  # mirai: after which block states are compared; two thirds of the model's
+    starts_at: int | None = None  # mirai: the update from which its terms count; 0
     noise_until: int | None = None  # rear: the update from which inputs are clean; must be given; 0: no noise
     code_dim: int | None = None  # rear: numbers per vector of the tokenizer's codebook; 8
     mlp_layers: int | None = None  # rear: of the networks that give such vectors: 2 (GELU) or 3 (SiLU); 2

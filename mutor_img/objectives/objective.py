@@ -21,6 +21,8 @@ class Batch:
         targets: (B, N) int64, x_1 .. x_N; of patches (B, P, p * p).
         anchors, offsets: (B, R) int64 of registers, or None.
         side: p, of the patches that the sequence is of; 1: it is of codes.
+        teacher: by the number of blocks passed, the averaged model's residual stream (B, N, dim), for an objective with
+            ``teacher_taps``: without gradients, in eval mode, of clean codes and labels that are not dropped.
     """
 
     labels: Tensor
@@ -29,6 +31,7 @@ class Batch:
     anchors: Tensor | None = None
     offsets: Tensor | None = None
     side: int = 1
+    teacher: dict[int, Tensor] | None = None
 
 
 class Objective(nn.Module):
@@ -40,12 +43,13 @@ class Objective(nn.Module):
 
     An objective hangs on the model as ``model.objective``: what it holds is trained, averaged and checkpointed with the
     model, under names that begin with ``objective.``, and dropped by whoever samples. Draws are functions of (seed,
-    step, sample); shapes never change; nothing waits for the device.
+    step, sample); shapes change from stage to stage at most; nothing waits for the device.
 
     Attributes:
         config: the model's sizes.
         code_dim: how many numbers each of the tokenizer's vectors of the codes has, where the objective reads these;
             the run hands them to :meth:`take_codebook`. None: it does not.
+        teacher_taps: after which blocks the averaged model's states are wanted; () where no such model is needed.
         read_outs: how often N rows of logits are made beside those of the next tokens and of registers, for the plan
             of memory.
         kept_numbers: how many numbers per input stay for the backward pass of what is neither a block nor a read-out,
@@ -53,6 +57,7 @@ class Objective(nn.Module):
     """
 
     code_dim: int | None = None
+    teacher_taps: tuple[int, ...] = ()
     read_outs = 0
     kept_numbers = 0
 

@@ -82,17 +82,28 @@ class GeneratorTask(Task):
 
         What it returns is on the run's device.
         """
-        device = self.runtime.device
-        codes, labels = (x.to(device, non_blocking=True) for x in self.data.batch(samples.numpy()))
-        drawn = uniform(self.config.seed, Stream.CLASS_DROP, step, samples.to(device, non_blocking=True))
-        dropped = drawn < self.config.model.class_dropout
-        return torch.where(dropped, self.config.model.classes, labels), codes
+        labels, codes = self._read(samples)
+        return self._drop(step, samples, labels), codes
 
-    def loss(self, model: nn.Module, step: int, samples: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _read(self, samples: Tensor) -> tuple[Tensor, Tensor]:
+        codes, labels = (x.to(self.runtime.device, non_blocking=True) for x in self.data.batch(samples.numpy()))
+        return labels, codes
+
+    def _drop(self, step: int, samples: Tensor, labels: Tensor) -> Tensor:
+        drawn = uniform(self.config.seed, Stream.CLASS_DROP, step, samples.to(labels.device, non_blocking=True))
+        return torch.where(drawn < self.config.model.class_dropout, self.config.model.classes, labels)
+
+    def loss(self, model: nn.Module, step: int, samples: Tensor,
+             average: nn.Module | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return this micro-batch's share of the objective's loss, and of its parts before they are weighted."""
-        labels, codes = self.batch(step, samples)  # (b,), (b, N)
+        labels, codes = self._read(samples)  # (b,), (b, N)
         config, device, objective = self.config, self.runtime.device, self.model.objective
-        batch = objective.prepare(config.seed, step, samples.to(device, non_blocking=True), labels, codes)
+        batch = objective.prepare(config.seed, step, samples.to(device, non_blocking=True),
+                                  self._drop(step, samples, labels), codes)
+        if objective.teacher_taps:
+            with torch.no_grad():
+                batch.teacher = average(within=lambda whole: whole.run(labels, codes[:, :-1],
+                                                                       taps=objective.teacher_taps).states)
         if batch.anchors is not None and self.model.flex is None and self.flex_passes(device):
             self.model.use_flex(batch.anchors, fixed=self.law.count is None)
         sums = model(within=lambda whole: whole.objective(whole, batch, config.model.loss_chunk))

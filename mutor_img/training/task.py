@@ -31,7 +31,8 @@ class Task:
     score_every: int = 0
     shardable: bool = False
 
-    def loss(self, model: nn.Module, step: int, samples: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: nn.Module, step: int, samples: Tensor,
+             average: nn.Module | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return this micro-batch's share of the global loss, and shares of what is logged.
 
         Args:
@@ -39,6 +40,7 @@ class Task:
             step: number of the update, from 0.
             samples: (b,) int64 global sample numbers, ``step * global_batch`` and up, on the CPU: reading what they
                 stand for must not wait for the GPU.
+            average: the averaged model, in eval mode; None where the run has none.
 
         Every returned tensor is a scalar, already divided by global counts: the sum over micro-batches and
         processes is the value for the global batch.

@@ -228,7 +228,8 @@ RIVALS = {  # objective and offsets, as in docs/objectives.md
     "mtar_b_234": ("parallel-heads", [2, 3, 4]), "heads_b_234": ("parallel-heads", [2, 3, 4]),
     "heads_b_23": ("parallel-heads", [2, 3]), "heads_b_2_17": ("parallel-heads", [2, 17]),
     "sequential_b": ("sequential-heads", []), "leaps_b": ("mutor", [3, 5, 7]),
-    "leaps2d_b": ("mutor", [2, 4, 32, 34, 64]), "npp_b": ("next-patch", []), "npp_b_control": ("mutor", []),
+    "leaps2d_b": ("mutor", [2, 4, 32, 34, 64]), "mirai_b": ("mirai", [0, 1, 16]), "mirai_b_0": ("mirai", [0]),
+    "mirai_b_control": ("mutor", []), "npp_b": ("next-patch", []), "npp_b_control": ("mutor", []),
     "rear_b": ("rear", []), "rear_b_noise": ("rear", []),
     "rear_b_mlps": ("rear", []),
 }
@@ -259,6 +260,14 @@ def test_rear_b_is_its_papers_schedule():
     assert (c.optim.lr, c.optim.schedule, c.optim.final_lr, c.train.global_batch) == (4e-4, "cosine", 1e-5, 2048)
     assert c.train.steps == -(-400 * 1_281_167 // 2048) and c.optim.warmup_steps == round(100 * 1_281_167 / 2048)
     assert c.objective.noise_until == 0.75 * c.train.steps
+
+
+def test_mirai_b_counts_its_epochs_in_updates_and_is_compared_with_an_averaged_baseline():
+    c, control = (load_config(GeneratorConfig, CONFIGS / "imagenet256" / f"{name}.yaml")
+                  for name in ("mirai_b", "mirai_b_control"))
+    assert (c.objective.weight, c.objective.late_weight, c.objective.late_from) == (2.0, 1.0, c.train.steps // 2)
+    assert c.objective.starts_at == round(15 * 1_281_167 / 256) and c.train.ema == 0.9999
+    assert (control.optim, control.train, control.data) == (c.optim, c.train, c.data) and not control.objective.given()
 
 
 def test_every_imagenet_file_is_in_a_table():

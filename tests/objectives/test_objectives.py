@@ -1,5 +1,6 @@
 """What holds for every objective: a run that goes on, weights that sampling never sees, costs, and refusals."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from mutor_img.transformer import Transformer, sampled_weights
 NEXT_TOKEN = ("registers.kind=none",)
 HEADS = (*NEXT_TOKEN, "objective.kind=parallel-heads")
 REAR = (*NEXT_TOKEN, "objective.kind=rear", "objective.code_dim=4")
+MIRAI = (*NEXT_TOKEN, "objective.kind=mirai", "train.ema=0.5")
 PATCHES = (*NEXT_TOKEN, "objective.kind=next-patch")
 # On 4 x 4 codes: what switches an objective off, and its settings.
 OFF = {
@@ -28,6 +30,8 @@ OFF = {
                                                    "objective.depths=2")),
     "heads with an output": (("objective.weight=0",), (*HEADS, "objective.offsets=[5]", "objective.tap_from_end=0",
                                                        "objective.blocks=2", "objective.own_output=true")),
+    "mirai": (("objective.weight=0",), MIRAI),
+    "mirai, before its start": (("objective.starts_at=1",), (*MIRAI, "objective.offsets=[0,9]")),
     "next-patch": (("objective.patches=[1]", "objective.stage_ends=[]"), (*PATCHES, "objective.stage_ends=[1]")),
     "rear": (("objective.weight=0", "objective.noise_until=0"), (*REAR, "objective.noise_until=2")),
 }
@@ -44,10 +48,15 @@ def build(run_file, *overrides):
     return task
 
 
+def loss_of(task, samples, step=0):
+    """Return the loss and its parts, with a copy of the model for its average."""
+    return task.loss(task.model, step, samples, copy.deepcopy(task.model).eval())
+
+
 def gradients(task, step=0):
     """Return the loss of the first four samples, and the gradients of what is sampled from, by name."""
     torch.manual_seed(0)  # dropout's
-    loss, _ = task.loss(task.model, step, torch.arange(4))
+    loss, _ = loss_of(task, torch.arange(4), step)
     weights = sampled_weights(dict(task.model.named_parameters()))
     return loss, dict(zip(weights, torch.autograd.grad(loss, list(weights.values()))))
 
@@ -68,14 +77,14 @@ def test_switched_off_it_is_next_token_prediction_bit_for_bit(name, run_file, ti
 def test_every_weight_has_a_gradient_at_the_first_update(name, run_file, tiny):
     config = load_config(GeneratorConfig, run_file, OBJECTIVES[name])
     task = GeneratorTask(config, Runtime.start())
-    task.loss(task.model, 0, torch.arange(4))[0].backward()
+    loss_of(task, torch.arange(4))[0].backward()
     assert not [name for name, weight in task.model.named_parameters() if weight.grad is None]
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_loss_does_not_depend_on_the_cut_into_micro_batches(name, run_file, tiny):
     task = build(run_file, *OBJECTIVES[name])
-    whole, *parts = (task.loss(task.model, 0, samples) for samples in (torch.arange(4), *torch.arange(4).split(1)))
+    whole, *parts = (loss_of(task, samples) for samples in (torch.arange(4), *torch.arange(4).split(1)))
     assert sum(loss.item() for loss, _ in parts) == pytest.approx(whole[0].item(), rel=1e-5)
     for value in whole[1]:
         assert sum(values[value].item() for _, values in parts) == pytest.approx(whole[1][value].item(), rel=1e-5)
@@ -99,7 +108,7 @@ def test_loaders_drop_what_only_training_used_and_nothing_else(name, run_trainin
     trainer = run_training(*OBJECTIVES[name])
     model = load_checkpoint(trainer.run_dir)
     plain = Transformer(model.config)
-    plain.load_state_dict(sampled_weights(trainer.model.state_dict()))
+    plain.load_state_dict(sampled_weights(trainer.best_model.state_dict()))
     assert model.state_dict().keys() == plain.state_dict().keys()
     assert all(torch.equal(weight, plain.state_dict()[key]) for key, weight in model.state_dict().items())
     saved = read_tensors(find_checkpoint(trainer.run_dir), "model")
@@ -141,6 +150,10 @@ def test_another_objective_is_another_run(name, run_training):
     ((*REAR, "objective.noise_until=-1"), "objective.noise_until is -1"),
     ((*REAR, "objective.noise_until=1", "objective.mlp_layers=4"), r"objective.mlp_layers is 4; .* \[2, 3\]"),
     ((*REAR, "objective.noise_until=1", "registers.kind=1d"), "objective.kind=rear has no registers"),
+    (MIRAI[:2], "objective.kind=mirai learns from averaged weights, but train.ema is 0.0; give a decay"),
+    ((*MIRAI, "objective.offsets=[16]"), r"objective.offsets is \[16\]; give different offsets between 0 and 15"),
+    ((*MIRAI, "objective.tap=3"), r"objective.tap is 3; give a value in \[1, 2\]"),
+    ((*MIRAI, "registers.kind=1d"), "objective.kind=mirai has no registers"),
     (PATCHES, r"objective.stage_ends is \[\]; for objective.patches=\[2, 1\] give 1 rising update"),
     ((*PATCHES, "objective.patches=[4,2,1]", "objective.stage_ends=[5,5]"), r"is \[5, 5\]; .* give 2 rising"),
     ((*PATCHES, "objective.stage_ends=[0]"), r"stage_ends is \[0\]"),
@@ -171,6 +184,7 @@ B = Path(__file__).parents[2] / "configs" / "imagenet256" / "ntp_b.yaml"
     (("objective.kind=rear", "objective.noise_until=9"), 3_182_608, 1.032),
     (("objective.kind=rear", "objective.noise_until=9", "objective.mlp_layers=3"), 11_575_312, 1.116),
     (("objective.kind=rear", "objective.noise_until=9", "objective.weight=0"), 0, 1.000),
+    (("objective.kind=mirai", "train.ema=0.9999"), 22_034_688, 1.415),
     (("objective.kind=next-patch", "objective.stage_ends=[180000]"), 0, 0.623),
     (("objective.kind=next-patch", "objective.patches=[4,2,1]", "objective.stage_ends=[90000,180000]"), 0, 0.577)])
 def test_the_plan_names_what_is_trained_and_computed_beside_next_token_prediction(overrides, parameters, ratio):

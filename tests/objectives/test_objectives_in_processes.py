@@ -20,11 +20,12 @@ train: {{steps: 3, global_batch: 4, micro_batch: 1, precision: fp32, compile: fa
 OBJECTIVES = {
     "heads": ("objective.kind=parallel-heads", "objective.offsets=[2,5]", "objective.own_output=true"),
     "chain": ("objective.kind=sequential-heads", "objective.depths=2"),
+    "mirai": ("objective.kind=mirai", "objective.offsets=[0,4]"),
     "patches": ("objective.kind=next-patch", "objective.stage_ends=[1]"),
     "rear": ("objective.kind=rear", "objective.noise_until=2", "objective.code_dim=4"),
 }
 LOSSES = {"heads": ("head_2", "head_5"), "chain": ("depth_1", "depth_2"),
-          "patches": ("next_patch", "next_token"), "rear": ("encode", "decode")}
+          "mirai": ("align_0", "align_4"), "patches": ("next_patch", "next_token"), "rear": ("encode", "decode")}
 FSDP = ("train.parallel=fsdp", "train.activation_checkpointing=true", "model.loss_chunk=7")
 
 

@@ -91,6 +91,7 @@ class FakeScores:
 PICTURES: list = []
 HEADS = ("registers.kind=none", "objective.kind=parallel-heads")
 CHAIN = ("registers.kind=none", "objective.kind=sequential-heads")
+MIRAI = ("registers.kind=none", "objective.kind=mirai", "train.ema=0.9")
 SQUARE = ("data.codes={tmp}/square", "data.val_codes=null", "model.grid=[4,4]")  # codes of a tokenizer that is there
 PATCHES = (*SQUARE, "registers.kind=none", "objective.kind=next-patch", "objective.stage_ends=[1]")
 REAR = (*SQUARE, "registers.kind=none", "objective.kind=rear", "objective.noise_until=3", "objective.code_dim=4")
@@ -120,6 +121,8 @@ FIELDS = {
     "objective.depths": (CHAIN, "2", shapes),
     "objective.late_weight": ((*CHAIN, "objective.late_from=1"), "0.2", losses),
     "objective.late_from": (CHAIN, "1", losses),
+    "objective.tap": (MIRAI, "2", losses),
+    "objective.starts_at": (MIRAI, "2", losses),
     "objective.patches": (PATCHES, "[1]", None),
     "objective.stage_ends": (PATCHES, "[2]", losses),
     "objective.noise_until": ((*REAR, "objective.noise_until=0"), "3", losses),
