@@ -46,7 +46,7 @@ def test_the_pages_example_is_short_and_passes_its_own_test(echo, random_model):
 def test_the_pages_config_trains_it_and_what_is_saved_samples_without_it(echo, run_training, tmp_path):
     (tmp_path / "page.yaml").write_text(CONFIG)
     config = load_config(GeneratorConfig, tmp_path / "page.yaml")
-    assert plan_generator(config)["model"]["of the objective, dropped after training"] == 16 * 256  # of the shrunken preset
+    assert plan_generator(config)["model"]["of the objective, dropped after training"] == 16 * 256  # shrunken
     trainer = run_training("registers.kind=none", f"objective.kind={config.objective.kind}",
                            f"objective.weight={config.objective.weight}")
     row = read_metrics(trainer.run_dir)[0]
