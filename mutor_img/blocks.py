@@ -231,3 +231,8 @@ def block_flops(config: ModelConfig, tokens: float, pairs: float) -> float:
         pairs: query-key pairs that may attend.
     """
     return 2.0 * (4 * config.dim**2 + 3 * config.dim * config.hidden) * tokens + 4.0 * config.dim * pairs
+
+
+def model_flops(config: ModelConfig, tokens: float, pairs: float) -> float:
+    """Return the FLOPs of a whole model's forward pass over a sequence, logits of every input included."""
+    return config.layers * block_flops(config, tokens, pairs) + 2.0 * config.dim * config.vocabulary * tokens

@@ -15,7 +15,7 @@ def head_loss(hidden: Tensor, head: nn.Linear, targets: Tensor, rows: int = 0) -
     Args:
         hidden: (B, S, dim), past the last norm.
         head: dim to V, without a bias.
-        targets: (B, S) int64, ``IGNORE`` where there is none.
+        targets: (B, S) int64, ``IGNORE`` where there is none; or (B, S, K), K of each row.
         rows: the most rows of logits at a time; 0: all of them.
 
     Returns:
@@ -37,7 +37,7 @@ def chunked_cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor, r
     Args:
         hidden: (B, S, dim), what the head reads.
         weight: (V, dim), the head.
-        targets: (B, S) int64, ``IGNORE`` where there is none.
+        targets: (B, S) int64, ``IGNORE`` where there is none; or (B, S, K), K of each row.
         rows: rows of logits at a time, at least 1.
 
     Returns:
@@ -47,7 +47,7 @@ def chunked_cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor, r
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), rows, wanted)
+    return _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(0, 1), rows, wanted)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -92,12 +92,13 @@ def _one_chunk(inputs: Tensor, head: Tensor, target: Tensor, hidden_grad: Tensor
     A function of its own, so that one chunk's logits are gone before the next one's are made.
     """
     log_p = (inputs @ head.T).float().log_softmax(dim=-1)  # (chunk, V)
-    kept = (target != IGNORE)[:, None]  # (chunk, 1)
-    index = target[:, None].where(kept, 0)
+    target = target.reshape(len(target), -1)  # (chunk, K)
+    kept = target != IGNORE
+    index = target.where(kept, 0)
     loss = -log_p.gather(1, index).where(kept, 0.0).sum()
-    if hidden_grad is not None:  # the slope of each row's loss by its logits: p, less 1 at the target
-        slope = log_p.exp_().scatter_add_(1, index, -torch.ones_like(index, dtype=torch.float32))
-        slope = slope.mul_(kept).to(inputs.dtype)
+    if hidden_grad is not None:  # the slope of each row's loss by its logits: of each target p, less 1 there
+        slope = log_p.exp_().mul_(kept.sum(dim=1, keepdim=True)).scatter_add_(1, index, -kept.float())
+        slope = slope.to(inputs.dtype)
         torch.mm(slope, head, out=hidden_grad)
         weight_grad += slope.T @ inputs
     return loss

@@ -179,16 +179,18 @@ class RegisterLaw:
         return (anchors >= 1) & ((anchors - 1) % columns + offsets % columns >= columns)
 
 
-def check_offsets(name: str, offsets: Sequence[int], length: int) -> None:
-    """Raise :class:`UserError` unless ``offsets`` are at least one, all different, each in 1 .. N.
+def check_offsets(name: str, offsets: Sequence[int], highest: int, lowest: int = 1) -> None:
+    """Raise :class:`UserError` unless ``offsets`` are at least one, all different, each in lowest .. highest.
 
     Args:
         name: the key of the config that holds them.
         offsets: raster offsets d.
-        length: N.
+        highest: N where t + d must reach a code from input 0.
+        lowest: 0 where an input may stand for itself.
     """
-    if not offsets or len(set(offsets)) < len(offsets) or not all(1 <= d <= length for d in offsets):
-        raise UserError(f"{name} is {list(offsets)}; give different offsets between 1 and {length}, as in [2, 3]")
+    if not offsets or len(set(offsets)) < len(offsets) or not all(lowest <= d <= highest for d in offsets):
+        raise UserError(f"{name} is {list(offsets)}; give different offsets between {lowest} and {highest}, as in "
+                        "[2, 3]")
 
 
 @lru_cache(maxsize=16)
@@ -263,8 +265,12 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
 
     Args:
         logits: (B, S, V), any float dtype.
-        targets: (B, S) int64.
+        targets: (B, S) int64, or (B, S, K): K targets of each row, which count alike.
     """
+    if targets.dim() == logits.dim():
+        kept = targets != IGNORE
+        found = logits.float().log_softmax(dim=-1).gather(-1, targets.where(kept, 0))  # (B, S, K)
+        return -found.where(kept, 0.0).sum()
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
 

@@ -23,8 +23,8 @@ from mutor_img.blocks import (
     ModelConfig,
     RMSNorm,
     RotaryTable,
-    block_flops,
     draw_weights,
+    model_flops,
 )
 from mutor_img.registers import embedding_rows, register_ids
 
@@ -119,21 +119,30 @@ class Transformer(nn.Module):
 
         Args:
             labels, codes, anchors, offsets: as in :meth:`forward`.
-            taps: after which blocks the residual stream is wanted, 0 .. L; () is the last, L.
+            taps: after which blocks the residual stream is wanted, 0 .. L; () means the last, L.
 
         Raises:
             ValueError: as :meth:`forward`.
         """
         self._check(labels, codes, anchors, offsets)
-        length, taps = codes.shape[1] + 1, taps or (self.config.layers,)
+        length = codes.shape[1] + 1
         x = torch.cat([self.cls_embedding(labels)[:, None], self.tok_embeddings(codes)], dim=1)  # (B, S, dim)
         rope = self.rope(torch.arange(length, device=codes.device))[None]  # (1, S, 2, head_dim / 2)
         if anchors is not None:
             x = torch.cat([x, self._embed_registers(offsets)], dim=1)  # (B, S + R, dim)
             ids = register_ids(anchors, offsets, length)
             rope = torch.cat([rope.expand(len(x), -1, -1, -1), self.rope(ids)], dim=1)  # (B, S + R, ..)
-        attend = self._attend(length, anchors)
-        x = self.dropout(x)
+        return self.through(x, rope, self._attend(length, anchors), taps)
+
+    def through(self, x: Tensor, rope: Tensor, attend: Attend, taps: Sequence[int] = ()) -> Run:
+        """Send embedded inputs through dropout and the blocks, up to the last one that is asked for.
+
+        Args:
+            x: (B, S, dim), S of any size.
+            rope, attend: as in :class:`Run`.
+            taps: as in :meth:`run`.
+        """
+        taps, x = taps or (self.config.layers,), self.dropout(x)
         states = {0: x} if 0 in taps else {}
         for number, layer in enumerate(islice(self.layers, max(taps)), start=1):
             x = layer(x, rope, attend)
@@ -184,9 +193,8 @@ class Transformer(nn.Module):
             registers: registers.
             pairs: query-key pairs that the rule allows; None: ``length (length + 1) / 2`` and no registers.
         """
-        c = self.config
         pairs = length * (length + 1) / 2 if pairs is None else pairs
-        return c.layers * block_flops(c, length + registers, pairs) + 2.0 * c.dim * c.vocabulary * (length + registers)
+        return model_flops(self.config, length + registers, pairs)
 
     def parameter_count(self) -> int:
         """Return the number of trained parameters."""

@@ -32,6 +32,7 @@ from mutor_img.pretraining.task import GeneratorTask
 from mutor_img.training.loop import train
 from mutor_img.training.runtime import Runtime
 from mutor_img.transformer import Transformer
+from tokenizer.network.vq import VQModel
 
 torch.set_num_threads(1)  # the same sums in the same order, and no contention between test workers
 
@@ -122,15 +123,17 @@ def no_collector():
 
 
 def write_codes(folder: Path, seed: int = 0, images: int = 10, views: int = 2, tokenizer_hash: str = "a" * 64,
-                block: int = 10**9) -> Path:
-    """Write a valid code store of 4 x 5 grids over 16 codes and 3 classes."""
+                block: int = 10**9, vq: VQModel | None = None) -> Path:
+    """Write a valid code store of 4 x 5 grids over 16 codes and 3 classes; with a tokenizer, of its 4 x 4 grids."""
+    grid = vq.grid_for(vq.image_size) if vq else (4, 5)
     folder.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(seed)
-    codes = draw.integers(0, 16, (images, views, 20)).astype(np.uint16)
+    codes = draw.integers(0, 16, (images, views, grid[0] * grid[1])).astype(np.uint16)
     labels = np.arange(images, dtype=np.int64) % 3
     np.save(folder / "codes.npy", codes)
     np.save(folder / "labels.npy", labels)
-    info = CodesInfo((4, 5), 16, ["a", "b", "c"], ["plain", "mirror"][:views], "center", 32, "tok", tokenizer_hash,
+    tokenizer = (vq.image_size, vq.path, vq.hash) if vq else (32, "tok", tokenizer_hash)
+    info = CodesInfo(grid, 16, ["a", "b", "c"], ["plain", "mirror"][:views], "center", *tokenizer,
                      [block_checksum(codes[i: i + block], labels[i: i + block]) for i in range(0, images, block)])
     write_json(folder / "codes.json", info.to_json())
     return folder

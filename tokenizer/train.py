@@ -72,7 +72,7 @@ class TokenizerTask(Task):
                                        data.image_size, self.images.pool)  # (n, C, H, W) uint8
         self.reconstruction = ReconstructionLoss(loss.terms, runtime.device, loss.lpips_weights)
         self.headline = ("loss", *self.reconstruction.terms, "commitment", "adversarial", "discriminator")
-        self.flops_per_sample = 3 * forward_flops(config)
+        self._flops = 3 * forward_flops(config)
         self.seen: list[tuple[int, Quantised]] = []  # first sample number and codes of each micro-batch of an update
 
     def _listed(self, folder: str) -> ImageSource:
@@ -81,7 +81,11 @@ class TokenizerTask(Task):
         self.runtime.agree({f"the list of images in {folder}": files_hash(images)})
         return images
 
-    def loss(self, model: nn.Module, step: int, samples: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def flops_per_sample(self, step: int) -> float:
+        return self._flops
+
+    def loss(self, model: nn.Module, step: int, samples: Tensor,
+             average: nn.Module | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return this micro-batch's share of the weighted sum of all terms, and of each term unweighted.
 
         The terms are ``config.loss.terms``, the quantiser's losses and, from ``adversarial_start`` on, ``adversarial``

@@ -13,7 +13,8 @@ import os
 import re
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,6 +40,8 @@ class OptimConfig:
     schedule: str = "constant"  # constant, cosine, or wsd (warm-up, stable, decay)
     warmup_steps: int = 0  # steps in which the rate rises linearly from 0 to lr
     decay_steps: int = 0  # wsd only: last steps, in which the rate falls linearly to final_lr
+    decay_share: float = 0.0  # wsd only: in place of decay_steps, a share of all steps, or of those between restarts
+    restarts: list[int] = field(default_factory=list)  # updates at which the whole schedule starts anew
     final_lr: float = 0.0  # learning rate at which cosine and wsd end
 
     def validate(self) -> None:
@@ -49,6 +52,12 @@ class OptimConfig:
         check_range("optim.final_lr", self.final_lr, 0.0, self.lr)
         check_range("optim.warmup_steps", self.warmup_steps, 0, 10**9)
         check_range("optim.decay_steps", self.decay_steps, 0, 10**9)
+        check_range("optim.decay_share", self.decay_share, 0.0, 1.0)
+        if self.decay_steps and self.decay_share:
+            raise UserError(f"optim.decay_steps is {self.decay_steps} and optim.decay_share is {self.decay_share}; set "
+                            "one of them to 0")
+        if any(a >= b for a, b in pairwise([0, *self.restarts])):
+            raise UserError(f"optim.restarts is {list(self.restarts)}; give rising updates from 1 on")
         for beta in self.betas:
             check_range("optim.betas", beta, 0.0, 1.0)
         check_choice("optim.schedule", self.schedule, ("constant", "cosine", "wsd"))

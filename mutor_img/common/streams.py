@@ -32,6 +32,7 @@ class Stream(IntEnum):
     IS_ORDER = 9
     AUGMENT = 10
     INIT = 11
+    NOISE = 12
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from mutor_img.blocks import ModelConfig
-from mutor_img.decoding.sampler import generate
 from mutor_img.common.streams import Stream, uniform
 from mutor_img.decoding.drafting import Draft
 from mutor_img.decoding.sampler import Sampler, SamplingSettings, generate

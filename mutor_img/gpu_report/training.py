@@ -293,7 +293,7 @@ def _measure(place: Place, law: RegisterLaw, checkpointing: bool, preset: str, b
                           replace(gpu_step(config), sequences=batch)).total / 2**30
     parts = [f"{batch} sequences: {1000 * median:.1f} ms per update", f"{batch * law.length / median:,.0f} tokens/s"]
     if gpu and (peak := peak_flops(place.device, "bf16")):
-        parts.append(f"MFU {batch * trainer.task.flops_per_sample / median / peak:.1%}")
+        parts.append(f"MFU {batch * trainer.task.flops_per_sample(0) / median / peak:.1%}")
     if gpu:
         held = torch.cuda.max_memory_allocated(place.device) / 2**30
         parts.append(f"peak memory {held:.1f} GiB, planned {planned:.1f}")

@@ -9,14 +9,18 @@ from typing import Any
 from mutor_img.blocks import ModelConfig
 from mutor_img.common.config import check_choice
 from mutor_img.common.errors import UserError
+from mutor_img.objectives.mirai import Mirai
 from mutor_img.objectives.mutor import Mutor
+from mutor_img.objectives.next_patch import NextPatch
 from mutor_img.objectives.objective import Objective
 from mutor_img.objectives.parallel_heads import ParallelHeads
+from mutor_img.objectives.rear import Rear
 from mutor_img.objectives.sequential_heads import SequentialHeads
 from mutor_img.registers import RegisterLaw
 
 KINDS: dict[str, type[Objective]] = {  # beside mutor
-    "parallel-heads": ParallelHeads, "sequential-heads": SequentialHeads,
+    "parallel-heads": ParallelHeads, "sequential-heads": SequentialHeads, "rear": Rear,
+    "next-patch": NextPatch, "mirai": Mirai,
 }
 
 
@@ -24,15 +28,23 @@ KINDS: dict[str, type[Objective]] = {  # beside mutor
 class ObjectiveConfig:
     """What the run trains for. A setting that is left out has its kind's own default (docs/objectives.md)."""
 
-    kind: str = "mutor"  # mutor (next-token prediction where registers.kind is none), parallel-heads, sequential-heads
-    weight: float | None = None  # parallel-heads: a, their share of the loss; 0.1. sequential-heads: lambda; 0.3
-    offsets: list[int] = field(default_factory=list)  # parallel-heads: a head for each raster offset; [2]
+    kind: str = "mutor"  # mutor (next-token if registers.kind is none), or another of docs/objectives.md
+    weight: float | None = None  # parallel-heads: a; 0.1. sequential-heads, rear: lambda; 0.3, 1. mirai: c; 2
+    offsets: list[int] = field(default_factory=list)  # parallel-heads, mirai: raster offsets; [2], [0, 1, columns]
     tap_from_end: int | None = None  # parallel-heads: how many of the model's last blocks the heads leave out; 1
     blocks: int | None = None  # parallel-heads: blocks of each head; 1
     own_output: bool | None = None  # parallel-heads: an output matrix for each head; false: the model's
     depths: int | None = None  # sequential-heads: links of the chain; 1
-    late_weight: float | None = None  # sequential-heads: lambda from update late_from on; 0.1
-    late_from: int | None = None  # sequential-heads: null: lambda stays
+    late_weight: float | None = None  # sequential-heads, mirai: weight from update late_from on; 0.1, 1
+    late_from: int | None = None  # sequential-heads, mirai: null: the weight stays
+    tap: int | None = None  # mirai: after which block states are compared; two thirds of the model's
+    starts_at: int | None = None  # mirai: the update from which its terms count; 0
+    noise_until: int | None = None  # rear: the update from which inputs are clean; must be given; 0: no noise
+    code_dim: int | None = None  # rear: numbers per vector of the tokenizer's codebook; 8
+    mlp_layers: int | None = None  # rear: of the networks that give such vectors: 2 (GELU) or 3 (SiLU); 2
+    keep_replaced: bool | None = None  # rear: the encode term counts changed inputs too; false
+    patches: list[int] = field(default_factory=list)  # next-patch: patch sides of the stages, falling to 1; [2, 1]
+    stage_ends: list[int] = field(default_factory=list)  # next-patch: updates at which the stages after the first begin
 
     def given(self) -> dict[str, Any]:
         """Return the settings that are not left out."""
@@ -51,12 +63,12 @@ def build_objective(config: ObjectiveConfig, model: ModelConfig, law: RegisterLa
         register_weight: their share of the loss.
 
     Raises:
-        UserError: an unknown kind, a setting that its kind does not have or that is out of range, or registers beside
-            an objective that has none.
+        UserError: an unknown kind, a setting that its kind does not have, that it needs and is not given, or that is
+            out of range, or registers beside an objective that has none.
     """
     check_choice("objective.kind", config.kind, ("mutor", *KINDS))
     kind, given = KINDS.get(config.kind), config.given()
-    known = list(inspect.signature(kind).parameters)[1:] if kind else []  # without the model's sizes
+    known = dict(list(inspect.signature(kind).parameters.items())[1:]) if kind else {}  # without the model's sizes
     for name in given:
         if name not in known:
             where = f"it has {', '.join(known)}" if known else "its settings stand under registers"
@@ -65,4 +77,8 @@ def build_objective(config: ObjectiveConfig, model: ModelConfig, law: RegisterLa
         return Mutor(model, law, register_weight) if law.registers else Objective(model)
     if law.registers:
         raise UserError(f"objective.kind={config.kind} has no registers; give registers.kind=none")
+    for name, setting in known.items():
+        if setting.default is setting.empty and name not in given:
+            raise UserError(f"objective.{name} is not given; objective.kind={config.kind} needs it, see "
+                            "docs/objectives.md")
     return kind(model, **given)

@@ -17,9 +17,12 @@ class Batch:
 
     Attributes:
         labels: (B,) int64, the null class where it is dropped.
-        codes: (B, N - 1) int64, the inputs x_1 .. x_{N-1}.
-        targets: (B, N) int64, x_1 .. x_N.
+        codes: (B, N - 1) int64, the inputs x_1 .. x_{N-1}; of patches (B, P - 1, p * p), the codes of each.
+        targets: (B, N) int64, x_1 .. x_N; of patches (B, P, p * p).
         anchors, offsets: (B, R) int64 of registers, or None.
+        side: p, of the patches that the sequence is of; 1: it is of codes.
+        teacher: by the number of blocks passed, the averaged model's residual stream (B, N, dim), for an objective with
+            ``teacher_taps``: without gradients, in eval mode, of clean codes and labels that are not dropped.
     """
 
     labels: Tensor
@@ -27,6 +30,8 @@ class Batch:
     targets: Tensor
     anchors: Tensor | None = None
     offsets: Tensor | None = None
+    side: int = 1
+    teacher: dict[int, Tensor] | None = None
 
 
 class Objective(nn.Module):
@@ -38,19 +43,31 @@ class Objective(nn.Module):
 
     An objective hangs on the model as ``model.objective``: what it holds is trained, averaged and checkpointed with the
     model, under names that begin with ``objective.``, and dropped by whoever samples. Draws are functions of (seed,
-    step, sample); shapes never change; nothing waits for the device.
+    step, sample); shapes change from stage to stage at most; nothing waits for the device.
 
     Attributes:
         config: the model's sizes.
+        code_dim: how many numbers each of the tokenizer's vectors of the codes has, where the objective reads these;
+            the run hands them to :meth:`take_codebook`. None: it does not.
+        teacher_taps: after which blocks the averaged model's states are wanted; () where no such model is needed.
         read_outs: how often N rows of logits are made beside those of the next tokens and of registers, for the plan
             of memory.
+        kept_numbers: how many numbers per input stay for the backward pass of what is neither a block nor a read-out,
+            for the plan of memory.
     """
 
+    code_dim: int | None = None
+    teacher_taps: tuple[int, ...] = ()
     read_outs = 0
+    kept_numbers = 0
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+
+    def take_codebook(self, vectors: Tensor) -> None:
+        """Keep the tokenizer's vectors of the codes, (V, code_dim), as ``codebook``: fp32, frozen, never saved."""
+        self.register_buffer("codebook", vectors.detach().float(), persistent=False)
 
     def prepare(self, seed: int, step: int, samples: Tensor, labels: Tensor, codes: Tensor) -> Batch:
         """Return what the network reads and predicts; it may add registers to the sequences, or corrupt the inputs.
@@ -76,7 +93,7 @@ class Objective(nn.Module):
         return {"next_token": self.next_token(model, run, batch, rows)}
 
     def next_token(self, model: Transformer, run: Run, batch: Batch, rows: int) -> Tensor:
-        """Return the next-token loss of a run without registers, summed over B N terms."""
+        """Return the loss of a run without registers, whose rows predict what follows: a sum over B N terms."""
         return head_loss(model.norm(run.states[self.config.layers]), model.output, batch.targets, rows)
 
     def terms(self, seed: int, step: int, samples: Tensor) -> dict[str, int | Tensor]:
@@ -96,8 +113,12 @@ class Objective(nn.Module):
         """Return the heavy parts of this: like the model's blocks, compiled, checkpointed and sharded one by one."""
         return []
 
-    def extra_flops(self) -> tuple[float, float]:
-        """Return the forward FLOPs per sequence beside those of the model itself, of trained and of frozen parts."""
+    def extra_flops(self, step: int) -> tuple[float, float]:
+        """Return the forward FLOPs per sequence of update ``step`` beside those of a model that reads N inputs.
+
+        First those of what is trained, which goes backward too (below 0 where fewer inputs are read), then those of
+        what is frozen.
+        """
         return 0.0, 0.0
 
     def extra_parameters(self) -> int:

@@ -84,7 +84,7 @@ class ParallelHeads(Objective):
     def blocks(self) -> list[nn.Module]:
         return [block for head in self.heads for block in head.blocks]
 
-    def extra_flops(self) -> tuple[float, float]:
+    def extra_flops(self, step: int) -> tuple[float, float]:
         n, c = self.config.length, self.config
         blocks = len(self.blocks()) * block_flops(c, n, n * (n + 1) / 2)
         return blocks + sum(2.0 * c.dim * c.vocabulary * (n - d + 1) for d in self.offsets), 0.0

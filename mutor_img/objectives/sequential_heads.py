@@ -85,7 +85,7 @@ class SequentialHeads(Objective):
     def blocks(self) -> list[nn.Module]:
         return [depth.block for depth in self.depths]
 
-    def extra_flops(self) -> tuple[float, float]:
+    def extra_flops(self, step: int) -> tuple[float, float]:
         n, c = self.config.length, self.config
         link = block_flops(c, n, n * (n + 1) / 2) + 2.0 * 2 * c.dim**2 * n
         return sum(link + 2.0 * c.dim * c.vocabulary * (n - k) for k in range(1, len(self.depths) + 1)), 0.0

@@ -156,7 +156,10 @@ class GeneratorConfig:
         """Raise :class:`UserError` for sections that do not fit each other; each section has checked itself before."""
         self.data.folders()
         with torch.device("meta"):
-            self.build_objective()  # raises for registers, a preset or settings that cannot be
+            objective = self.build_objective()  # raises for registers, a preset or settings that cannot be
+        if objective.teacher_taps and not self.train.ema:
+            raise UserError(f"objective.kind={self.objective.kind} learns from averaged weights, but train.ema is 0.0; "
+                            "give a decay, as in train.ema=0.9999")
 
     def inputs(self) -> dict[str, Any]:
         """Return every path that a run reads, by its key."""

@@ -31,6 +31,7 @@ class Step:
         shards: devices that share weights, gradients, optimiser and EMA (FSDP2); 1: each holds all of them.
         blocks: of the objective, beside the model's.
         read_outs: of the objective: N rows of logits each, beside the next tokens' and the registers'.
+        kept_numbers: of the objective: what its small networks keep per input.
         accumulate: gradients are summed over several forward passes before the devices exchange them.
     """
 
@@ -45,6 +46,7 @@ class Step:
     shards: int = 1
     blocks: int = 0
     read_outs: int = 0
+    kept_numbers: int = 0
     accumulate: bool = False
 
     @property
@@ -85,7 +87,8 @@ def step_memory(config: ModelConfig, parameters: int, step: Step) -> Memory:
         weights=state, gradients=state + whole, optimiser=2 * state, ema=state if step.ema else 0.0,
         copies=copied_weight_bytes(config, parameters, step),
         activations=tokens * ((config.layers + step.blocks) * kept + outer_bytes(config, step)
-                              + step.read_outs * read_out_bytes(config, step)),
+                              + step.read_outs * read_out_bytes(config, step)
+                              + step.width * step.kept_numbers),
         logits=logit_bytes(config, step),
         working=tokens * (working + (block if step.checkpointing else 0)),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -51,18 +52,30 @@ def device_share(config: GeneratorConfig) -> int:
     return batch // devices
 
 
-def training_flops(model: Transformer, objective: Objective, law: RegisterLaw, seed: int) -> float:
-    """Return the FLOPs of one sequence in an update: forward, and of what is trained twice as much backward."""
-    trained, frozen = objective.extra_flops()
-    return 3 * (model.forward_flops(law.length, law.registers, attended_pairs(law, seed)) + trained) + frozen
+def trunk_flops(model: Transformer, law: RegisterLaw, seed: int) -> float:
+    """Return the FLOPs of the model's own forward pass over one sequence, registers included."""
+    return model.forward_flops(law.length, law.registers, attended_pairs(law, seed))
+
+
+def training_flops(trunk: float, objective: Objective, step: int) -> float:
+    """Return the FLOPs of one sequence in an update: forward, and of what is trained twice as much backward.
+
+    Args:
+        trunk: what :func:`trunk_flops` gives.
+        objective: the run's.
+        step: number of the update.
+    """
+    trained, frozen = objective.extra_flops(step)
+    return 3 * (trunk + trained) + frozen
 
 
 def update_sections(config: GeneratorConfig, model: Transformer, objective: Objective, share: int,
                     micro_batch: int) -> dict[str, Any]:
     """Return the sections of tokens and FLOPs, and of time. MFU counts the model's FLOPs, not recomputed ones."""
     law, plan, batch = config.law(), config.plan, config.train.global_batch
-    flops = batch * training_flops(model, objective, law, config.seed)
-    trunk = model.forward_flops(law.length, law.registers, attended_pairs(law, config.seed))
+    trunk, steps = trunk_flops(model, law, config.seed), config.train.steps
+    # A thousand updates, spread over the run, are enough for the mean of what grows or falls on its way.
+    flops = batch * fmean(training_flops(trunk, objective, step) for step in range(0, steps, max(1, steps // 1000)))
     attention = trunk - model.forward_flops(law.length, law.registers, 0.0)
     peak = plan.peak_tflops or gpu_peak("H100", "fp32" if config.train.precision == "fp32" else "bf16") / 1e12
     seconds = flops / (plan.devices * peak * 1e12 * plan.mfu)
@@ -129,7 +142,8 @@ def gpu_step(config: GeneratorConfig) -> Step:
         sequences=1, registers=law.registers, precision=train.precision, compiled=train.compile,
         checkpointing=train.activation_checkpointing, flex=config.model.attention == "auto" and train.compile,
         loss_chunk=config.model.loss_chunk, ema=train.ema > 0, blocks=len(objective.blocks()),
-        read_outs=objective.read_outs, shards=config.plan.devices if train.parallel == "fsdp" else 1)
+        read_outs=objective.read_outs, kept_numbers=objective.kept_numbers,
+        shards=config.plan.devices if train.parallel == "fsdp" else 1)
 
 
 def largest_micro_batch(model: ModelConfig, parameters: int, step: Step, room: float, share: int) -> int:

@@ -14,7 +14,7 @@ from mutor_img.metrics.references import identity, open_reference
 from mutor_img.metrics.requirements import SCORES, check_size, resolve
 from mutor_img.pretraining.config import EvalConfig
 from mutor_img.sampling.labels import make_labels
-from mutor_img.sampling.pictures import verified_tokenizer
+from mutor_img.sampling.pictures import PUT_BACK, verified_tokenizer
 from mutor_img.sampling.source import ModelImages
 from mutor_img.training.runtime import Runtime
 from mutor_img.transformer import Transformer, sampled_weights
@@ -41,7 +41,7 @@ class RunScores:
         """
         self.config, self.runtime, self.classes = config, runtime, model.config.classes
         self.settings = SamplingSettings(cfg_scale=config.cfg_scale, seed=seed)
-        self.tokenizer = verified_tokenizer(codes, runtime.device, model, "the run's codes")
+        self.tokenizer = verified_tokenizer(codes, runtime.device, model.config, "the run", PUT_BACK)
         weights = (None, config.features_weights) if config.features == "inception" else (config.features_weights, None)
         with runtime.main_first():
             self.network = load_features(config.features, *weights, runtime.device)

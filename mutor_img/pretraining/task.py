@@ -21,9 +21,10 @@ from mutor_img.data.order import TrainingCodes, check_same_codes
 from mutor_img.data.store import Codes
 from mutor_img.objectives.objective import Batch, Objective
 from mutor_img.pretraining.config import GeneratorConfig
-from mutor_img.pretraining.plan import training_flops
+from mutor_img.pretraining.plan import training_flops, trunk_flops
 from mutor_img.pretraining.preflight import Preflight, preflight
 from mutor_img.pretraining.scores import RunScores
+from mutor_img.sampling.pictures import PUT_BACK, verified_tokenizer
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.task import Task
 from mutor_img.transformer import Transformer
@@ -51,6 +52,7 @@ class GeneratorTask(Task):
         self.val_codes = open_codes(config.data.val_codes, config, runtime) if config.data.val_codes else None
         if self.val_codes:
             check_same_codes(self.codes, self.val_codes)
+        codebook = open_codebook(config, self._about_codes())
         torch.manual_seed(generator_seed(config.seed, Stream.INIT))  # the model's weights, then the objective's
         self.model = Transformer(config.model_config())
         if config.init_from:
@@ -58,32 +60,50 @@ class GeneratorTask(Task):
             taken = start_from(self.model, config.init_from, names)
             runtime.agree({f"the content of init_from={config.init_from}": taken})
         self.model.objective = objective = config.build_objective()
-        self.headline = ("loss", *objective.weights(0, config.train.steps), "val_next_token")
+        if codebook is not None:
+            objective.take_codebook(codebook)
+        steps = config.train.steps
+        self.headline = tuple(dict.fromkeys(  # losses of the first update, and of the last
+            ("loss", *objective.weights(0, steps), *objective.weights(steps - 1, steps), "val_next_token")))
         self.units_per_sample = self.law.length  # code tokens; registers are method, not data
-        self.flops_per_sample = training_flops(self.model, objective, self.law, config.seed)
+        self._trunk_flops = trunk_flops(self.model, self.law, config.seed)
         self.score_every, self.scores = config.eval.every, None
         if self.score_every:
-            self.scores = RunScores(config.eval, self.metadata()["codes"], self.model, config.seed, runtime)
+            self.scores = RunScores(config.eval, self._about_codes(), self.model, config.seed, runtime)
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         return [*model.layers, *model.objective.blocks()]
+
+    def flops_per_sample(self, step: int) -> float:
+        return training_flops(self._trunk_flops, self.model.objective, step)
 
     def batch(self, step: int, samples: Tensor) -> tuple[Tensor, Tensor]:
         """Return labels (b,), the null class where dropped, and codes (b, N) of global sample numbers (b,) on the CPU.
 
         What it returns is on the run's device.
         """
-        device = self.runtime.device
-        codes, labels = (x.to(device, non_blocking=True) for x in self.data.batch(samples.numpy()))
-        drawn = uniform(self.config.seed, Stream.CLASS_DROP, step, samples.to(device, non_blocking=True))
-        dropped = drawn < self.config.model.class_dropout
-        return torch.where(dropped, self.config.model.classes, labels), codes
+        labels, codes = self._read(samples)
+        return self._drop(step, samples, labels), codes
 
-    def loss(self, model: nn.Module, step: int, samples: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _read(self, samples: Tensor) -> tuple[Tensor, Tensor]:
+        codes, labels = (x.to(self.runtime.device, non_blocking=True) for x in self.data.batch(samples.numpy()))
+        return labels, codes
+
+    def _drop(self, step: int, samples: Tensor, labels: Tensor) -> Tensor:
+        drawn = uniform(self.config.seed, Stream.CLASS_DROP, step, samples.to(labels.device, non_blocking=True))
+        return torch.where(drawn < self.config.model.class_dropout, self.config.model.classes, labels)
+
+    def loss(self, model: nn.Module, step: int, samples: Tensor,
+             average: nn.Module | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return this micro-batch's share of the objective's loss, and of its parts before they are weighted."""
-        labels, codes = self.batch(step, samples)  # (b,), (b, N)
+        labels, codes = self._read(samples)  # (b,), (b, N)
         config, device, objective = self.config, self.runtime.device, self.model.objective
-        batch = objective.prepare(config.seed, step, samples.to(device, non_blocking=True), labels, codes)
+        batch = objective.prepare(config.seed, step, samples.to(device, non_blocking=True),
+                                  self._drop(step, samples, labels), codes)
+        if objective.teacher_taps:
+            with torch.no_grad():
+                batch.teacher = average(within=lambda whole: whole.run(labels, codes[:, :-1],
+                                                                       taps=objective.teacher_taps).states)
         if batch.anchors is not None and self.model.flex is None and self.flex_passes(device):
             self.model.use_flex(batch.anchors, fixed=self.law.count is None)
         sums = model(within=lambda whole: whole.objective(whole, batch, config.model.loss_chunk))
@@ -141,19 +161,21 @@ class GeneratorTask(Task):
         from mutor_img.sampling import draw_training_grid  # the picture needs the tokenizer, training does not
 
         try:
-            draw_training_grid(model, self.metadata()["codes"], self.config.pictures, self.config.seed,
+            draw_training_grid(model, self._about_codes(), self.config.pictures, self.config.seed,
                                folder / f"samples_{step:08d}.png")
         except UserError as error:  # a missing tokenizer is no reason to end a training run
             tqdm.write(f"no sample grid at step {step}: {error}")
 
     def metadata(self) -> dict[str, Any]:
-        info, stores = self.codes.info, self.data.stores
         checked = {"preflight": self.preflight.to_json()} if self.preflight else {}
-        return {"kind": "generator", "model": self.model.config.to_json(), **checked, "codes": {
-            "class_names": info.class_names, "image_size": info.image_size, "tokenizer": info.tokenizer,
-            "tokenizer_hash": info.tokenizer_hash, "stores": [
-                {"path": str(store.folder), "hash": store.content_hash(), "crop": store.info.crop,
-                 "views": store.info.views} for store in stores]}}
+        return {"kind": "generator", "model": self.model.config.to_json(), **checked, "codes": self._about_codes()}
+
+    def _about_codes(self) -> dict[str, Any]:
+        info, stores = self.codes.info, self.data.stores
+        return {"class_names": info.class_names, "image_size": info.image_size, "tokenizer": info.tokenizer,
+                "tokenizer_hash": info.tokenizer_hash, "stores": [
+                    {"path": str(store.folder), "hash": store.content_hash(), "crop": store.info.crop,
+                     "views": store.info.views} for store in stores]}
 
 
 def start_from(model: Transformer, path: str, class_names: list[str] | None = None) -> str:
@@ -179,6 +201,28 @@ def start_from(model: Transformer, path: str, class_names: list[str] | None = No
         weights.setdefault("register_embedding.weight", model.register_embedding.weight.detach())
     load_strict(model, weights, path)
     return loaded.weights_hash
+
+
+def open_codebook(config: GeneratorConfig, codes: dict[str, Any]) -> Tensor | None:
+    """Return the vectors of the codes, (V, c) fp32, as the tokenizer's decoder sees them; None: nobody reads them.
+
+    Args:
+        config: the run's.
+        codes: what the run knows of its codes; names the tokenizer and its hash.
+
+    Raises:
+        UserError: the tokenizer is gone or another one, or its vectors have another length than the config says.
+    """
+    with torch.device("meta"):
+        wanted = config.build_objective().code_dim
+    if wanted is None:
+        return None
+    vq = verified_tokenizer(codes, "cpu", config.model_config(), "the run", PUT_BACK)
+    vectors = vq.quantize.codes()  # (V, c)
+    if vectors.shape[1] != wanted:
+        raise UserError(f"objective.code_dim is {wanted}, but the codes of {vq.path} are vectors of {vectors.shape[1]} "
+                        f"numbers; give objective.code_dim={vectors.shape[1]}")
+    return vectors
 
 
 def open_codes(folder: str, config: GeneratorConfig, runtime: Runtime) -> Codes:

@@ -137,8 +137,8 @@ def _smaller(side: int, loaded: Loaded, tokenizer: VQModel) -> int | None:
 def _tokenizer(path: str | None, loaded: Loaded, runtime: Runtime) -> VQModel:
     """Load the tokenizer: the run's own, verified, or the one that the user insists on."""
     if path is None:
-        return verified_tokenizer(loaded.codes, runtime.device, loaded.model, loaded.path)
-    vq = open_tokenizer(path, runtime.device, loaded.model, loaded.codes, loaded.path)
+        return verified_tokenizer(loaded.codes, runtime.device, loaded.model.config, loaded.path)
+    vq = open_tokenizer(path, runtime.device, loaded.model.config, loaded.codes, loaded.path)
     expected = loaded.codes.get("tokenizer_hash", vq.hash)
     if vq.hash != expected and runtime.is_main:
         print(f"warning: {path} has sha256 {vq.hash[:16]}, but the codes of {loaded.path} were made by a tokenizer "

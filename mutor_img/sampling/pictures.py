@@ -15,7 +15,7 @@ from mutor_img.common.images import grid_picture, shrink, to_nhwc, write_png
 from mutor_img.decoding.drafting import NO_DRAFT, Draft
 from mutor_img.decoding.sampler import Sampler, SamplingSettings, generate_samples
 from mutor_img.sampling.labels import readable_names
-from mutor_img.transformer import Transformer
+from mutor_img.transformer import ModelConfig, Transformer
 from tokenizer.loading import load_tokenizer
 from tokenizer.network.vq import VQModel
 
@@ -27,6 +27,7 @@ PIXELS = 96  # smaller images are magnified to about this in grids
 TRAINING_BATCH = 16  # images at a time of a picture amid training, on GPUs
 FRAMES = 8  # moments of an image that a strip shows
 GREY = 128  # cells whose codes are still to come
+PUT_BACK = "put it back there, or encode the images again"  # what a training run can do about a tokenizer
 
 
 def sample_images(model: Transformer, tokenizer: VQModel, labels: Tensor, samples: Tensor,
@@ -53,11 +54,14 @@ def decode_images(tokenizer: VQModel, codes: Tensor, grid: tuple[int, int], side
     return np.concatenate([to_nhwc(images if side is None else shrink(images, side)) for images in decoded])
 
 
-def open_tokenizer(path: str | Path, device: torch.device | str, model: Transformer,
+def open_tokenizer(path: str | Path, device: torch.device | str, model: ModelConfig,
                    codes: dict[str, Any], origin: str | Path) -> VQModel:
     """Load the tokenizer at ``path`` and check that it fits the generator.
 
     Args:
+        path: folder or file.
+        device: where its weights go.
+        model: the generator's sizes.
         codes: what the generator's run says of its codes; {} where nothing does.
         origin: the generator's path, for errors.
 
@@ -65,33 +69,32 @@ def open_tokenizer(path: str | Path, device: torch.device | str, model: Transfor
         UserError: no tokenizer there, or one with another vocabulary or grid.
     """
     vq = load_tokenizer(path, device)
-    if vq.vocabulary != model.config.vocabulary:
-        raise UserError(f"{path}: has {vq.vocabulary} codes, but {origin} makes {model.config.vocabulary}; give the "
+    if vq.vocabulary != model.vocabulary:
+        raise UserError(f"{path}: has {vq.vocabulary} codes, but {origin} makes {model.vocabulary}; give the "
                         "tokenizer it was trained with")
     size = codes.get("image_size")
-    if size is not None and vq.grid_for(size) != model.config.grid:
+    if size is not None and vq.grid_for(size) != model.grid:
         raise UserError(f"{path}: makes {vq.grid_for(size)} codes of {size} pixels, but {origin} makes "
-                        f"{model.config.grid}; give the tokenizer it was trained with")
+                        f"{model.grid}; give the tokenizer it was trained with")
     return vq
 
 
-def verified_tokenizer(codes: dict[str, Any], device: torch.device | str, model: Transformer,
-                       origin: str | Path) -> VQModel:
-    """Load the tokenizer that a generator's run names.
+def verified_tokenizer(codes: dict[str, Any], device: torch.device | str, model: ModelConfig,
+                       origin: str | Path, fix: str = "give --tokenizer and its path") -> VQModel:
+    """Load the tokenizer that a generator's run names; arguments as :func:`open_tokenizer`, and what an error advises.
 
     Raises:
         UserError: it is not named, not there, or not the one that made the codes.
     """
     path = codes.get("tokenizer")
     if not path:
-        raise UserError(f"{origin}: does not name its tokenizer; give --tokenizer")
+        raise UserError(f"{origin}: does not name its tokenizer; {fix}")
     if not Path(path).exists():
-        raise UserError(f"{path}: no such file or folder; {origin} names it as its tokenizer. Give --tokenizer if it "
-                        "has moved")
+        raise UserError(f"{path}: no such file or folder; {origin} names it as its tokenizer; {fix}")
     vq = open_tokenizer(path, device, model, codes, origin)
     if vq.hash != codes.get("tokenizer_hash"):
         raise UserError(f"{path}: its weights have sha256 {vq.hash[:16]}, but the codes of {origin} were made by a "
-                        f"tokenizer with {str(codes.get('tokenizer_hash'))[:16]}; give that one with --tokenizer")
+                        f"tokenizer with {str(codes.get('tokenizer_hash'))[:16]}; {fix}")
     return vq
 
 
@@ -145,7 +148,7 @@ def draw_training_grid(model: Transformer, codes: dict[str, Any], pictures: Any,
     Raises:
         UserError: the tokenizer that made the codes is gone or another.
     """
-    tokenizer = verified_tokenizer(codes, model.output.weight.device, model, codes.get("path", "the run"))
+    tokenizer = verified_tokenizer(codes, model.output.weight.device, model.config, "the run", PUT_BACK)
     settings = SamplingSettings(cfg_scale=pictures.cfg_scale, seed=seed)
     classes = range(min(10, model.config.classes))
     names = readable_names(codes.get("class_names"), model.config.classes)

@@ -104,7 +104,7 @@ def _run(trainer: Trainer, log: RunLog | None, stop: StopRequest) -> None:
             values = {**read_numbers(values), "samples": step * train.global_batch}
             values[f"{task.unit}_per_second"] = rate * task.units_per_sample
             if peak:
-                values["mfu"] = rate * task.flops_per_sample / peak / trainer.runtime.world
+                values["mfu"] = rate * task.flops_per_sample(step - 1) / peak / trainer.runtime.world
             log.write(step, values)
             bar.write(log_line(values, step, train.steps, task, elapsed / (step - mark_step)))
             mark_step, mark_seconds = step, trainer.seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 
 import torch
 from torch import Tensor, nn
@@ -27,15 +28,21 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     """Return the learning rate of update ``step`` (from 0) of ``steps``.
 
     A linear warm-up reaches ``lr`` at step ``warmup_steps``; then constant, a half cosine to ``final_lr``, or (wsd)
-    constant until the last ``decay_steps``, which fall linearly to ``final_lr``.
+    constant until the last ``decay_steps``, which fall linearly to ``final_lr``. At each of ``restarts`` all of this
+    starts anew, as if the run began there and ended at the next one.
     """
+    bounds = [0, *(restart for restart in config.restarts if restart < steps)]
+    begin = bounds[bisect_right(bounds, step) - 1]
+    end = next((bound for bound in bounds if bound > begin), steps)
+    step, steps = step - begin, end - begin
+    decay_steps = config.decay_steps or round(config.decay_share * steps)
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
     if config.schedule == "cosine":
         progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
         return config.final_lr + (config.lr - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    if config.schedule == "wsd" and config.decay_steps and step >= steps - config.decay_steps:
-        left = max(0, steps - step) / config.decay_steps
+    if config.schedule == "wsd" and decay_steps and step >= steps - decay_steps:
+        left = max(0, steps - step) / decay_steps
         return config.final_lr + (config.lr - config.final_lr) * left
     return config.lr
 

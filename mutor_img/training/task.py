@@ -17,8 +17,7 @@ class Task:
         model: what is trained, averaged and checkpointed.
         unit: what throughput counts, e.g. ``"tokens"``.
         units_per_sample: units that a sample costs in one update.
-        flops_per_sample: training FLOPs of one sample (forward and backward), for MFU.
-        operation: what most of them are of, "matmul" or "conv".
+        operation: what most of its FLOPs are of, "matmul" or "conv".
         headline: names of the logged values that a log line and the loss curve show, in order.
         score_every: steps between calls of :meth:`score`, and at the end; 0: never.
         shardable: FSDP2 may shard the model: the task touches its weights by calling it only.
@@ -27,13 +26,13 @@ class Task:
     model: nn.Module
     unit: str
     units_per_sample: int
-    flops_per_sample: float
     operation: str = "matmul"
     headline: tuple[str, ...]
     score_every: int = 0
     shardable: bool = False
 
-    def loss(self, model: nn.Module, step: int, samples: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: nn.Module, step: int, samples: Tensor,
+             average: nn.Module | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return this micro-batch's share of the global loss, and shares of what is logged.
 
         Args:
@@ -41,10 +40,15 @@ class Task:
             step: number of the update, from 0.
             samples: (b,) int64 global sample numbers, ``step * global_batch`` and up, on the CPU: reading what they
                 stand for must not wait for the GPU.
+            average: the averaged model, in eval mode; None where the run has none.
 
         Every returned tensor is a scalar, already divided by global counts: the sum over micro-batches and
         processes is the value for the global batch.
         """
+        raise NotImplementedError(type(self).__name__)
+
+    def flops_per_sample(self, step: int) -> float:
+        """Return the training FLOPs of one sample (forward and backward) in update ``step``, for MFU."""
         raise NotImplementedError(type(self).__name__)
 
     def validate(self, model: nn.Module) -> dict[str, float]:

@@ -137,6 +137,7 @@ class Trainer:
             UserError: a loss or a gradient norm is not finite.
         """
         train, runtime = self.config.train, self.runtime
+        average = self.ema.module if self.ema is not None else None
         self.wrapped.train()
         totals: dict[str, Tensor] = {}
         first = self.step * train.global_batch + runtime.rank * self.local_batch
@@ -146,7 +147,7 @@ class Trainer:
             last = offset + self.micro_batch == self.local_batch
             parallel.reduce_gradients(self.wrapped, now=last)
             with runtime.autocast(train.precision):
-                loss, values = self.task.loss(self.wrapped, self.step, samples)
+                loss, values = self.task.loss(self.wrapped, self.step, samples, average)
             # DDP and FSDP2 average gradients over processes; each loss is a share of a sum.
             (loss * runtime.world).backward()
             for name, value in {"loss": loss, **values}.items():

@@ -48,6 +48,10 @@ def test_the_run_folder_is_the_configs_path_under_runs():
     ("optim.lr=fast", "optim.lr"),
     ("optim.lr=-1", "optim.lr is -1"),
     ("optim.lr=nan", "optim.lr is nan"),
+    ("optim.restarts=[5,5]", "optim.restarts is [5, 5]"),
+    ("optim.restarts=[0]", "optim.restarts is [0]"),
+    ("optim.decay_share=1.5", "optim.decay_share is 1.5"),
+    ("optim={decay_steps: 1, decay_share: 0.5}", "set one of them to 0"),
     ("optim.schedule=cosin", "did you mean 'cosine'"),
     ("train.precision=fp16", "train.precision is 'fp16'"),
     ("train.steps=0", "train.steps is 0"),
@@ -224,7 +228,10 @@ RIVALS = {  # objective and offsets, as in docs/objectives.md
     "mtar_b_234": ("parallel-heads", [2, 3, 4]), "heads_b_234": ("parallel-heads", [2, 3, 4]),
     "heads_b_23": ("parallel-heads", [2, 3]), "heads_b_2_17": ("parallel-heads", [2, 17]),
     "sequential_b": ("sequential-heads", []), "leaps_b": ("mutor", [3, 5, 7]),
-    "leaps2d_b": ("mutor", [2, 4, 32, 34, 64]),
+    "leaps2d_b": ("mutor", [2, 4, 32, 34, 64]), "mirai_b": ("mirai", [0, 1, 16]), "mirai_b_0": ("mirai", [0]),
+    "mirai_b_control": ("mutor", []), "npp_b": ("next-patch", []), "npp_b_control": ("mutor", []),
+    "rear_b": ("rear", []), "rear_b_noise": ("rear", []),
+    "rear_b_mlps": ("rear", []),
 }
 
 
@@ -232,8 +239,35 @@ RIVALS = {  # objective and offsets, as in docs/objectives.md
 def test_rival_objectives_are_those_of_the_page(name, expected):
     c = load_config(GeneratorConfig, CONFIGS / "imagenet256" / f"{name}.yaml")
     assert (c.objective.kind, c.objective.offsets + c.registers.offsets) == expected
-    assert (c.registers.kind == "none") == (c.objective.kind != "mutor")
+    assert c.objective.kind == "mutor" or c.registers.kind == "none"
     assert c.model.preset == "B"
+
+
+OWN_SCHEDULES = ("llamagen_b", "rear_b", "npp_b")
+
+
+def test_npp_b_is_its_papers_schedule_and_its_control_has_the_same_rates():
+    c, control = (load_config(GeneratorConfig, CONFIGS / "imagenet256" / f"{name}.yaml")
+                  for name in ("npp_b", "npp_b_control"))
+    assert c.objective.patches == [2, 1] and c.objective.stage_ends == c.optim.restarts == [c.train.steps // 2]
+    assert (c.optim.lr, c.optim.final_lr, c.optim.schedule, c.optim.decay_share) == (1e-4, 1e-5, "wsd", 0.2)
+    assert c.optim.warmup_steps == round(5 * 1_281_167 / 256)
+    assert (control.optim, control.train, control.data) == (c.optim, c.train, c.data) and not control.objective.given()
+
+
+def test_rear_b_is_its_papers_schedule():
+    c = load_config(GeneratorConfig, CONFIGS / "imagenet256" / "rear_b.yaml")
+    assert (c.optim.lr, c.optim.schedule, c.optim.final_lr, c.train.global_batch) == (4e-4, "cosine", 1e-5, 2048)
+    assert c.train.steps == -(-400 * 1_281_167 // 2048) and c.optim.warmup_steps == round(100 * 1_281_167 / 2048)
+    assert c.objective.noise_until == 0.75 * c.train.steps
+
+
+def test_mirai_b_counts_its_epochs_in_updates_and_is_compared_with_an_averaged_baseline():
+    c, control = (load_config(GeneratorConfig, CONFIGS / "imagenet256" / f"{name}.yaml")
+                  for name in ("mirai_b", "mirai_b_control"))
+    assert (c.objective.weight, c.objective.late_weight, c.objective.late_from) == (2.0, 1.0, c.train.steps // 2)
+    assert c.objective.starts_at == round(15 * 1_281_167 / 256) and c.train.ema == 0.9999
+    assert (control.optim, control.train, control.data) == (c.optim, c.train, c.data) and not control.objective.given()
 
 
 def test_every_imagenet_file_is_in_a_table():
@@ -247,4 +281,4 @@ def test_shared_values_stand_once():
             continue
         layer = yaml.safe_load(path.read_text())
         assert "extends" in layer and not {"grid", "vocabulary", "classes"} & layer.get("model", {}).keys()
-        assert not {"optim", "data"} & layer.keys() or path.stem == "llamagen_b"
+        assert not {"optim", "data"} & layer.keys() or path.stem in OWN_SCHEDULES

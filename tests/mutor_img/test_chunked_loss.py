@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mutor_img.blocks import ModelConfig
-from mutor_img.chunked_loss import chunked_cross_entropy_sum
+from mutor_img.chunked_loss import chunked_cross_entropy_sum, head_loss
 from mutor_img.objectives.mutor import Mutor
 from mutor_img.objectives.objective import Batch, Objective
 from mutor_img.registers import IGNORE, RegisterLaw, cross_entropy_sum
@@ -55,6 +55,20 @@ def test_loss_and_gradients_are_those_of_the_definition(rows):
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected, rel=2e-6)
     torch.testing.assert_close(hidden.grad.double(), 0.25 * hidden_grad, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(weight.grad.double(), 0.25 * weight_grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [0, 4, 100])
+def test_several_targets_of_a_row_count_like_as_many_rows(rows):
+    hidden, weight, targets = inputs()
+    several = torch.stack([targets, targets.roll(1, 0), targets, targets.roll(2, 1)], dim=2)  # (B, S, 4), one twice
+    head = torch.nn.Linear(DIM, VOCABULARY, bias=False)
+    head.weight = torch.nn.Parameter(weight.detach())
+    loss = head_loss(hidden, head, several, rows)
+    loss.backward()
+    expected = [by_hand(hidden, weight, several[..., k]) for k in range(4)]
+    assert loss.item() == pytest.approx(sum(loss for loss, _, _ in expected), rel=2e-6)
+    for found, place in ((hidden.grad, 1), (head.weight.grad, 2)):
+        torch.testing.assert_close(found.double(), sum(by[place] for by in expected), rtol=1e-5, atol=1e-5)
 
 
 def test_under_bf16_autocast_the_loss_is_the_whole_ones_and_gradients_as_good():

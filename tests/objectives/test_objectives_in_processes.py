@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 from launching import counted_graphs, join, launch, train_small
+from tiny_runs import write_tokenizer
 
 from mutor_img.checkpoints.folder import find_checkpoint, read_meta
 from mutor_img.training.log import read_metrics
 
 RUN = """
 data: {{codes: {codes}, val_codes: {codes}}}
-model: {{preset: mnist, grid: [4, 5], vocabulary: 16, classes: 3, dropout: 0.0}}
+model: {{preset: mnist, grid: [4, 4], vocabulary: 16, classes: 3, dropout: 0.0}}
 registers: {{kind: none}}
 optim: {{lr: 1e-2}}
 train: {{steps: 3, global_batch: 4, micro_batch: 1, precision: fp32, compile: false, ema: 0.9, log_every: 1,
@@ -19,7 +20,12 @@ train: {{steps: 3, global_batch: 4, micro_batch: 1, precision: fp32, compile: fa
 OBJECTIVES = {
     "heads": ("objective.kind=parallel-heads", "objective.offsets=[2,5]", "objective.own_output=true"),
     "chain": ("objective.kind=sequential-heads", "objective.depths=2"),
+    "mirai": ("objective.kind=mirai", "objective.offsets=[0,4]"),
+    "patches": ("objective.kind=next-patch", "objective.stage_ends=[1]"),
+    "rear": ("objective.kind=rear", "objective.noise_until=2", "objective.code_dim=4"),
 }
+LOSSES = {"heads": ("head_2", "head_5"), "chain": ("depth_1", "depth_2"),
+          "mirai": ("align_0", "align_4"), "patches": ("next_patch", "next_token"), "rear": ("encode", "decode")}
 FSDP = ("train.parallel=fsdp", "train.activation_checkpointing=true", "model.loss_chunk=7")
 
 
@@ -40,7 +46,8 @@ def work(rank: int, world: int, port: int, root: Path) -> None:
 def root(tmp_path_factory, make_codes, processes) -> Path:
     """A folder in which one process, then two, have trained each objective."""
     root = tmp_path_factory.mktemp("objectives")
-    (root / "run.yaml").write_text(RUN.format(codes=make_codes(root / "codes")))
+    vq = write_tokenizer(root / "vq", vocabulary=16)
+    (root / "run.yaml").write_text(RUN.format(codes=make_codes(root / "codes", vq=vq)))
     for name, overrides in OBJECTIVES.items():
         train_small(root, name, overrides)
     assert launch(processes, 2, work, root) == [0, 0]
@@ -51,9 +58,7 @@ def root(tmp_path_factory, make_codes, processes) -> Path:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_two_processes_log_the_losses_of_one(root, name, wrapper):
     one, two = (read_metrics(root / run_name) for run_name in (name, f"{name}_{wrapper}"))
-    losses = [key for key in one[0] if key.startswith(("loss", "next_token", "head_", "depth_"))]
-    assert len(losses) == 4
-    for key in losses:
+    for key in ("loss", "next_token", *LOSSES[name]):
         assert [row[key] for row in two if key in row] == pytest.approx([r[key] for r in one if key in r], abs=2e-5)
     assert two[-1]["val_next_token"] == pytest.approx(one[-1]["val_next_token"], abs=2e-5)
 

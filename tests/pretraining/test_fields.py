@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import write_tokenizer
 
 from mutor_img import sampling
 from mutor_img.checkpoints.folder import find_checkpoint, read_meta
@@ -90,6 +91,10 @@ class FakeScores:
 PICTURES: list = []
 HEADS = ("registers.kind=none", "objective.kind=parallel-heads")
 CHAIN = ("registers.kind=none", "objective.kind=sequential-heads")
+MIRAI = ("registers.kind=none", "objective.kind=mirai", "train.ema=0.9")
+SQUARE = ("data.codes={tmp}/square", "data.val_codes=null", "model.grid=[4,4]")  # codes of a tokenizer that is there
+PATCHES = (*SQUARE, "registers.kind=none", "objective.kind=next-patch", "objective.stage_ends=[1]")
+REAR = (*SQUARE, "registers.kind=none", "objective.kind=rear", "objective.noise_until=3", "objective.code_dim=4")
 SCORED = "eval.reference=some.npz"
 
 # field -> (overrides both runs share, changed value, what must differ)
@@ -116,6 +121,14 @@ FIELDS = {
     "objective.depths": (CHAIN, "2", shapes),
     "objective.late_weight": ((*CHAIN, "objective.late_from=1"), "0.2", losses),
     "objective.late_from": (CHAIN, "1", losses),
+    "objective.tap": (MIRAI, "2", losses),
+    "objective.starts_at": (MIRAI, "2", losses),
+    "objective.patches": (PATCHES, "[1]", None),
+    "objective.stage_ends": (PATCHES, "[2]", losses),
+    "objective.noise_until": ((*REAR, "objective.noise_until=0"), "3", losses),
+    "objective.code_dim": (REAR, "5", None),
+    "objective.mlp_layers": (REAR, "3", shapes),
+    "objective.keep_replaced": (REAR, "true", lambda t: rows_with(t, "encode")),
     "registers.kind": ((), "1d", drawn),
     "registers.offsets": (("registers.kind=set", "registers.offsets=[3]"), "[3,5]", drawn),
     "registers.count": ((), "5", drawn),
@@ -132,6 +145,8 @@ FIELDS = {
     "optim.schedule": ((), "cosine", lambda t: rows_with(t, "lr")),
     "optim.warmup_steps": ((), "2", lambda t: rows_with(t, "lr")),
     "optim.decay_steps": (("optim.schedule=wsd",), "2", lambda t: rows_with(t, "lr")),
+    "optim.decay_share": (("optim.schedule=wsd",), "0.7", lambda t: rows_with(t, "lr")),
+    "optim.restarts": (("optim.warmup_steps=1",), "[2]", lambda t: rows_with(t, "lr")),
     "optim.final_lr": (("optim.schedule=cosine",), "5e-3", lambda t: rows_with(t, "lr")),
     "train.steps": ((), "2", lambda t: t.step),
     "train.global_batch": ((), "2", lambda t: rows_with(t, "samples")),
@@ -173,13 +188,14 @@ def test_every_field_has_a_row():
 def test_a_field_changes_what_it_names(field, run_training, make_codes, tmp_path, monkeypatch):
     shared, value, observe = FIELDS[field]
     make_codes(tmp_path / "other", seed=1)
+    make_codes(tmp_path / "square", vq=write_tokenizer(tmp_path / "vq", vocabulary=16))
     monkeypatch.setattr(sampling, "draw_training_grid", lambda model, codes, pictures, seed, path: PICTURES.append(
         (pictures.cfg_scale, pictures.per_class)))
     monkeypatch.setattr(generator, "RunScores", FakeScores)
-    change = f"{field}={value.format(tmp=tmp_path)}"
-    if observe is None:  # the shape of the data, checked against the code store
+    shared, change = [option.format(tmp=tmp_path) for option in shared], f"{field}={value.format(tmp=tmp_path)}"
+    if observe is None:  # checked against the code store and its tokenizer, or another setting
         with pytest.raises(ValueError, match=field.split(".")[1]):
-            run_training(change, "registers.kind=none")
+            run_training("registers.kind=none", *shared, change)
         return
     if field == "init_from":
         run_training(f"run_dir={tmp_path}/runs/first", "seed=7")
@@ -206,15 +222,18 @@ def test_every_shipped_config_takes_two_steps_on_a_shrunken_model(path, tiny, tm
             length = wanted.model.grid[0] * wanted.model.grid[1]
             self.info.grid, self.info.vocabulary = tuple(wanted.model.grid), wanted.model.vocabulary
             self.info.class_names = [str(i) for i in range(wanted.model.classes)]
+            self.info.tokenizer, self.info.tokenizer_hash = vq.path, vq.hash
+            self.info.image_size = vq.downsample * wanted.model.grid[0]
             self.codes = torch.randint(wanted.model.vocabulary, (10, 2, length)).numpy().astype("uint16")
             self.info.checksums = [block_checksum(self.codes, self.labels)]
 
     wanted = load_config(GeneratorConfig, path, [
         f"run_dir={tmp_path}/run", "train.steps=2", "train.global_batch=2", "train.compile=false", "train.log_every=1",
         "train.picture_every=0", "train.micro_batch=0"])
+    vq = write_tokenizer(tmp_path / "vq", vocabulary=wanted.model.vocabulary, code_dim=8)
     monkeypatch.setattr(generator, "Codes", Fake)
     runtime = Runtime.start()
     trainer = train(GeneratorTask(wanted, runtime), wanted, runtime)
     assert trainer.step == 2 and read_meta(find_checkpoint(trainer.run_dir))["kind"] == "generator"
-    first = rows_with(trainer, "next_token")[0]
+    first = read_metrics(trainer.run_dir)[0][trainer.task.headline[1]]
     assert first == pytest.approx(torch.tensor(float(wanted.model.vocabulary)).log().item(), abs=1e-3)

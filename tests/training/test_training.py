@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,18 @@ def test_learning_rate_schedules_at_chosen_steps(schedule, at):
     config = OptimConfig(lr=1.0, schedule=schedule, warmup_steps=3, decay_steps=20, final_lr=0.1)
     for step, expected in at.items():
         assert learning_rate(config, step, 100) == pytest.approx(expected, abs=2e-3)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "wsd"])
+def test_a_restart_begins_the_whole_schedule_anew(schedule):
+    """Each part of 30, 50 and 20 updates has the rates of a run of that length of its own."""
+    one = OptimConfig(lr=1.0, schedule=schedule, warmup_steps=3, decay_share=0.2, final_lr=0.1)
+    config = replace(one, restarts=[30, 80, 100, 400])
+    found = [learning_rate(config, step, 100) for step in range(100)]
+    assert found == [learning_rate(one, step, length) for length in (30, 50, 20) for step in range(length)]
+    if schedule == "wsd":  # a fifth of each part
+        assert [found[step] for step in (3, 24, 27, 29, 33, 70, 75, 79)] == pytest.approx(
+            [1.0, 1.0, 0.55, 0.25, 1.0, 1.0, 0.55, 0.19])
 
 
 def test_weight_decay_spares_norms(run_training):
