@@ -6,7 +6,7 @@ from PIL import Image
 
 from mutor_img.study.comparison.config import ComparisonConfig, RowConfig
 from mutor_img.study.comparison.jobs import all_jobs
-from mutor_img.study.comparison.plots import band, draw_curves, draw_samples, draw_targets, target_map
+from mutor_img.study.comparison.plots import draw_curves, draw_samples, draw_targets, mean_and_error, target_map
 from mutor_img.study.comparison.report import cells, difference, listed, markdown, words
 from mutor_img.study.comparison.scoring import strip_path
 from mutor_img.study.comparison.statistics import Interval
@@ -61,12 +61,24 @@ def test_a_row_is_compared_with_the_baseline_after_as_many_updates(study, scored
     assert difference(by_place["better", 100], None, "fid") is None
 
 
+def test_where_the_baseline_is_not_scored_nothing_is_compared_with_it(study, scored):
+    alone = {("better", seed, 900, 1.0): {**scored["better", seed, 100, 1.0], "updates": 900} for seed in range(3)}
+    assert words(study, cells(study, alone, 1.0), "fid") == [
+        "- After 900 updates: base is not scored, so that no row is compared with it."]
+
+
+def test_small_distances_keep_three_digits(study, scored):
+    small = {place: {**line, "fid": line["fid"] / 1000} for place, line in scored.items()}
+    page = markdown(study, small, missing=0)
+    assert "| 0.01000 ± 0.00058 |" in page and "| -0.00200 [-0.00225, -0.00175] |" in page
+
+
 def test_names_are_listed_as_in_english():
     assert [listed(list("abc")[:n]) for n in (1, 2, 3)] == ["a", "a and b", "a, b and c"]
 
 
 def test_a_band_is_one_standard_error_to_both_sides():
-    assert band([1.0, 3.0]) == pytest.approx((1.0, 2.0, 3.0)) and band([4.0]) == (4.0, 4.0, 4.0)
+    assert mean_and_error([1.0, 3.0]) == pytest.approx((2.0, 1.0)) and mean_and_error([4.0]) == (4.0, 0.0)
 
 
 def test_curves_are_drawn_of_what_there_is(study, scored, tmp_path):
@@ -92,7 +104,7 @@ def test_the_grid_has_the_rows_after_as_many_updates(study, tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             np.save(path, np.full((8, 4, 4, 3), step % 256, np.uint8))
     picture = np.asarray(Image.open(draw_samples(study, jobs, 1.0, tmp_path / "s.png")))
-    assert (picture == 200).all(-1).sum() == 2 * 8 * 96 * 96  # both rows at 200
+    assert 0 <= (picture == 200).all(-1).sum() - 2 * 8 * 96 * 96 < 100  # both rows at 200, and some of the letters
     study.rows[1].checkpoints = [400]
     assert draw_samples(study, all_jobs(study)[:1], 1.0, tmp_path / "s.png") is not None
 

@@ -45,26 +45,26 @@ def draw_curves(study: ComparisonConfig, scored: Mapping[Place, dict[str, Any]],
     for place, (name, label) in zip(axes, ACROSS.items()):
         for number, row in enumerate(row.name for row in study.rows):
             own = [cell for cell in found if cell.row == row]
-            line = sorted((cell.mean(name), *band(list(cell.values(key).values()))) for cell in own)
+            line = sorted((cell.mean(name), *mean_and_error(list(cell.values(key).values()))) for cell in own)
             if line:
-                x, low, middle, high = zip(*line)
-                place.plot(x, middle, "o-", color=f"C{number % 10}", label=row, markersize=3, linewidth=1)
-                place.fill_between(x, low, high, color=f"C{number % 10}", alpha=0.2, linewidth=0)
+                x, means, errors = map(np.array, zip(*line))
+                color = f"C{number % 10}"
+                place.errorbar(x, means, errors, fmt="o-", color=color, label=row, markersize=3, linewidth=1)
+                place.fill_between(x, means - errors, means + errors, color=color, alpha=0.2, linewidth=0)
         place.set(xlabel=label)
         place.grid(alpha=0.3)
     axes[0].set(ylabel=f"{key.upper()}-{study.samples}")
     axes[0].legend(fontsize=7)
-    figure.suptitle(f"guidance {scale:g}; the bands are one standard error of the mean over seeds to both sides",
+    figure.suptitle(f"guidance {scale:g}; bands and bars are one standard error of the mean over seeds to both sides",
                     fontsize=10)
     write_atomic(path, lambda aside: figure.savefig(aside, format="png", dpi=120))
     plt.close(figure)
     return path
 
 
-def band(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return mean minus standard error, mean, and mean plus standard error, which is 0 for a single value."""
-    mean, error = fmean(values), standard_error(values) or 0.0
-    return mean - error, mean, mean + error
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and its standard error, 0 for a single value."""
+    return fmean(values), standard_error(values) or 0.0
 
 
 def draw_samples(study: ComparisonConfig, jobs: Sequence[Job], scale: float, path: Path) -> Path | None:

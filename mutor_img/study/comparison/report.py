@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -80,6 +81,8 @@ def markdown(study: ComparisonConfig, scored: Mapping[Place, dict[str, Any]], mi
 
 def _table(study: ComparisonConfig, found: Sequence[Cell], key: str) -> list[str]:
     extra = [name for name in SCORES if any(cell.values(name) for cell in found)]
+    # Three digits of the smallest distance, and two places at least.
+    digits = max(2, 2 - math.floor(math.log10(max(1e-9, min(cell.mean(key) for cell in found)))))
     head = ["row", "updates", "FLOPs", "seconds", "sampled parameters", "trained parameters", "seeds",
             f"{key.upper()}-{study.samples}", f"against {study.baseline_name}", *(SCORES[name][0] for name in extra)]
     rows = [head, ["---", *["--:"] * (len(head) - 1)]]
@@ -87,9 +90,10 @@ def _table(study: ComparisonConfig, found: Sequence[Cell], key: str) -> list[str
         first = next(iter(cell.lines.values()))
         at = (study.baseline_name, cell.updates)
         same = next((other for other in found if (other.row, other.updates) == at), None)
-        rows.append([cell.row, f"{cell.updates:,}", f"{first['flops']:.4g}", f"{cell.mean('seconds'):,.0f}",
+        rows.append([cell.row, f"{cell.updates:,}", f"{first['flops']:.4g}", _seconds(cell.mean("seconds")),
                      f"{first['sampled_parameters']:,}", f"{first['trained_parameters']:,}", str(len(cell.lines)),
-                     _with_error(cell, key, 2), "" if cell is same else _shown(difference(cell, same, key)),
+                     _with_error(cell, key, digits),
+                     "" if cell is same else _shown(difference(cell, same, key), digits),
                      *(_with_error(cell, name, SCORES[name][1]) for name in extra)])
     return ["| " + " | ".join(row) + " |" for row in rows]
 
@@ -102,12 +106,16 @@ def _with_error(cell: Cell, key: str, digits: int) -> str:
     return f"{fmean(values):.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
-def _shown(found: Interval | float | None) -> str:
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.0f}" if seconds >= 100 else f"{seconds:.3g}"
+
+
+def _shown(found: Interval | float | None, digits: int) -> str:
     if found is None:
         return "-"
     if isinstance(found, float):
-        return f"{found:+.2f} (one seed)"
-    return f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+        return f"{found:+.{digits}f} (one seed)"
+    return f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
 
 
 def words(study: ComparisonConfig, found: Sequence[Cell], key: str) -> list[str]:
@@ -120,13 +128,15 @@ def words(study: ComparisonConfig, found: Sequence[Cell], key: str) -> list[str]
         against = {row: difference(cell, base, key) for row, cell in here.items() if cell is not base}
         better = [row for row, d in against.items() if isinstance(d, Interval) and d.high < 0]
         worse = [row for row, d in against.items() if isinstance(d, Interval) and d.low > 0]
-        open_rows = [row for row, d in against.items() if not isinstance(d, Interval)]
+        open_rows = [] if base is None else [row for row, d in against.items() if not isinstance(d, Interval)]
         parts = [f"{listed(better)} {'has' if len(better) == 1 else 'have'} a lower {key.upper()} than "
                  f"{study.baseline_name}"] if better else []
         parts += [f"{listed(worse)} {'has' if len(worse) == 1 else 'have'} a higher {key.upper()} than "
                   f"{study.baseline_name}"] if worse else []
         parts += [f"no interval separates {listed(group)}" for group in
                   alike({row: cell.values(key) for row, cell in here.items()})]
+        if base is None:
+            parts.append(f"{study.baseline_name} is not scored, so that no row is compared with it")
         if open_rows:
             parts.append(f"{listed(open_rows)} {'has' if len(open_rows) == 1 else 'have'} fewer than two seeds in "
                          f"common with {study.baseline_name}, and so no interval")
