@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from mutor_img.pretraining.config import GeneratorConfig
+from mutor_img.study.comparison.config import ComparisonConfig, RowConfig
 from mutor_img.study.config import StudyConfig
 from tokenizer.training.config import TokenizerConfig
 
@@ -21,6 +22,8 @@ PAGE = Path(__file__).with_name("configuration.md")
 SCHEMAS = (
     ("The generator: `train.py`", GeneratorConfig), ("The tokenizer: `python -m tokenizer.train`", TokenizerConfig),
     ("The demo: `python -m mutor_img.study`", StudyConfig),
+    ("A comparison: `python -m mutor_img.study` with rows ([study.md](study.md))", ComparisonConfig),
+    ("A row of a comparison: an item of `rows`", RowConfig),
 )
 HEAD = """# Configuration
 

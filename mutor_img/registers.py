@@ -154,7 +154,7 @@ class RegisterLaw:
             anchors = self._draw_anchors(seed, step, samples, offsets)  # (B, R)
         offsets = offsets.expand(len(samples), count)
         if not self.wrap:
-            offsets = torch.where(self._runs_over(anchors, offsets), self.length + 1, offsets)
+            offsets = torch.where(self.runs_over(anchors, offsets), self.length + 1, offsets)
         return anchors, offsets
 
     def _draw_anchors(self, seed: int, step: int, samples: Tensor, offsets: Tensor) -> Tensor:
@@ -167,13 +167,13 @@ class RegisterLaw:
         reach = torch.full_like(samples[:, None], self.farthest) if self.mixed else offsets  # (B, 1)
         fits = places + reach <= self.length  # (B, N)
         if not self.wrap:
-            fits &= ~self._runs_over(places, reach)
+            fits &= ~self.runs_over(places, reach)
         ranks = bits(seed, Stream.ANCHOR, step, samples[:, None], places) >> 1  # (B, N), below 2**62
         ranks = torch.where(fits, ranks, torch.iinfo(torch.int64).max)
         chosen = ranks.topk(self.registers, dim=1, largest=False, sorted=False).indices  # (B, R)
         return chosen.sort(dim=1).values
 
-    def _runs_over(self, anchors: Tensor, offsets: Tensor) -> Tensor:
+    def runs_over(self, anchors: Tensor, offsets: Tensor) -> Tensor:
         """Tell where a 2D target lies past the right edge; anchor 0 has no cell and never runs over."""
         columns = self.grid[1]
         return (anchors >= 1) & ((anchors - 1) % columns + offsets % columns >= columns)

@@ -61,6 +61,9 @@ MISTAKES = [
     (TRAIN, "--config mnist/ntp init_from=run/checkpoints/step_00000003 run_dir=run", "init_from"),
     (TRAIN, "--config mine/config.yaml run_dir=mine", "run_dir mine/config.yaml is --config itself"),
     (STUDY, "--config mnist/study images=images run_dir=images/study", "images"),
+    (STUDY, "--config compared.yaml run_dir=images/study", "lies in reference images"),
+    (STUDY, "--config compared.yaml run_dir=classifier", "features_weights"),
+    (STUDY, "--config compared.yaml run_dir=compared.yaml", "--config itself"),
 ]
 
 
@@ -84,6 +87,8 @@ def here(run_of, make_codes, classifier, noise, tmp_path, monkeypatch):
     for name in ("images", "val"):
         (Path(name) / "a").mkdir(parents=True)
         Image.fromarray(noise(1)[0]).save(Path(name) / "a" / "0.png")
+    Path("compared.yaml").write_text("base: mnist/ntp\nrows: [{name: a}]\nseeds: [0]\ncheckpoints: [5]\n"
+                                     "reference: images\nfeatures: classifier\nfeatures_weights: classifier\n")
     Path("mine").mkdir()
     Path("mine/config.yaml").write_text("extends: mnist/ntp\ntrain: {steps: 3}  # as written by hand\n")
     return tmp_path

@@ -10,6 +10,8 @@ import pytest
 
 from mutor_img.common.cli import Parser
 from mutor_img.common.config import load_config
+from mutor_img.study.comparison.command import is_comparison
+from mutor_img.study.comparison.config import ComparisonConfig
 
 ROOT = Path(__file__).parent.parent
 DOORS = {"train.py": "mutor_img.pretraining.command", "sample.py": "mutor_img.sampling",
@@ -36,8 +38,10 @@ def module_and_arguments(command: str) -> tuple[str, list[str]]:
     return DOORS.get(words[0], words[0]), words[1:]
 
 
-def schema_of(module: str) -> type:
+def schema_of(module: str, config: str) -> type:
     """Return the config schema of a training command."""
+    if module == "mutor_img.study.__main__" and is_comparison(config):
+        return ComparisonConfig
     name, schema = {"mutor_img.pretraining.command": ("mutor_img.pretraining.config", "GeneratorConfig"),
                     "tokenizer.train": ("tokenizer.training.config", "TokenizerConfig"),
                     "mutor_img.study.__main__": ("mutor_img.study.config", "StudyConfig")}[module]
@@ -75,7 +79,8 @@ def test_a_shown_command_is_understood(command, monkeypatch):
         import_module(module).main(arguments)
     options = caught.value.args[0]
     if getattr(options, "config", None):
-        load_config(schema_of(module), options.config, options.overrides)  # every key and value is one it takes
+        schema = schema_of(module, options.config)
+        load_config(schema, options.config, options.overrides)  # every key and value is one it takes
 
 
 @pytest.mark.parametrize("target", [c.split()[1] for c in shown() if c.startswith("make")])

@@ -17,12 +17,12 @@ GREY = {"image_channels": 1, "channels": 8, "multipliers": (1, 2), "blocks": 1, 
         "vocabulary": 11, "groups": 4, "attention": False}
 
 
-def write_tokenizer(folder: Path, seed: int = 0, **changes) -> VQModel:
+def write_tokenizer(folder: Path, seed: int = 0, image_size: int = 8, **changes) -> VQModel:
     """Write the run folder of a tokenizer with drawn weights, 8 x 8 grey pixels to 4 x 4 codes; returns it loaded."""
     torch.manual_seed(seed)
     vq = VQModel(**{**GREY, **changes})
     write_checkpoint(folder, 1, {"model": vq.state_dict()}, {"kind": "tokenizer", "model": vq.options,
-                                                              "image_size": 8}, 1)
+                                                              "image_size": image_size}, 1)
     return load_tokenizer(folder)
 
 

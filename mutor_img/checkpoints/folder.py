@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,8 +39,9 @@ class Processes(Protocol):
 
 
 def write_checkpoint(run_dir: str | Path, step: int, tensors: dict[str, dict[str, Tensor | Slice]],
-                     meta: dict[str, Any], keep: int, processes: Processes | None = None) -> Path:
-    """Write one complete checkpoint, mark it as the latest, and prune all but the ``keep`` newest.
+                     meta: dict[str, Any], keep: int, processes: Processes | None = None,
+                     milestones: Collection[int] = ()) -> Path:
+    """Write one complete checkpoint, mark it as the latest, and prune all but the ``keep`` newest and the milestones.
 
     Args:
         run_dir: the run folder; with ``processes`` one that all of them see.
@@ -49,6 +51,7 @@ def write_checkpoint(run_dir: str | Path, step: int, tensors: dict[str, dict[str
         meta: what else the JSON holds; plain JSON values only.
         processes: None: this process has everything. Else all of them call this, each with its slices; tensors that
             are whole are taken from rank 0.
+        milestones: steps whose checkpoints are never pruned.
 
     Raises:
         UserError: the files of another process cannot be seen from here.
@@ -57,8 +60,8 @@ def write_checkpoint(run_dir: str | Path, step: int, tensors: dict[str, dict[str
     rank = processes.rank if processes else 0
     barrier = processes.barrier if processes else (lambda: None)
     root = Path(run_dir) / "checkpoints"
-    final = root / f"step_{step:08d}"
-    aside = root / f".step_{step:08d}.part"
+    final = root / _name(step)
+    aside = root / f".{_name(step)}.part"
     if rank == 0:
         for old in root.glob(".step_*.part"):  # of this attempt, of a killed one, or could not be removed before
             remove(old)
@@ -83,10 +86,20 @@ def write_checkpoint(run_dir: str | Path, step: int, tensors: dict[str, dict[str
     if rank == 0:
         flush(root)
         write_atomic(root / "latest", lambda path: path.write_text(final.name + "\n"))
-        for old in sorted(_complete(root))[:-keep]:
+        stay = {_name(milestone) for milestone in milestones}
+        for old in [path for path in sorted(_complete(root))[:-keep] if path.name not in stay]:
             discard(old)  # what a kill leaves of it is no checkpoint, and removed next time
     barrier()
     return final
+
+
+def checkpoint_at(run_dir: str | Path, step: int) -> Path:
+    """Return where a run's checkpoint after ``step`` updates is, or would be."""
+    return Path(run_dir) / "checkpoints" / _name(step)
+
+
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
 
 
 def _files_of(path: Path) -> Files:

@@ -59,7 +59,7 @@ class Child:
         try:
             self._process = subprocess.Popen(
                 [*command, str(theirs)], stdin=subprocess.PIPE, stdout=self._log, stderr=subprocess.STDOUT,
-                pass_fds=(theirs,), env=_environment(), start_new_session=True)
+                pass_fds=(theirs,), env=child_environment(), start_new_session=True)
         except OSError as error:
             os.close(self._answers)
             self._log.close()
@@ -143,7 +143,7 @@ class Child:
 
 def serve(answer: Callable[[Any], Any]) -> None:
     """Be the child: answer questions until the parent has no more. What ``answer`` raises ends this process."""
-    _die_with_parent()
+    die_with_parent()
     pipe = int(sys.argv[-1])
     os.set_inheritable(pipe, False)
     with open(pipe, "wb") as answers:
@@ -152,7 +152,7 @@ def serve(answer: Callable[[Any], Any]) -> None:
             answers.flush()
 
 
-def _environment() -> dict[str, str]:
+def child_environment() -> dict[str, str]:
     """Return this process's environment without the launch, and with this project where the child finds it first."""
     kept = {name: value for name, value in os.environ.items() if not _LAUNCH.fullmatch(name)}
     root = str(Path(__file__).resolve().parents[2])
@@ -160,8 +160,11 @@ def _environment() -> dict[str, str]:
             "PYTHONFAULTHANDLER": "1"}  # a crash in native code prints where Python was
 
 
-def _die_with_parent() -> None:
-    """Have the system kill this process when its parent is gone (Linux; elsewhere it ends at its next answer)."""
+def die_with_parent() -> None:
+    """Have the system kill this process when its parent is gone (Linux; elsewhere it goes on).
+
+    A child calls it, or ``subprocess`` in the child's place: ``preexec_fn=die_with_parent``.
+    """
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

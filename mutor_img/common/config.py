@@ -79,6 +79,7 @@ class TrainConfig:
     log_every: int = 50  # steps between log lines
     checkpoint_every: int = 5000  # steps between checkpoints; 0: only at the end
     keep: int = 2  # number of newest checkpoints to keep
+    milestones: list[int] = field(default_factory=list)  # updates after which a checkpoint is written too, and kept
     validate_every: int = 5000  # steps between validations; 0: never
     picture_every: int = 5000  # steps between pictures; 0: never
 
@@ -88,6 +89,8 @@ class TrainConfig:
             check_range(f"train.{name}", getattr(self, name), 1, 10**9)
         for name in ("micro_batch", "checkpoint_every", "validate_every", "picture_every"):
             check_range(f"train.{name}", getattr(self, name), 0, 10**9)
+        for step in self.milestones:
+            check_range("train.milestones", step, 1, 10**9)
         check_range("train.ema", self.ema, 0.0, 0.999999)
         check_range("train.timeout_minutes", self.timeout_minutes, 0.0, 1e5, low_open=True)
         check_choice("train.precision", self.precision, ("bf16", "fp32", "auto"))
@@ -274,13 +277,18 @@ def _settle(value: Any, hint: Any, key: str = "") -> Any:
         raise UserError(f"{key} is {value}; give a value")
     if isinstance(value, dict):
         hints = typing.get_type_hints(hint) if section else {}
+        if section and key.endswith("]"):  # OmegaConf would not say in which item
+            for name in value.keys() - hints.keys():
+                raise UserError(f"unknown key '{key}.{name}'{suggest(name, hints)}")
         among = inner[1] if kind is dict else None
         return {name: _settle(item, hints.get(name, among), f"{key}.{name}".lstrip(".")) for name, item in
                 value.items()}
     if isinstance(value, list):
         if kind is tuple and len(value) != len(inner):
             raise UserError(f"{key} has {len(value)} values; give {len(inner)}")
-        return [_settle(item, inner[0] if inner else None, key) for item in value]
+        items = inner[0] if inner else None
+        names = [f"{key}[{place}]" if dataclasses.is_dataclass(items) else key for place in range(len(value))]
+        return [_settle(item, items, name) for item, name in zip(value, names)]
     return re.sub(r"(^|,\s*)(~[^/,]*)", lambda found: found[1] + os.path.expanduser(found[2]), value)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -52,6 +53,42 @@ def read_json(path: str | os.PathLike) -> Any:
         raise UserError(f"{path}: no such file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+def append_line(path: str | os.PathLike, line: str) -> None:
+    """Append a line to a file, whole or not at all, also where several processes do so at once.
+
+    What a killed process left of its line is cut off first.
+
+    Args:
+        path: made where it is not there.
+        line: without a line break.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+        file.seek(0)
+        whole = file.read().rfind(b"\n") + 1
+        file.truncate(whole)
+        try:
+            file.write(line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(whole)
+            raise
+
+
+def read_lines(path: str | os.PathLike) -> list[Any]:
+    """Return the values of a file of JSON lines; [] where there is none. A line that a kill cut short is left out."""
+    path, values = Path(path), []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            values.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return values
 
 
 def file_hash(path: str | os.PathLike) -> str:

@@ -20,8 +20,8 @@ def add_network_flags(parser: Parser) -> None:
     add = parser.add_argument
     add("--features", default="inception", metavar="NAME",
         help=f"feature network: {', '.join(FEATURES)}, or {PREFIX}NAME for a timm model")
-    add("--features-weights", metavar="PATH", help=f"folder of the digit classifier (default: {DEFAULT_FOLDER}), or "
-                                                   "weights file of the timm model")
+    add("--features-weights", metavar="PATH", help=f"folder of the classifier (default of mnist: {DEFAULT_FOLDER}), "
+                                                   "or weights file of the timm model")
     add("--inception-weights", metavar="FILE", help="file of the Inception weights, if not in torch's hub folder")
     add("--batch-size", type=int, default=64, help="images at a time in each process")
     add("--device", help="cpu, cuda or cuda:N (default: CUDA if available, else the CPU)")

@@ -1,8 +1,9 @@
-"""A small digit classifier: the feature network for scores of MNIST-like images, and the command that trains it.
+"""A small classifier: the feature network for scores of digits and other small images, and the command that trains it.
 
 Inception's features mean little for 32 x 32 digits, and its 2048 dimensions want tens of thousands of samples.
-These are 64 numbers learnt on the digits themselves, so that a thousand samples suffice for a Frechet distance.
-Such a distance compares runs scored by one classifier; it is no FID.
+These are 64 numbers learnt on the images themselves, so that a thousand samples suffice for a Frechet distance.
+Such a distance compares runs scored by one classifier; it is no FID. Any ImageFolder of small square images will do,
+grey or RGB: how many channels and pixels the classifier takes is read off the images that it is trained on.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from mutor_img.metrics.image_sets import FolderImages, read_all
 
 DEFAULT_FOLDER = Path("runs/mnist/classifier")
 FEATURES = 64
-IMAGE_SIZE = 32
+SMALLEST, LARGEST = 8, 64  # pixels per side; three times halved, an image must leave something
 WEIGHTS_FILE, ABOUT_FILE = "model.safetensors", "classifier.json"
 _BATCH, _LEARNING_RATE, _SHIFT = 50, 3e-3, 2
 
@@ -49,58 +50,85 @@ def grey(images: np.ndarray | Tensor) -> Tensor:
     return to_nchw(images).float().mean(1, keepdim=True) / 255
 
 
-class DigitNet(nn.Module):
-    """Three convolutions of 3 x 3, each normalised and halved in size, then 64 features and the classes."""
+def rgb(images: np.ndarray | Tensor) -> Tensor:
+    """uint8 images in either layout -> (B, 3, H, W) float32 in [0, 1]; grey is repeated."""
+    pixels = to_nchw(images).float() / 255
+    return pixels.expand(-1, 3, -1, -1)
 
-    def __init__(self, classes: int = 10):
+
+class DigitNet(nn.Module):
+    """Three convolutions of 3 x 3, each normalised and halved in size, then 64 features and the classes.
+
+    Attributes:
+        channels: 1 or 3, of the images.
+        side: pixels per side of the images.
+    """
+
+    def __init__(self, classes: int = 10, channels: int = 1, side: int = 32):
         super().__init__()
-        widths = (1, 16, 32, 64)
+        self.channels, self.side = channels, side
+        widths = (channels, 16, 32, 64)
         self.blocks = nn.Sequential(*[
             nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2))
             for a, b in pairwise(widths)
         ])
-        self.features = nn.Linear(widths[-1] * (IMAGE_SIZE // 8) ** 2, FEATURES)
+        self.features = nn.Linear(widths[-1] * (side // 8) ** 2, FEATURES)
         self.classifier = nn.Linear(FEATURES, classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 1, 32, 32) in [0, 1] -> features (B, 64) before their ReLU, logits (B, classes)."""
-        x = self.blocks(images * 2 - 1)  # (B, 64, 4, 4)
+        """(B, channels, side, side) in [0, 1] -> features (B, 64) before their ReLU, logits (B, classes)."""
+        x = self.blocks(images * 2 - 1)  # (B, 64, side // 8, side // 8)
         features = self.features(x.flatten(1))
         return features, self.classifier(F.relu(features))
+
+    def read(self, images: np.ndarray | Tensor, name: str) -> Tensor:
+        """uint8 images in either layout -> what :meth:`forward` takes.
+
+        Raises:
+            UserError: images of another size; ``name`` is what is named.
+        """
+        pixels = (grey if self.channels == 1 else rgb)(images)
+        if pixels.shape[2:] != (self.side, self.side):
+            raise UserError(f"{name}: {pixels.shape[3]} x {pixels.shape[2]} pixels; this classifier takes "
+                            f"{self.side} x {self.side}; give images of that size, or train one on such images")
+        return pixels
 
 
 class DigitFeatures:
     """A trained :class:`DigitNet` as a feature network: "pool" (B, 64) and "logits" (B, classes)."""
 
-    name = "mnist"
-
     def __init__(self, net: DigitNet, class_names: Sequence[str], weights_hash: str,
-                 device: torch.device | str = "cpu"):
+                 device: torch.device | str = "cpu", name: str = "mnist"):
+        self.name = name
         self.device = torch.device(device)
         self.net = net.eval().requires_grad_(False).to(self.device)
         self.class_names, self.weights_hash = list(class_names), weights_hash
         self.dimensions = {"pool": FEATURES, "logits": len(self.class_names)}
-        self.warnings = ["features are those of a digit classifier: scores compare runs scored by the same "
+        self.warnings = ["features are those of a small classifier: scores compare runs scored by the same "
                          "classifier, not with published ones"]
 
     @full_precision()
     def __call__(self, images: np.ndarray | Tensor) -> dict[str, Tensor]:
-        """(B, 32, 32, C) or (B, C, 32, 32) uint8 -> "pool" (B, 64) and "logits" (B, classes), float32."""
-        pixels = grey(torch.as_tensor(images).to(self.device))
-        _check_size("the images", pixels)
-        pool, logits = self.net(pixels)
+        """(B, side, side, C) or (B, C, side, side) uint8 -> "pool" (B, 64) and "logits" (B, classes), float32."""
+        pool, logits = self.net(self.net.read(torch.as_tensor(images).to(self.device), "the images"))
         return {"pool": pool, "logits": logits}
 
 
-def load_digits(folder: str | os.PathLike = DEFAULT_FOLDER, device: torch.device | str = "cpu") -> DigitFeatures:
+def load_digits(folder: str | os.PathLike = DEFAULT_FOLDER, device: torch.device | str = "cpu",
+                name: str = "mnist") -> DigitFeatures:
     """Load the classifier that :func:`train` left in ``folder``, strictly: names, shapes and the file's hash.
+
+    Args:
+        folder: where it is.
+        device: where it runs.
+        name: what results call it.
 
     Raises:
         UserError: no classifier there, or one that is not whole.
     """
     folder = Path(folder)
     if not (folder / ABOUT_FILE).is_file():
-        raise UserError(f"{folder}: no trained digit classifier ({ABOUT_FILE}); train one with python -m "
+        raise UserError(f"{folder}: no trained classifier ({ABOUT_FILE}); train one with python -m "
                         "mutor_img.metrics.digits, or name its folder with --features-weights")
     about = read_json(folder / ABOUT_FILE)
     weights = folder / WEIGHTS_FILE
@@ -109,21 +137,23 @@ def load_digits(folder: str | os.PathLike = DEFAULT_FOLDER, device: torch.device
         if digest != about["weights_sha256"]:
             raise UserError(f"{weights}: sha256 begins {digest[:8]}, {ABOUT_FILE} says {about['weights_sha256'][:8]}; "
                             "remove the folder and train again")
-        net = DigitNet(len(about["class_names"]))
+        net = DigitNet(len(about["class_names"]), about.get("channels", 1), about["image_size"])
         net.load_state_dict(load_file(weights), strict=True)
     except (OSError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
-        raise UserError(f"{folder}: not a whole digit classifier ({error}); remove it and train again") from None
-    return DigitFeatures(net, about["class_names"], digest, device)
+        raise UserError(f"{folder}: not a whole classifier ({error}); remove it and train again") from None
+    return DigitFeatures(net, about["class_names"], digest, device, name)
 
 
 def train(images: FolderImages, val: FolderImages, out: str | os.PathLike, *, seed: int = 0, epochs: int = 8) -> dict:
-    """Train a classifier on an ImageFolder of 32 x 32 digits and save it; returns what ``classifier.json`` holds.
+    """Train a classifier on an ImageFolder of small square images and save it; returns ``classifier.json``'s content.
 
     Deterministic in ``seed`` (on one number of threads): the initial weights, the order and the shifts of up to
-    2 pixels are draws from it. A finished output of the same recipe is returned as it is.
+    2 pixels are draws from it. A finished output of the same recipe is returned as it is. Where every image is grey,
+    the classifier sees one channel, else three.
 
     Raises:
-        UserError: no class folders, other classes in ``val``, images of another size, or an output of another recipe.
+        UserError: no class folders, other classes in ``val``, images that are not square, too small or too large, or
+            of another size or kind in ``val``, or an output of another recipe.
     """
     for one in (images, val):
         if one.class_names is None or len(one.class_names) < 2:
@@ -142,19 +172,25 @@ def train(images: FolderImages, val: FolderImages, out: str | os.PathLike, *, se
         load_digits(out)
         return about
     begin = time.perf_counter()
-    pixels, targets = grey(read_all(images)), torch.from_numpy(images.labels)  # (N, 1, 32, 32), (N,)
-    val_pixels, val_targets = grey(read_all(val)), torch.from_numpy(val.labels)
-    for one, name in ((pixels, images.path), (val_pixels, val.path)):
-        _check_size(str(name), one)
+    found, found_val = read_all(images), read_all(val)  # (N, H, W, 3) uint8
+    height, width = images.size
+    if height != width or not SMALLEST <= height <= LARGEST:
+        raise UserError(f"{images.path}: {width} x {height} pixels; the classifier takes square images of "
+                        f"{SMALLEST} to {LARGEST} pixels per side")
+    channels = 1 if _is_grey(found) else 3
+    if channels == 1 and not _is_grey(found_val):
+        raise UserError(f"{val.path}: holds coloured images, {images.path} only grey ones; give images of one kind")
     with torch.random.fork_rng():
         torch.manual_seed(generator_seed(seed, Stream.INIT))
-        net = DigitNet(len(images.class_names))
+        net = DigitNet(len(images.class_names), channels, height)
+    pixels, targets = net.read(found, str(images.path)), torch.from_numpy(images.labels)  # (N, C, H, W), (N,)
+    val_pixels, val_targets = net.read(found_val, str(val.path)), torch.from_numpy(val.labels)
     _fit(net, pixels, targets, seed, epochs)
     with torch.no_grad():
         guesses = torch.cat([net(part)[1].argmax(1) for part in val_pixels.split(500)])
     accuracy = (guesses == val_targets).double().mean().item()
     write_atomic(out / WEIGHTS_FILE, lambda aside: save_file(net.state_dict(), aside))
-    about = {"class_names": images.class_names, "accuracy": accuracy, "image_size": IMAGE_SIZE,
+    about = {"class_names": images.class_names, "accuracy": accuracy, "image_size": height, "channels": channels,
              "features": FEATURES, "train_images": len(images), "val_images": len(val),
              "seconds": round(time.perf_counter() - begin, 1), "weights_sha256": file_hash(out / WEIGHTS_FILE),
              "recipe": recipe}
@@ -168,17 +204,18 @@ def _fit(net: DigitNet, pixels: Tensor, targets: Tensor, seed: int, epochs: int)
     steps = -(-count // _BATCH)
     optimiser = torch.optim.AdamW(net.parameters(), lr=_LEARNING_RATE, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, _LEARNING_RATE, total_steps=epochs * steps)
-    padded = F.pad(pixels, [_SHIFT] * 4)  # (N, 1, 36, 36); a digit's background is 0
-    window = torch.arange(IMAGE_SIZE)
+    padded = F.pad(pixels, [_SHIFT] * 4)  # (N, C, H + 4, W + 4); a digit's background is 0
+    planes, window = torch.arange(net.channels), torch.arange(net.side)
     net.train()
-    with tqdm(total=epochs * steps, desc="digit classifier", unit="step", mininterval=1) as bar:
+    with tqdm(total=epochs * steps, desc="classifier", unit="step", mininterval=1) as bar:
         for epoch in range(epochs):
             order = torch.argsort(bits(seed, Stream.ORDER, epoch, torch.arange(count)))
             for chosen in order.split(_BATCH):
                 down = integers(2 * _SHIFT + 1, seed, Stream.AUGMENT, epoch, chosen, 0)  # (B,)
                 right = integers(2 * _SHIFT + 1, seed, Stream.AUGMENT, epoch, chosen, 1)
-                rows, columns = down[:, None] + window, right[:, None] + window  # (B, 32)
-                shifted = padded[chosen[:, None, None], 0, rows[:, :, None], columns[:, None, :]][:, None]
+                rows, columns = down[:, None] + window, right[:, None] + window  # (B, side)
+                shifted = padded[chosen[:, None, None, None], planes[:, None, None], rows[:, None, :, None],
+                                 columns[:, None, None, :]]  # (B, C, side, side)
                 loss = F.cross_entropy(net(shifted)[1], targets[chosen])
                 optimiser.zero_grad()
                 loss.backward()
@@ -189,19 +226,19 @@ def _fit(net: DigitNet, pixels: Tensor, targets: Tensor, seed: int, epochs: int)
     net.eval()
 
 
-def _check_size(name: str, pixels: Tensor) -> None:
-    if pixels.shape[2:] != (IMAGE_SIZE, IMAGE_SIZE):
-        raise UserError(f"{name}: {pixels.shape[3]} x {pixels.shape[2]} pixels; the digit classifier takes "
-                        f"{IMAGE_SIZE} x {IMAGE_SIZE}")
+def _is_grey(images: np.ndarray) -> bool:
+    """Tell whether the three channels of all images (N, H, W, 3) are one and the same."""
+    return bool((images[..., :1] == images).all())
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """The command; see ``--help``. Returns what ``classifier.json`` holds."""
     parser = cli.Parser(
-        description="Train the digit classifier whose features score MNIST-like samples. A finished one is reused.",
+        description="Train the classifier whose features score samples of digits or other small images. A finished one "
+                    "is reused.",
         example="python -m mutor_img.metrics.digits --images data/mnist/train --val data/mnist/val "
                 f"--out {DEFAULT_FOLDER}")
-    parser.add_argument("--images", required=True, help="ImageFolder of 32 x 32 PNGs to train on")
+    parser.add_argument("--images", required=True, help="ImageFolder of small square PNGs to train on, grey or RGB")
     parser.add_argument("--val", required=True, help="ImageFolder of held-out PNGs, for the accuracy")
     parser.add_argument("--out", default=str(DEFAULT_FOLDER), help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights, the order and the shifts")
@@ -210,7 +247,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     keep_apart({"--out": args.out}, {"--images": args.images, "--val": args.val})
     with claim(folder_lock(args.out)):
         about = train(FolderImages(args.images), FolderImages(args.val), args.out, seed=args.seed, epochs=args.epochs)
-    print(f"digit classifier: {about['accuracy']:.2%} of {about['val_images']} held-out digits recognised, "
+    print(f"classifier: {about['accuracy']:.2%} of {about['val_images']} held-out images recognised, "
           f"trained in {about['seconds']:.0f} s -> {args.out}")
     return about
 

@@ -11,7 +11,7 @@ from mutor_img.metrics.digits import DEFAULT_FOLDER, load_digits
 from mutor_img.metrics.features import FeatureNetwork, load_inception
 from mutor_img.metrics.timm_features import PREFIX, load_timm
 
-FEATURES = ("inception", "mnist")
+FEATURES = ("inception", "mnist", "classifier")
 
 
 def check_features(features: str, weights: str | None, inception_weights: str | None = None) -> None:
@@ -19,10 +19,13 @@ def check_features(features: str, weights: str | None, inception_weights: str | 
     if features not in FEATURES and not features.startswith(PREFIX):
         raise UserError(f"--features {features!r} is unknown{suggest(features, (*FEATURES, PREFIX + 'NAME'))}")
     if weights and features == "inception":
-        raise UserError("--features-weights is for --features mnist and timm:NAME; Inception's file is given by "
-                        "--inception-weights")
+        raise UserError("--features-weights is for --features mnist, classifier and timm:NAME; Inception's file is "
+                        "given by --inception-weights")
     if inception_weights and features != "inception":
         raise UserError(f"--inception-weights has no use with --features {features}")
+    if features == "classifier" and not weights:
+        raise UserError("--features classifier needs --features-weights FOLDER, that of a classifier trained with "
+                        "python -m mutor_img.metrics.digits")
     if features.startswith(PREFIX) and not weights:
         raise UserError(f"--features {features} needs --features-weights FILE, its weights; nothing is downloaded")
 
@@ -32,16 +35,16 @@ def load_features(features: str, weights: str | Path | None, inception_weights: 
     """Load a feature network onto ``device``; Inception's weights may be downloaded.
 
     Args:
-        features: ``inception``, ``mnist`` or ``timm:NAME``.
-        weights: folder of the digit classifier, or the timm model's file.
+        features: ``inception``, ``mnist``, ``classifier`` or ``timm:NAME``.
+        weights: folder of the classifier, or the timm model's file.
         inception_weights: Inception's file, where it is not in torch's hub folder.
         device: where it runs.
 
     Raises:
         UserError: as the loader of that network.
     """
-    if features == "mnist":
-        return load_digits(weights or DEFAULT_FOLDER, device)
+    if features in ("mnist", "classifier"):
+        return load_digits(weights or DEFAULT_FOLDER, device, features)
     if features.startswith(PREFIX):
         return load_timm(features, weights, device)
     return load_inception(inception_weights, device)

@@ -119,7 +119,7 @@ class EvalConfig:
     samples: int = 2000  # samples per score; their Frechet distance is higher than that of 50000 samples
     reference: str = ""  # what evaluate_fid.py --reference takes
     metrics: list[str] = field(default_factory=list)  # some of fid, sfid, is, pr, kid; empty: all possible ones
-    features: str = "inception"  # feature network: inception, mnist, or timm:NAME
+    features: str = "inception"  # feature network: inception, mnist, classifier, or timm:NAME
     features_weights: str | None = None  # classifier folder, timm weights, or Inception's if not in the default place
     cfg_scale: float = 2.0  # guidance scale
 

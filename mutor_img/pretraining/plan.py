@@ -69,6 +69,22 @@ def training_flops(trunk: float, objective: Objective, step: int) -> float:
     return 3 * (trunk + trained) + frozen
 
 
+def run_flops(config: GeneratorConfig, updates: int) -> float:
+    """Return the FLOPs of the first ``updates`` updates of a run, over all devices."""
+    with torch.device("meta"):
+        model, objective = Transformer(config.model_config()), config.build_objective()
+    return updates * config.train.global_batch * training_flops(model, objective, config.law(), config.seed)
+
+
+def run_parameters(config: GeneratorConfig) -> tuple[int, int]:
+    """Return how many numbers sampling uses, and how many a run trains: with those of registers and the objective."""
+    with torch.device("meta"):
+        model, objective = Transformer(config.model_config()), config.build_objective()
+    whole = model.parameter_count()
+    registers = sum(p.numel() for name, p in model.named_parameters() if name.startswith("register_embedding."))
+    return whole - registers, whole + objective.extra_parameters()
+
+
 def update_sections(config: GeneratorConfig, model: Transformer, objective: Objective, share: int,
                     micro_batch: int) -> dict[str, Any]:
     """Return the sections of tokens and FLOPs, and of time. MFU counts the model's FLOPs, not recomputed ones."""

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -19,8 +17,8 @@ from mutor_img.common.errors import UserError
 from mutor_img.common.streams import Stream, generator_seed, uniform
 from mutor_img.data.order import TrainingCodes, check_same_codes
 from mutor_img.data.store import Codes
-from mutor_img.objectives.objective import Batch, Objective
 from mutor_img.pretraining.config import GeneratorConfig
+from mutor_img.pretraining.held_out import next_token_loss
 from mutor_img.pretraining.plan import training_flops, trunk_flops
 from mutor_img.pretraining.preflight import Preflight, preflight
 from mutor_img.pretraining.scores import RunScores
@@ -136,19 +134,9 @@ class GeneratorTask(Task):
         """Return the next-token loss on the held-out codes, first view, in nats per token."""
         if self.val_codes is None:
             return {}
-        plain, chunk = Objective(self.model.config), self.config.model.loss_chunk
-        count, size = len(self.val_codes), min(250, self.config.train.global_batch)
-        sums = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
-        for first in range(0, count, self.runtime.world * size):
-            mine = np.arange(count)[first:first + self.runtime.world * size][self.runtime.rank * size:][:size]
-            images = mine if len(mine) else np.zeros(1, dtype=np.int64)  # a sharded model runs everywhere or nowhere
-            codes, labels = self.val_codes.batch(images, images * 0)
-            codes, labels = codes.to(self.runtime.device), labels.to(self.runtime.device)
-            loss = model(within=partial(plain, batch=Batch(labels, codes[:, :-1], codes), rows=chunk))["next_token"]
-            if len(mine):
-                sums += torch.stack([loss, loss.new_tensor(codes.numel())])
-        total, tokens = self.runtime.sum(sums).tolist()
-        return {"val_next_token": total / tokens}
+        size, chunk = min(250, self.config.train.global_batch), self.config.model.loss_chunk
+        loss = next_token_loss(model, self.model.config, self.val_codes, size, self.runtime, chunk)
+        return {"val_next_token": loss}
 
     def score(self, model: nn.Module, step: int) -> dict[str, float]:
         try:

@@ -1,4 +1,4 @@
-"""``python -m mutor_img.study``: the whole way from images to scores, in the project's own commands."""
+"""``python -m mutor_img.study``: the whole way from images to scores, or a table of many runs, by the YAML."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 from mutor_img.common.cli import run
 from mutor_img.common.files import read_json, write_json
 from mutor_img.common.locks import claim, folder_lock
+from mutor_img.study.comparison.command import add_flags, compare, is_comparison, refuse_flags
 from mutor_img.study.config import StudyConfig
 from mutor_img.study.pipeline import (
     classifier_dir,
@@ -30,7 +31,7 @@ from mutor_img.study.pipeline import (
     train_generator,
 )
 from mutor_img.study.report import picture_list, score_table, tokenizer_line
-from mutor_img.training.command import parse_training
+from mutor_img.training.command import read_training, training_parser
 
 
 def plan(config: StudyConfig) -> dict[str, Any]:
@@ -42,13 +43,21 @@ def plan(config: StudyConfig) -> dict[str, Any]:
 
 def main(argv: Sequence[str]) -> None:
     """Run a study from its config; what is done already is reused."""
-    config = parse_training(
-        argv, StudyConfig, plan,
+    parser = training_parser(
         description="Train a tokenizer, encode images, train generators, sample, and score the samples. Prints one "
-                    "table at the end.",
-        example="python -m mutor_img.study --config configs/mnist/study.yaml compare=true",
+                    "table at the end. A config with rows and seeds is a comparison: each row is trained and scored "
+                    "with every seed (docs/study.md).",
+        example="python -m mutor_img.study --config configs/mnist/study.yaml compare=true\n"
+                "python -m mutor_img.study --config configs/imagenet256/study.yaml --print-commands sbatch",
         prog="python -m mutor_img.study",
     )
+    add_flags(parser)
+    arguments = parser.parse_intermixed_args(argv)
+    if is_comparison(arguments.config):
+        compare(arguments)
+        return
+    refuse_flags(arguments)
+    config = read_training(arguments, StudyConfig, plan)
     if config is not None:
         with claim(folder_lock(config.run_dir)):
             _study(config)

@@ -15,8 +15,8 @@ EARLIER = {"objective.kind": "mutor"}  # what a checkpoint did that is older tha
 SILENT = (  # change where, how fast or how long a run trains and what it shows, not what an update computes
     "run_dir", "init_from", "data.codes", "data.val_codes", "model.attention", "model.loss_chunk", "pictures.", "plan.",
     "eval.", "train.steps", "train.micro_batch", "train.compile", "train.parallel", "train.activation_checkpointing",
-    "train.log_every", "train.checkpoint_every", "train.keep", "train.validate_every", "train.picture_every",
-    "train.timeout_minutes",
+    "train.log_every", "train.checkpoint_every", "train.keep", "train.milestones", "train.validate_every",
+    "train.picture_every", "train.timeout_minutes",
 )
 
 
@@ -42,6 +42,22 @@ def check_changes(recorded: Mapping[str, Any], current: Mapping[str, Any], folde
         raise UserError(f"{folder} was trained on other codes than data.codes={now.get('data.codes')}; give the former "
                         "codes, or another run_dir")
     return [f"{key} {before[key]} -> {now[key]}" for key in changed]
+
+
+def decisive(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return by dotted name those settings of a generator's run that decide its weights, where they are no defaults.
+
+    Without the defaults, a setting that a later version adds makes no other run of one that is there. The number of
+    updates counts where the learning rate depends on it; else a longer run is the same one carried on.
+
+    Args:
+        config: the run's, as sections.
+        defaults: those of its schema.
+    """
+    known = dict(_leaves(defaults))
+    counted = ("init_from", "data.codes", *(() if config["optim"]["schedule"] == "constant" else ("train.steps",)))
+    return {key: value for key, value in _leaves(config)
+            if (key in counted or not key.startswith(SILENT)) and value != known.get(key)}
 
 
 def require_group(recorded: Mapping[str, Any], group: str, folder: str | os.PathLike, why: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -32,13 +33,23 @@ def parse_training(argv: Sequence[str], schema: type, plan: Callable[[Any], dict
         plan: returns from a config what the dry run prints beside it.
         description, example, prog: for ``--help``; prog where the command is not a file of that name.
     """
+    parser = training_parser(description=description, example=example, prog=prog)
+    return read_training(parser.parse_intermixed_args(argv), schema, plan)
+
+
+def training_parser(*, description: str, example: str, prog: str | None = None) -> Parser:
+    """Return the parser of a training command line, for commands that have further flags."""
     parser = Parser(description=description, example=example, prog=prog)
     parser.add_argument("--config", required=True, metavar="FILE",
                         help="YAML config, or the name of a shipped one, such as mnist/mutor2d")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and a plan, then stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", default=[],
                         help="values that replace those of the config, such as optim.lr=1e-4")
-    arguments = parser.parse_intermixed_args(argv)
+    return parser
+
+
+def read_training(arguments: argparse.Namespace, schema: type, plan: Callable[[Any], dict[str, Any]]) -> Any | None:
+    """Do what :func:`parse_training` does once the arguments are parsed."""
     config = load_config(schema, arguments.config, arguments.overrides)
     if hasattr(config, "train"):  # before anything is planned, recorded or compared
         here = torch.device("cuda" if torch.cuda.is_available() else "cpu")

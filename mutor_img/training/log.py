@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from torch.utils.tensorboard import SummaryWriter
 
-from mutor_img.common.files import write_atomic
+from mutor_img.common.files import read_lines, write_atomic
 from mutor_img.training.task import Task
 
 
@@ -60,14 +60,7 @@ class RunLog:
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Return the rows of a run's ``metrics.jsonl``; a last row that a kill cut short is left out."""
-    path = run_dir / "metrics.jsonl"
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    return read_lines(run_dir / "metrics.jsonl")
 
 
 def log_line(values: dict[str, float], step: int, steps: int, task: Task, seconds_a_step: float) -> str:

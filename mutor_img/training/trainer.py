@@ -192,5 +192,6 @@ class Trainer:
         tensors.update(self.task.tensors())
         meta = {"seconds": self.seconds, "samples": self.step * self.config.train.global_batch, **self.metadata()}
         rows = {group: parallel.as_slices(content, self.runtime) for group, content in tensors.items()}
-        write_checkpoint(self.run_dir, self.step, rows, meta, self.config.train.keep, self.runtime)
+        train = self.config.train
+        write_checkpoint(self.run_dir, self.step, rows, meta, train.keep, self.runtime, train.milestones)
         self.saved_step = self.step

@@ -37,3 +37,9 @@ def test_a_damaged_checkpoint_that_cannot_be_removed_gives_up_its_name(tmp_path,
         patch.setattr(shutil, "rmtree", lambda path, **_: (_ for _ in ()).throw(OSError(16, "busy", str(path))))
         save(tmp_path, 1)
     assert read_tensors(find_checkpoint(tmp_path), "model")["w"].tolist() == [1, 1]
+
+
+def test_milestones_are_never_pruned_and_count_among_the_newest(tmp_path):
+    for step in range(1, 8):
+        write_checkpoint(tmp_path, step, {"model": {"w": torch.zeros(1)}}, {}, keep=2, milestones=[2, 4, 7])
+    assert shown(tmp_path) == [f"step_{step:08d}" for step in (2, 4, 6, 7)]

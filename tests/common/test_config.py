@@ -272,12 +272,12 @@ def test_mirai_b_counts_its_epochs_in_updates_and_is_compared_with_an_averaged_b
 
 def test_every_imagenet_file_is_in_a_table():
     files = {p.stem for p in (CONFIGS / "imagenet256").glob("*.yaml")}
-    assert files == {*PAPER, *RIVALS, "llamagen_b", "tokenizer"}
+    assert files == {*PAPER, *RIVALS, "llamagen_b", "tokenizer", "study"}
 
 
 def test_shared_values_stand_once():
     for path in (CONFIGS / "imagenet256").glob("*.yaml"):
-        if path.stem in ("ntp_b", "tokenizer"):
+        if path.stem in ("ntp_b", "tokenizer", "study"):
             continue
         layer = yaml.safe_load(path.read_text())
         assert "extends" in layer and not {"grid", "vocabulary", "classes"} & layer.get("model", {}).keys()

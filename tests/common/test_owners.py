@@ -21,6 +21,7 @@ COMMANDS = [
     ("mutor_img.pretraining.command", "--config {run} run_dir={out}", folder_lock),
     ("tokenizer.train", "--config {root}/configs/mnist/tokenizer.yaml run_dir={out}", folder_lock),
     ("mutor_img.study.__main__", "--config {root}/configs/mnist/study.yaml run_dir={out}", folder_lock),
+    ("mutor_img.study.__main__", "--config {root}/configs/imagenet256/study.yaml run_dir={out}", folder_lock),
     ("mutor_img.metrics.digits", "--images a --val b --out {out}", folder_lock),
     ("tokenizer.encode", "--tokenizer a --images b --out {out}", folder_lock),
     ("mutor_img.sweep.__main__", "--checkpoint a --reference b --out {out}", folder_lock),

@@ -161,6 +161,7 @@ FIELDS = {
     "train.log_every": ((), "3", lambda t: len(losses(t))),
     "train.checkpoint_every": ((), "0", steps_kept),
     "train.keep": ((), "1", steps_kept),
+    "train.milestones": (("train.keep=1",), "[1]", steps_kept),
     "train.validate_every": ((), "1", lambda t: len(rows_with(t, "val_next_token"))),
     "train.picture_every": ((), "1", pictures),
     "pictures.cfg_scale": (("train.picture_every=1",), "3", pictures),

@@ -16,7 +16,7 @@ from mutor_img.pretraining.plan import GIB, largest_micro_batch, plan_generator
 from mutor_img.transformer import Transformer
 
 FOLDER = Path(__file__).parents[2] / "configs" / "imagenet256"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "tokenizer")
+NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem not in ("tokenizer", "study"))
 
 
 def plan(name="mutor2d_b_80", *overrides):

@@ -1,0 +1,122 @@
+"""``python -m mutor_img.study`` for a YAML that has rows: train and score what is missing, then show what there is."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mutor_img.common.cli import Parser
+from mutor_img.common.config import check_choice, config_files
+from mutor_img.common.errors import UserError, check_range
+from mutor_img.common.files import write_atomic
+from mutor_img.common.locks import claim, folder_lock
+from mutor_img.pretraining.plan import run_flops, run_parameters
+from mutor_img.study.comparison.commands import LAUNCHERS, printed, stages
+from mutor_img.study.comparison.config import ComparisonConfig
+from mutor_img.study.comparison.jobs import Job, all_jobs
+from mutor_img.study.comparison.ledger import scored, targets, wanted
+from mutor_img.study.comparison.plots import draw_all
+from mutor_img.study.comparison.pool import Budget, Outcome, run_jobs
+from mutor_img.study.comparison.report import markdown
+from mutor_img.training.command import read_training
+
+MARKS = {"rows", "base", "seeds", "guidance", "checkpoints"}  # keys that tell a comparison from the demo's study
+FLAGS = {"jobs": 1, "print_commands": None}
+
+
+def is_comparison(config: str) -> bool:
+    """Tell whether a config, or what it extends, is that of a comparison."""
+    return any(MARKS & layer.keys() for _, layer in config_files(config))
+
+
+def add_flags(parser: Parser) -> None:
+    """Add the flags that only a comparison has."""
+    parser.add_argument("--jobs", type=int, default=FLAGS["jobs"], metavar="N",
+                        help="runs of a study with rows at a time; they share the processor's threads")
+    parser.add_argument("--print-commands", nargs="?", const=LAUNCHERS[0], metavar="LAUNCHER",
+                        help="print a line for each run that is not done in place of running it: "
+                             f"{' or '.join(LAUNCHERS)} (without a word: {LAUNCHERS[0]})")
+
+
+def refuse_flags(arguments: argparse.Namespace) -> None:
+    """Raise :class:`UserError` for a flag that a study without rows has no use for."""
+    for name, default in FLAGS.items():
+        if getattr(arguments, name) != default:
+            raise UserError(f"--{name.replace('_', '-')} is for a study with rows, which {arguments.config} is not; "
+                            "leave it out")
+
+
+def plan(study: ComparisonConfig) -> dict[str, Any]:
+    """Return what ``--dry-run`` prints: how much there is to do, and what each row costs."""
+    jobs = all_jobs(study)
+    rows = {job.row: job.config for job in jobs}
+    base = run_flops(rows[study.baseline_name], 1)
+    sections: dict[str, Any] = {"runs": len(jobs), "scores": len(wanted(study, jobs))}
+    for name, config in rows.items():
+        sampled, trained = run_parameters(config)
+        sections[f"row {name}"] = {
+            "updates": config.train.steps, "sampled parameters": sampled, "trained parameters": trained,
+            "FLOPs of each run": run_flops(config, config.train.steps),
+            f"times the FLOPs per update of {study.baseline_name}": run_flops(config, 1) / base}
+    return sections
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Do what the command line says; what is done already is left alone.
+
+    Raises:
+        UserError: a mistake in the study's YAML, or runs that failed, once all others are done.
+    """
+    check_range("--jobs", arguments.jobs, 1, 10_000)
+    if arguments.print_commands is not None:
+        check_choice("--print-commands", arguments.print_commands, LAUNCHERS)
+    study = read_training(arguments, ComparisonConfig, plan)
+    if study is None:
+        return
+    jobs, words = all_jobs(study), ["--config", arguments.config, *arguments.overrides]
+    if arguments.print_commands is not None:
+        print("\n".join(printed(unfinished(study, jobs), words, arguments.print_commands)))
+        return
+    with claim(folder_lock(study.run_dir)):
+        outcome = _run(study, jobs, words, arguments.jobs)
+        _show(study, jobs)
+    if outcome.spent:
+        print(f"the budget of {study.budget_hours:g} hours is spent; to go on, raise budget_hours and run the same "
+              "command again")
+    if outcome.failed:
+        raise UserError(f"{len(outcome.failed)} of {len(jobs)} runs failed; to try again, fix what is said here and "
+                        "run the same command: " + "; ".join(f"{job}: {why}" for job, why in outcome.failed.items()))
+
+
+def unfinished(study: ComparisonConfig, jobs: Sequence[Job]) -> list[Job]:
+    """Return the runs of which a score is missing, in order."""
+    done = scored(study, jobs)
+    return [job for job in jobs if any(place not in done for place in wanted(study, [job]))]
+
+
+def _run(study: ComparisonConfig, jobs: Sequence[Job], words: Sequence[str], workers: int) -> Outcome:
+    """Train and score what is missing."""
+    folder, left = Path(study.run_dir), unfinished(study, jobs)
+    if len(left) < len(jobs):
+        print(f"{len(jobs) - len(left)} of {len(jobs)} runs are done already", flush=True)
+    budget = Budget(folder / "spent.json", study.budget_hours)
+    return run_jobs(left, lambda job: stages(job, words, job.trained), workers, folder / "logs", budget,
+                    lambda job: _write_table(study, jobs))
+
+
+def _write_table(study: ComparisonConfig, jobs: Sequence[Job]) -> str:
+    """Write and return the Markdown of what is scored by now."""
+    done = scored(study, jobs)
+    page = markdown(study, done, len(wanted(study, jobs)) - len(done))
+    write_atomic(Path(study.run_dir) / "table.md", lambda aside: aside.write_text(page))
+    return page
+
+
+def _show(study: ComparisonConfig, jobs: Sequence[Job]) -> None:
+    """Write tables and pictures, and print the tables and where everything is."""
+    print(f"\n{_write_table(study, jobs)}")
+    pictures = draw_all(study, jobs, scored(study, jobs), targets(study, jobs))
+    print("\n".join(["pictures:", *(f"  {path}" for path in pictures)] if pictures else []))
+    print(f"table: {study.run_dir}/table.md\nrows: {study.run_dir}/rows.jsonl")

@@ -1,0 +1,90 @@
+"""What is scored already: one line of JSON for each run, checkpoint and guidance scale.
+
+Lines are only ever added. One counts for a study as it stands now if it was scored by the same settings, of the same
+run, and of the weights that the run's checkpoint holds, unless that is gone; of several the last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mutor_img.checkpoints.folder import checkpoint_at, read_meta
+from mutor_img.checkpoints.tensor_files import group_hash, has_group
+from mutor_img.common.errors import UserError
+from mutor_img.common.files import append_line, read_lines
+from mutor_img.study.comparison.config import ComparisonConfig
+from mutor_img.study.comparison.jobs import Job
+
+ROWS, TARGETS = "rows.jsonl", "targets.jsonl"
+
+Place = tuple[str, int, int, float]  # row, seed, updates, guidance scale
+
+
+def scoring_key(study: ComparisonConfig) -> str:
+    """Return the sha256 of the settings that decide a score of given weights, the guidance scale apart."""
+    settings = {name: getattr(study, name) for name in ("temperature", "samples", "reference", "metrics", "features",
+                                                        "features_weights")}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def wanted(study: ComparisonConfig, jobs: Iterable[Job]) -> list[Place]:
+    """Return every place of the table."""
+    return [(job.row, job.seed, step, scale) for job in jobs for step in job.steps for scale in study.guidance]
+
+
+def scored(study: ComparisonConfig, jobs: Iterable[Job]) -> dict[Place, dict[str, Any]]:
+    """Return the lines of scores that count, by place."""
+    scoring = scoring_key(study)
+    return {(job.row, job.seed, line["updates"], line["cfg_scale"]): line for job, line in _current(study, ROWS, jobs)
+            if line["scoring_hash"] == scoring and line["cfg_scale"] in study.guidance}
+
+
+def targets(study: ComparisonConfig, jobs: Iterable[Job]) -> dict[tuple[str, int, int], list[list[float]]]:
+    """Return [down, right, loss] for each target of registers, by row, seed and updates."""
+    return {(job.row, job.seed, line["updates"]): line["losses"] for job, line in _current(study, TARGETS, jobs)}
+
+
+def _current(study: ComparisonConfig, name: str, jobs: Iterable[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
+    """Yield the lines of runs as they are now, with their run."""
+    runs, known = {(job.row, job.seed): job for job in jobs}, {}
+    for line in read_lines(Path(study.run_dir) / name):
+        job, step = runs.get((line["row"], line["seed"])), line["updates"]
+        if job is None or line["config_hash"] != job.key or step not in job.steps:
+            continue
+        if (job.key, step) not in known:
+            known[job.key, step] = weights_at(job, step)
+        if known[job.key, step] in (None, line["weights_hash"]):
+            yield job, line
+
+
+def weights_at(job: Job, step: int) -> str | None:
+    """Return the hash of the weights that sampling takes from a checkpoint; None: it is not there."""
+    folder = checkpoint_at(job.run_dir, step)
+    if not (folder / "checkpoint.json").is_file():
+        return None
+    files = read_meta(folder)["files"]
+    return group_hash(files, "ema" if has_group(files, "ema") else "model")
+
+
+def check_same_judge(study: ComparisonConfig, judge: dict[str, Any]) -> None:
+    """Refuse to add scores to those of another reference or feature network of the same path.
+
+    Raises:
+        UserError: a line of the same settings was scored against something else.
+    """
+    scoring, path = scoring_key(study), Path(study.run_dir) / ROWS
+    for line in read_lines(path):
+        for name in ("reference_hash", "features_hash"):
+            if line["scoring_hash"] == scoring and line["judged_by"][name] != judge[name]:
+                raise UserError(f"{path}: {line['row']}, seed {line['seed']}, was scored with {name} "
+                                f"{line['judged_by'][name]}, now it is {judge[name]}: one table cannot hold both; put "
+                                "the former back, or give another run_dir")
+
+
+def add(study: ComparisonConfig, name: str, line: dict[str, Any]) -> None:
+    """Append a line to ``rows.jsonl`` or ``targets.jsonl``."""
+    append_line(Path(study.run_dir) / name, json.dumps(line))

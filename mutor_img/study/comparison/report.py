@@ -1,0 +1,149 @@
+"""A comparison as Markdown: a table for each guidance scale, and in words what it shows and what it doesn't."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from mutor_img.study.comparison.config import ComparisonConfig
+from mutor_img.study.comparison.ledger import Place
+from mutor_img.study.comparison.statistics import Interval, alike, paired, standard_error, t_interval
+
+SCORES = {"sfid": ("sFID", 2), "is": ("IS", 1), "precision": ("precision", 3), "recall": ("recall", 3),
+          "kid": ("KID", 4), "kd": ("KD", 4), "recognised": ("recognised", 3), "distinct": ("distinct", 3),
+          "val_next_token": ("held-out loss", 4), "val_next_token_raw": ("held-out loss, raw weights", 4)}
+
+
+class Cell(NamedTuple):
+    """A row of the study at one checkpoint and one guidance scale: its lines, by seed."""
+
+    row: str
+    updates: int
+    lines: dict[int, dict[str, Any]]
+
+    def values(self, key: str) -> dict[int, float]:
+        """Return a score by seed, for seeds that have it."""
+        return {seed: line[key] for seed, line in self.lines.items() if line.get(key) is not None}
+
+    def mean(self, key: str) -> float:
+        """Return the mean of a score over seeds."""
+        return fmean(self.values(key).values())
+
+
+def frechet(lines: Iterable[Mapping[str, Any]]) -> str:
+    """Return the name of the Frechet distance in these lines, "fid" or "fd"."""
+    return "fid" if any("fid" in line for line in lines) else "fd"
+
+
+def cells(study: ComparisonConfig, scored: Mapping[Place, dict[str, Any]], scale: float) -> list[Cell]:
+    """Return what is scored at a guidance scale: by updates, and within these in the order of the study's rows."""
+    found: dict[tuple[str, int], dict[int, dict[str, Any]]] = {}
+    for (row, seed, updates, at), line in scored.items():
+        if at == scale:
+            found.setdefault((row, updates), {})[seed] = line
+    order = {row.name: place for place, row in enumerate(study.rows)}
+    return [Cell(row, updates, found[row, updates])
+            for row, updates in sorted(found, key=lambda place: (place[1], order[place[0]]))]
+
+
+def difference(cell: Cell, baseline: Cell | None, key: str) -> Interval | float | None:
+    """Return a score's difference from the baseline, paired by seed; for one seed the number alone, for none None."""
+    found = [] if baseline is None else paired(cell.values(key), baseline.values(key))
+    return t_interval(found) or (found[0] if found else None)
+
+
+def markdown(study: ComparisonConfig, scored: Mapping[Place, dict[str, Any]], missing: int) -> str:
+    """Return the whole page.
+
+    Args:
+        study: its config.
+        scored: the lines that count, by place.
+        missing: how many places are not scored yet.
+    """
+    seeds = ", ".join(map(str, study.seeds))
+    lines = [f"# {study.run_dir}", "",
+             f"Mean ± standard error over the seeds {seeds}. A difference is the row's score minus that of "
+             f"{study.baseline_name} after as many updates, seed by seed, with its 95 % t interval; intervals are not "
+             "widened for there being several. FLOPs and seconds are those of training, forward and backward; seconds "
+             "are a mean over seeds. Sampled parameters are what sampling uses, trained ones include what is dropped "
+             "after training."]
+    if missing:
+        lines.append(f"\n**{missing} of {missing + len(scored)} scores are still to come.**")
+    for scale in study.guidance:
+        found = cells(study, scored, scale)
+        if found:
+            key = frechet(scored.values())
+            lines += ["", f"## Guidance {scale:g}", "", *_table(study, found, key), "", *words(study, found, key)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(study: ComparisonConfig, found: Sequence[Cell], key: str) -> list[str]:
+    extra = [name for name in SCORES if any(cell.values(name) for cell in found)]
+    # Three digits of the smallest distance, and two places at least.
+    digits = max(2, 2 - math.floor(math.log10(max(1e-9, min(cell.mean(key) for cell in found)))))
+    head = ["row", "updates", "FLOPs", "seconds", "sampled parameters", "trained parameters", "seeds",
+            f"{key.upper()}-{study.samples}", f"against {study.baseline_name}", *(SCORES[name][0] for name in extra)]
+    rows = [head, ["---", *["--:"] * (len(head) - 1)]]
+    for cell in found:
+        first = next(iter(cell.lines.values()))
+        at = (study.baseline_name, cell.updates)
+        same = next((other for other in found if (other.row, other.updates) == at), None)
+        rows.append([cell.row, f"{cell.updates:,}", f"{first['flops']:.4g}", _seconds(cell.mean("seconds")),
+                     f"{first['sampled_parameters']:,}", f"{first['trained_parameters']:,}", str(len(cell.lines)),
+                     _with_error(cell, key, digits),
+                     "" if cell is same else _shown(difference(cell, same, key), digits),
+                     *(_with_error(cell, name, SCORES[name][1]) for name in extra)])
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def _with_error(cell: Cell, key: str, digits: int) -> str:
+    values = list(cell.values(key).values())
+    if not values:
+        return "-"
+    error = standard_error(values)
+    return f"{fmean(values):.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.0f}" if seconds >= 100 else f"{seconds:.3g}"
+
+
+def _shown(found: Interval | float | None, digits: int) -> str:
+    if found is None:
+        return "-"
+    if isinstance(found, float):
+        return f"{found:+.{digits}f} (one seed)"
+    return f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
+
+
+def words(study: ComparisonConfig, found: Sequence[Cell], key: str) -> list[str]:
+    """Return sentences: which rows the intervals separate from the baseline, and which from none of each other."""
+    lines = []
+    for updates in dict.fromkeys(cell.updates for cell in found):
+        here = {cell.row: cell for cell in found if cell.updates == updates}
+        begin = f"- After {updates:,} updates: "
+        base = here.get(study.baseline_name)
+        against = {row: difference(cell, base, key) for row, cell in here.items() if cell is not base}
+        better = [row for row, d in against.items() if isinstance(d, Interval) and d.high < 0]
+        worse = [row for row, d in against.items() if isinstance(d, Interval) and d.low > 0]
+        open_rows = [] if base is None else [row for row, d in against.items() if not isinstance(d, Interval)]
+        parts = [f"{listed(better)} {'has' if len(better) == 1 else 'have'} a lower {key.upper()} than "
+                 f"{study.baseline_name}"] if better else []
+        parts += [f"{listed(worse)} {'has' if len(worse) == 1 else 'have'} a higher {key.upper()} than "
+                  f"{study.baseline_name}"] if worse else []
+        parts += [f"no interval separates {listed(group)}" for group in
+                  alike({row: cell.values(key) for row, cell in here.items()})]
+        if base is None:
+            parts.append(f"{study.baseline_name} is not scored, so that no row is compared with it")
+        if open_rows:
+            parts.append(f"{listed(open_rows)} {'has' if len(open_rows) == 1 else 'have'} fewer than two seeds in "
+                         f"common with {study.baseline_name}, and so no interval")
+        lines.append(begin + "; ".join(parts or ["there is nothing to compare"]) + ".")
+    return lines
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return "a, b and c"."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

@@ -1,0 +1,113 @@
+"""Tables, words and pictures of a comparison."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mutor_img.study.comparison.config import ComparisonConfig, RowConfig
+from mutor_img.study.comparison.jobs import all_jobs
+from mutor_img.study.comparison.plots import draw_curves, draw_samples, draw_targets, mean_and_error, target_map
+from mutor_img.study.comparison.report import cells, difference, listed, markdown, words
+from mutor_img.study.comparison.scoring import strip_path
+from mutor_img.study.comparison.statistics import Interval
+
+FID = {"base": (10.0, 11.0, 9.0), "better": (8.0, 9.1, 6.9), "alike": (10.5, 9.5, 9.7), "single": (5.0,)}
+
+
+@pytest.fixture
+def study(tmp_path):
+    return ComparisonConfig(str(tmp_path), "b", [RowConfig(name) for name in FID], seeds=[0, 1, 2],
+                            checkpoints=[100], guidance=[1.0, 2.0], samples=50, reference="r")
+
+
+@pytest.fixture
+def scored():
+    """Rows of three seeds, one of a single seed, at guidance 1 alone."""
+    return {(row, seed, 100, 1.0): {
+        "row": row, "seed": seed, "updates": 100, "fid": value, "flops": 2e15, "seconds": 10.0 * (1 + seed),
+        "sampled_parameters": 1000, "trained_parameters": 1000 + 50 * (row == "better"), "recall": 0.5}
+        for row, values in FID.items() for seed, value in enumerate(values)}
+
+
+def test_the_table_has_the_four_equalities_mean_error_and_paired_difference(study, scored):
+    page = markdown(study, scored, missing=14)
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
+    assert table[0][:9] == ["row", "updates", "FLOPs", "seconds", "sampled parameters", "trained parameters", "seeds",
+                            "FID-50", "against base"]
+    rows = {row[0]: row for row in table[2:]}
+    assert list(rows) == list(FID)  # in the order of the study
+    assert rows["base"][1:9] == ["100", "2e+15", "20", "1,000", "1,000", "3", "10.00 ± 0.58", ""]
+    # Differences -2.0, -1.9, -2.1: mean -2, standard deviation 0.1, Student's t of 2 degrees of freedom 4.303.
+    assert rows["better"][5:9] == ["1,050", "3", "8.00 ± 0.64", "-2.00 [-2.25, -1.75]"]
+    assert rows["single"][7:9] == ["5.00", "-5.00 (one seed)"]
+    assert "**14 of 24 scores are still to come.**" in page and "## Guidance 2" not in page
+
+
+def test_the_words_say_what_is_separated_and_what_is_not(study, scored):
+    found = words(study, cells(study, scored, 1.0), "fid")
+    assert found == ["- After 100 updates: better has a lower FID than base; no interval separates base and alike; no "
+                     "interval separates better and alike; single has fewer than two seeds in common with base, and so "
+                     "no interval."]
+
+
+def test_a_row_is_compared_with_the_baseline_after_as_many_updates(study, scored):
+    longer = {("base", seed, 900, 1.0): {**scored["base", seed, 100, 1.0], "updates": 900, "fid": 1.0}
+              for seed in range(3)}
+    assert words(study, cells(study, {**scored, **longer}, 1.0), "fid")[0] == words(
+        study, cells(study, scored, 1.0), "fid")[0]
+    by_place = {(cell.row, cell.updates): cell for cell in cells(study, {**scored, **longer}, 1.0)}
+    assert difference(by_place["better", 100], by_place["base", 900], "fid").mean == 7.0
+    assert isinstance(difference(by_place["better", 100], by_place["base", 100], "fid"), Interval)
+    assert difference(by_place["better", 100], None, "fid") is None
+
+
+def test_where_the_baseline_is_not_scored_nothing_is_compared_with_it(study, scored):
+    alone = {("better", seed, 900, 1.0): {**scored["better", seed, 100, 1.0], "updates": 900} for seed in range(3)}
+    assert words(study, cells(study, alone, 1.0), "fid") == [
+        "- After 900 updates: base is not scored, so that no row is compared with it."]
+
+
+def test_small_distances_keep_three_digits(study, scored):
+    small = {place: {**line, "fid": line["fid"] / 1000} for place, line in scored.items()}
+    page = markdown(study, small, missing=0)
+    assert "| 0.01000 ± 0.00058 |" in page and "| -0.00200 [-0.00225, -0.00175] |" in page
+
+
+def test_names_are_listed_as_in_english():
+    assert [listed(list("abc")[:n]) for n in (1, 2, 3)] == ["a", "a and b", "a, b and c"]
+
+
+def test_a_band_is_one_standard_error_to_both_sides():
+    assert mean_and_error([1.0, 3.0]) == pytest.approx((2.0, 1.0)) and mean_and_error([4.0]) == (4.0, 0.0)
+
+
+def test_curves_are_drawn_of_what_there_is(study, scored, tmp_path):
+    assert Image.open(draw_curves(study, scored, 1.0, tmp_path / "c.png")).size[0] > 1000
+
+
+def test_the_map_has_rows_down_and_columns_right_and_is_a_mean_over_seeds(study, tmp_path):
+    losses = {("better", 0, 100): [[0, 1, 1.0], [1, 0, 2.0], [1, 2, 4.0]],
+              ("better", 1, 100): [[0, 1, 3.0], [1, 0, 2.0], [1, 2, 6.0]], ("better", 0, 50): [[0, 1, 9.0]]}
+    np.testing.assert_array_equal(target_map(losses, "better", 100), [[np.nan, 2, np.nan], [2, np.nan, 5]])
+    assert target_map(losses, "base", 100) is None
+    assert Image.open(draw_targets(study, losses, tmp_path / "t.png")).size[0] > 300
+    assert draw_targets(study, {}, tmp_path / "none.png") is None
+
+
+def test_the_grid_has_the_rows_after_as_many_updates(study, tmp_path):
+    study.rows, study.base = study.rows[:2], "mnist/ntp"
+    study.rows[0].checkpoints, study.rows[1].checkpoints = [100, 200, 300], [100, 200]
+    jobs = all_jobs(study)
+    for job in jobs[:2]:
+        for step in job.steps:
+            path = strip_path(study, job, step, 1.0)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, np.full((8, 4, 4, 3), step % 256, np.uint8))
+    picture = np.asarray(Image.open(draw_samples(study, jobs, 1.0, tmp_path / "s.png")))
+    assert 0 <= (picture == 200).all(-1).sum() - 2 * 8 * 96 * 96 < 100  # both rows at 200, and some of the letters
+    study.rows[1].checkpoints = [400]
+    assert draw_samples(study, all_jobs(study)[:1], 1.0, tmp_path / "s.png") is not None
+
+
+def test_there_is_no_grid_without_samples(study, tmp_path):
+    assert draw_samples(study, [], 1.0, tmp_path / "s.png") is None and not list(tmp_path.iterdir())
