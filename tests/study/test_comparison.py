@@ -60,7 +60,7 @@ def made(tmp_path_factory):
     first.communicate()
     psutil.wait_procs(children, timeout=60)
     left = lines(folder)
-    said = start(folder).communicate(timeout=500)[0]
+    said = start(folder).communicate(timeout=1000)[0]
     return folder, said, left
 
 
