@@ -73,7 +73,16 @@ def run_flops(config: GeneratorConfig, updates: int) -> float:
     """Return the FLOPs of the first ``updates`` updates of a run, over all devices."""
     with torch.device("meta"):
         model, objective = Transformer(config.model_config()), config.build_objective()
-    return updates * config.train.global_batch * training_flops(model, objective, config.law(), config.seed)
+    trunk = trunk_flops(model, config.law(), config.seed)
+    return updates * config.train.global_batch * _mean_flops(trunk, objective, updates)
+
+
+def _mean_flops(trunk: float, objective: Objective, updates: int) -> float:
+    """Return what :func:`training_flops` gives on average over the first ``updates`` updates.
+
+    A thousand of them, spread evenly, are enough for what grows or falls on its way.
+    """
+    return fmean(training_flops(trunk, objective, step) for step in range(0, updates, max(1, updates // 1000)))
 
 
 def run_parameters(config: GeneratorConfig) -> tuple[int, int]:
@@ -89,9 +98,8 @@ def update_sections(config: GeneratorConfig, model: Transformer, objective: Obje
                     micro_batch: int) -> dict[str, Any]:
     """Return the sections of tokens and FLOPs, and of time. MFU counts the model's FLOPs, not recomputed ones."""
     law, plan, batch = config.law(), config.plan, config.train.global_batch
-    trunk, steps = trunk_flops(model, law, config.seed), config.train.steps
-    # A thousand updates, spread over the run, are enough for the mean of what grows or falls on its way.
-    flops = batch * fmean(training_flops(trunk, objective, step) for step in range(0, steps, max(1, steps // 1000)))
+    trunk = trunk_flops(model, law, config.seed)
+    flops = batch * _mean_flops(trunk, objective, config.train.steps)
     attention = trunk - model.forward_flops(law.length, law.registers, 0.0)
     peak = plan.peak_tflops or gpu_peak("H100", "fp32" if config.train.precision == "fp32" else "bf16") / 1e12
     seconds = flops / (plan.devices * peak * 1e12 * plan.mfu)

@@ -79,6 +79,14 @@ def test_the_next_token_loss_is_that_of_the_model_s_logits(model, codes_folder):
     assert next_token_loss(model, model.config, codes, 4, RUNTIME) == pytest.approx(-picked.mean().item(), rel=1e-6)
 
 
+def test_flops_of_a_run_whose_stages_differ_are_those_of_each_stage():
+    config = load_config(GeneratorConfig, "imagenet256/npp_b", ["objective.stage_ends=[100]", "train.steps=400"])
+    plain = run_flops(load_config(GeneratorConfig, "imagenet256/ntp_b"), 1)
+    per_sequence = config.train.global_batch / load_config(GeneratorConfig, "imagenet256/ntp_b").train.global_batch
+    assert run_flops(config, 100) == pytest.approx(0.246 * 100 * plain * per_sequence, rel=0.01)
+    assert run_flops(config, 400) - run_flops(config, 100) == pytest.approx(300 * plain * per_sequence, rel=1e-6)
+
+
 @pytest.mark.parametrize("name", ["ntp_b", "mutor2d_b_80", "mtar_b"])
 def test_flops_and_parameters_of_a_run_are_those_of_its_plan(name):
     config = load_config(GeneratorConfig, f"imagenet256/{name}")

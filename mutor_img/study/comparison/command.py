@@ -52,14 +52,14 @@ def plan(study: ComparisonConfig) -> dict[str, Any]:
     """Return what ``--dry-run`` prints: how much there is to do, and what each row costs."""
     jobs = all_jobs(study)
     rows = {job.row: job.config for job in jobs}
-    base = run_flops(rows[study.baseline_name], 1)
+    per_update = {name: run_flops(config, config.train.steps) / config.train.steps for name, config in rows.items()}
     sections: dict[str, Any] = {"runs": len(jobs), "scores": len(wanted(study, jobs))}
     for name, config in rows.items():
         sampled, trained = run_parameters(config)
         sections[f"row {name}"] = {
             "updates": config.train.steps, "sampled parameters": sampled, "trained parameters": trained,
             "FLOPs of each run": run_flops(config, config.train.steps),
-            f"times the FLOPs per update of {study.baseline_name}": run_flops(config, 1) / base}
+            f"times the FLOPs per update of {study.baseline_name}": per_update[name] / per_update[study.baseline_name]}
     return sections
 
 
