@@ -26,6 +26,8 @@ _LAUNCH = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_
                      r"(TORCHELASTIC|ACCELERATE|OMPI_COMM_WORLD|MV2_COMM_WORLD|PMI)_.*")
 _LOG = 4000  # bytes of the log that a failure shows
 _DYING = 10.0  # seconds: a process that hangs in a driver may take a while to die, or never do
+_PR_SET_PDEATHSIG = 1  # Linux
+_PRCTL = getattr(ctypes.CDLL(None), "prctl", None)  # found here: between fork and exec nothing may be loaded
 
 
 class ChildFailed(Exception):
@@ -165,6 +167,5 @@ def die_with_parent() -> None:
 
     A child calls it, or ``subprocess`` in the child's place: ``preexec_fn=die_with_parent``.
     """
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is not None:
-        prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if _PRCTL is not None:
+        _PRCTL(_PR_SET_PDEATHSIG, signal.SIGKILL)

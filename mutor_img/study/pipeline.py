@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from mutor_img.checkpoints.folder import find_checkpoint, newest_checkpoint, read_meta
 from mutor_img.checkpoints.loading import Loaded, load_run
+from mutor_img.common.child import die_with_parent
 from mutor_img.common.config import load_config
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import clear, read_json, remove, write_json
@@ -35,8 +34,6 @@ from mutor_img.sweep.points import grid, sweep
 from tokenizer import load_tokenizer
 
 CHOSEN = ("cfg_scale", "cfg_schedule", "cfg_parameter")  # what is chosen, by sample.py's names
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ def command(*arguments: str | Path) -> None:
     """
     words = [str(a) for a in arguments]
     print(f"\n$ python {' '.join(words)}", flush=True)
-    with subprocess.Popen([sys.executable, *words], preexec_fn=_end_with_parent) as process:
+    with subprocess.Popen([sys.executable, *words], preexec_fn=die_with_parent) as process:
         try:
             status = process.wait()
         except BaseException:  # the study was stopped: training saves when it is told so
@@ -66,12 +63,6 @@ def command(*arguments: str | Path) -> None:
             raise
     if status:
         raise UserError(f"the step above ended with status {status}; fix what it says and run the same command again")
-
-
-def _end_with_parent() -> None:
-    """Have Linux kill this child when the study is killed: what went on unseen would own what the next one writes."""
-    if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def prepare(config: StudyConfig) -> None:
