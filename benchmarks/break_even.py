@@ -22,12 +22,13 @@ from collections.abc import Sequence
 
 import torch
 
+from mutor_img.blocks import PRESETS, ModelConfig
 from mutor_img.common.cli import Parser, parse_numbers, run
 from mutor_img.common.errors import check_range
 from mutor_img.decoding.gpu import MOST_ROWS
 from mutor_img.metrics.report import aligned
 from mutor_img.training.hardware import gpu_peak
-from mutor_img.transformer import PRESETS, ModelConfig, Transformer
+from mutor_img.transformer import Transformer
 
 MEMORY = 3.35e12  # bytes per second of an H100 SXM's memory, by its data sheet
 ACTIVATIONS = 70  # bytes per row, block and unit of dim, counted over a fused block: norms, products, residuals

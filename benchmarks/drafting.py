@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.sampling import machine
+from mutor_img.blocks import ModelConfig
 from mutor_img.checkpoints.loading import load_run
 from mutor_img.common.cli import Parser, parse_numbers, run
 from mutor_img.common.errors import UserError, check_range
@@ -40,7 +41,7 @@ from mutor_img.decoding.drafting import AUTO, SOURCES, TRIES, Draft
 from mutor_img.decoding.guidance import guide
 from mutor_img.decoding.sampler import Sampler, SamplingSettings, draw
 from mutor_img.metrics.report import aligned
-from mutor_img.transformer import ModelConfig, Transformer
+from mutor_img.transformer import Transformer
 
 
 def drawn_model(preset: str, vocabulary: int, entropy: float, grid: tuple[int, int]) -> Transformer:

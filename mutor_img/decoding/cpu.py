@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mutor_img.transformer import Block, Transformer
+from mutor_img.blocks import Block
+from mutor_img.transformer import Transformer
 
 CHUNK = 8  # sequences the network runs on at a time in fp32, padded; a bit of the result may depend on it
 _PACK_ROWS = 32  # rows that oneDNN lays weights out for; the same layout serves from 8 to 64 as well

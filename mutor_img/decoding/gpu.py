@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mutor_img.transformer import Block, Transformer
+from mutor_img.blocks import Block
+from mutor_img.transformer import Transformer
 
 MOST_ROWS = 512  # sequences that samplers hand over at a time: each further number is one more graph to compile
 

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mutor_img.blocks import ModelConfig
 from mutor_img.common.errors import UserError
 from mutor_img.common.images import grid_picture, shrink, to_nhwc, write_png
 from mutor_img.decoding.drafting import NO_DRAFT, Draft
 from mutor_img.decoding.sampler import Sampler, SamplingSettings, generate_samples
 from mutor_img.sampling.labels import readable_names
-from mutor_img.transformer import ModelConfig, Transformer
+from mutor_img.transformer import Transformer
 from tokenizer.loading import load_tokenizer
 from tokenizer.network.vq import VQModel
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from benchmarks.break_even import MOST, break_even, main, seconds
+from mutor_img.blocks import ModelConfig
 from mutor_img.common.errors import UserError
-from mutor_img.transformer import ModelConfig, Transformer
+from mutor_img.transformer import Transformer
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ from reference import sampling as reference
 from scipy import stats
 
 from mutor_img import generate
+from mutor_img.blocks import ModelConfig
 from mutor_img.common.errors import UserError
 from mutor_img.decoding import sampler as sampler_module
 from mutor_img.decoding.cpu import CHUNK, Packed, PackedDecoder, pack
 from mutor_img.decoding.drafting import SOURCES, TRIES, Draft, Drafts
 from mutor_img.decoding.gpu import StaticWindow
 from mutor_img.decoding.sampler import Sampler, SamplingSettings
-from mutor_img.transformer import ModelConfig
 
 LABELS = torch.tensor([2, 0, 1, 1, 0])
 GUIDANCE = [{"cfg_scale": 1.0}, {"cfg_scale": 2.0}, {"cfg_scale": 4.0, "cfg_schedule": "linear"},

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from mutor_img.attention import SdpaAttention
-from mutor_img.blocks import RotaryTable
+from mutor_img.blocks import ModelConfig, RotaryTable
 from mutor_img.common.config import load_config
 from mutor_img.objectives import objective as interface
 from mutor_img.objectives.next_patch import NextPatch
@@ -13,7 +13,6 @@ from mutor_img.objectives.objective import Batch, Objective
 from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.pretraining.task import GeneratorTask
 from mutor_img.training.runtime import Runtime
-from mutor_img.transformer import ModelConfig
 
 ROWS, COLUMNS, V = 4, 6, 11
 STAGES = {0: 2, 1: 2, 2: 1, 9: 1}  # update: patch side

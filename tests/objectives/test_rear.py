@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from mutor_img.blocks import ModelConfig
 from mutor_img.checkpoints.folder import find_checkpoint, read_tensors
 from mutor_img.common.config import load_config
 from mutor_img.common.errors import UserError
@@ -12,7 +13,6 @@ from mutor_img.objectives.rear import Rear
 from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.pretraining.task import GeneratorTask
 from mutor_img.training.runtime import Runtime
-from mutor_img.transformer import ModelConfig
 from tokenizer import load_tokenizer
 
 N, V = 20, 11
