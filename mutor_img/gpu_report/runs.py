@@ -125,8 +125,8 @@ def whole_run(place: Place, folder: Path, law: RegisterLaw) -> SmallConfig:
                   folder / "drawn", runtime=place.runtime)
     classifier = folder / "classifier"
     classifier.mkdir()
-    save_file(draw_convolutions(DigitNet()).state_dict(), classifier / WEIGHTS_FILE)
-    write_json(classifier / ABOUT_FILE, {"class_names": CLASSES,
+    save_file(draw_convolutions(DigitNet(side=SIZE)).state_dict(), classifier / WEIGHTS_FILE)
+    write_json(classifier / ABOUT_FILE, {"class_names": CLASSES, "image_size": SIZE,
                                          "weights_sha256": file_hash(classifier / WEIGHTS_FILE)})
     config = small_run(folder, law, "bf16", True, train={
         "steps": 2, "ema": EMA, "validate_every": 2, "picture_every": 2})

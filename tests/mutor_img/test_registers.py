@@ -269,7 +269,7 @@ def test_the_drop_switch_drops_exactly_the_targets_over_the_right_edge(grid, swi
 
 def test_the_drop_switch_by_hand_on_four_rows_of_five():
     law = RegisterLaw("2d", (4, 5), 3, wrap=False)
-    over = {d: {t for t in range(20) if bool(law._runs_over(torch.tensor(t), torch.tensor(d)))} for d in law.offsets}
+    over = {d: {t for t in range(20) if bool(law.runs_over(torch.tensor(t), torch.tensor(d)))} for d in law.offsets}
     assert over[1] == over[6] == over[11] == {5, 10, 15}  # one to the right: the last column (x_20 is no anchor)
     assert over[2] == over[7] == over[12] == {4, 5, 9, 10, 14, 15, 19}  # two to the right: the last two columns
     assert over[5] == over[10] == set()  # straight down never
