@@ -246,7 +246,7 @@ def test_parquet_files_that_name_their_classes_differently_are_refused(tree, tmp
     data = write_shards(tmp_path / "data", list_images(tree), shards=2)
     other = write_shards(tmp_path / "other", list_images(tree), shards=2, names=WNIDS[::-1])
     shutil.copy(other / "train-00001-of-00002.parquet", data)
-    with pytest.raises(UserError, match=r"00001-of-00002.*name 16 classes, and others than those of train-00000"):
+    with pytest.raises(UserError, match=r"00001-of-00002.*names 16 classes, which differ from those of train-00000"):
         open_images(data)
 
 
