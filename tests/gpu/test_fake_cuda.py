@@ -121,10 +121,10 @@ def test_a_generators_run_its_pictures_and_its_resume(run_file, codes_folder, ti
     write_json(codes_folder / "codes.json", {**info, "tokenizer": vq.path, "tokenizer_hash": vq.hash,
                                              "image_size": None})
     overrides = ("pictures.per_class=1", "train.validate_every=1", "train.ema=0.9", "train.precision=bf16")
-    with FakeCuda([OPEN, UPDATE, SAVE, "mutor_img.pretraining.task.GeneratorTask.validate", *PICTURES]):
+    with FakeCuda([OPEN, UPDATE, SAVE, "mutor_img.pretraining.held_out.next_token_loss", *PICTURES]):
         train_generator(["--config", str(run_file), *overrides, "train.steps=1", "train.picture_every=1"])
     assert len(list((tmp_path / "runs" / "run" / "pictures").glob("*.png"))) == 1
-    with FakeCuda([OPEN, UPDATE, SAVE, "mutor_img.pretraining.task.GeneratorTask.validate"]):
+    with FakeCuda([OPEN, UPDATE, SAVE, "mutor_img.pretraining.held_out.next_token_loss"]):
         train_generator(["--config", str(run_file), *overrides, "train.steps=2"])
     assert find_checkpoint(tmp_path / "runs" / "run").name == "step_00000002"
 

@@ -111,9 +111,8 @@ def a_checkpoint_through_which_half_the_gradient_flows(monkeypatch):
 @fault(training.check_training_step, "recompil", law=SMALL, head_dim=16, precision="fp32")
 def a_batch_of_another_size(monkeypatch):
     monkeypatch.setattr(parallel, "compile_blocks", partial(compiling.compile_blocks, backend=CPU.backend))
-    wrap(monkeypatch, GeneratorTask, "batch", lambda right, self, step, samples: right(self, step, samples[step:]))
-    wrap(monkeypatch, type(SMALL), "draw", lambda right, self, seed, step, samples: right(
-        self, seed, step, samples[step:] if len(samples) == 4 else samples))
+    wrap(monkeypatch, GeneratorTask, "loss", lambda right, self, model, step, samples, average: right(
+        self, model, step, samples[step:], average))
 
 
 @fault(training.check_dropout, "are dropped, not 0.1000", precision="fp32")
