@@ -80,10 +80,10 @@ def stop_on_rank_0(root: Path) -> int:
     """Send SIGTERM to rank 0 alone in the midst of update 3; returns the step at which this process stopped."""
     good = GeneratorTask.loss
 
-    def interrupted(task, model, step, samples):
+    def interrupted(task, model, step, samples, average):
         if step == 2 and task.runtime.is_main:
             os.kill(os.getpid(), signal.SIGTERM)
-        return good(task, model, step, samples)
+        return good(task, model, step, samples, average)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GeneratorTask, "loss", interrupted)
@@ -97,7 +97,7 @@ def fail_on_rank_1(root: Path) -> None:
     def broken(task, model, step, samples):
         if task.runtime.rank == 1:
             raise UserError("only rank 1 sees this")
-        return good(task, model, step, samples)
+        return good(task, model, step, samples, average)
 
     GeneratorTask.loss = broken
     with Runtime.start().one_voice():

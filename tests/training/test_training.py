@@ -88,8 +88,8 @@ def test_a_damaged_newest_checkpoint_is_passed_over(run_training):
 def test_a_loss_that_is_not_finite_moves_no_weight_and_names_the_step(run_training, monkeypatch, tmp_path):
     good = GeneratorTask.loss
 
-    def broken(task, model, step, samples):
-        loss, values = good(task, model, step, samples)
+    def broken(task, model, step, samples, average):
+        loss, values = good(task, model, step, samples, average)
         return loss * (float("nan") if step == 2 else 1.0), values
 
     monkeypatch.setattr(GeneratorTask, "loss", broken)
