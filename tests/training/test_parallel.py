@@ -94,7 +94,7 @@ def fail_on_rank_1(root: Path) -> None:
     """A mistake that only rank 1 meets, while rank 0 waits for it."""
     good = GeneratorTask.loss
 
-    def broken(task, model, step, samples):
+    def broken(task, model, step, samples, average):
         if task.runtime.rank == 1:
             raise UserError("only rank 1 sees this")
         return good(task, model, step, samples, average)
