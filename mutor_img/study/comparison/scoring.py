@@ -75,7 +75,7 @@ class _Scorer:
                             f"{' '.join(job.words)}")
         self.meta = read_meta(self.folder)
         self.loaded = load_run(self.folder, device=runtime.device)
-        self.tokenizer = verified_tokenizer(self.loaded.codes, runtime.device, self.loaded.model, self.folder)
+        self.tokenizer = verified_tokenizer(self.loaded.codes, runtime.device, self.loaded.model.config, self.folder)
 
     def run(self, scales: Collection[float]) -> None:
         """Score at these scales; what is drawn later is written before the first row says that all is there."""
