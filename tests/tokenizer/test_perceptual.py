@@ -80,7 +80,8 @@ def test_missing_and_wrong_files_are_one_line_that_says_where_to_get_them(folder
                                         r"--lpips-weights"):
         load_lpips()
     (folder / "vgg.pth").write_bytes(b"something else")
-    with pytest.raises(UserError, match=r"vgg\.pth: sha256 begins .*, not a78928a0: the file is damaged.*pip install lpips"):
+    with pytest.raises(UserError, match=r"vgg\.pth: sha256 begins .*, not a78928a0: the file is damaged.*"
+                                        r"pip install lpips"):
         load_lpips(folder)
     (folder / "vgg.pth").unlink()
     with pytest.raises(UserError, match=r"vgg\.pth is missing.*pip install lpips"):
