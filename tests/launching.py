@@ -11,8 +11,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -26,6 +28,15 @@ from mutor_img.training.runtime import Runtime
 from mutor_img.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
+SAVING = """import os, pathlib, signal, sys, time
+folder = pathlib.Path({folder!r})
+def save(*_):
+    (folder / "saved").touch()
+    sys.exit(0)
+signal.signal(signal.SIGTERM, save)
+(folder / "begun").write_text(str(os.getpid()))
+time.sleep(300)
+"""  # the code of a child that saves when it is told to end
 
 
 def join(rank: int, world: int, port: int) -> None:
@@ -87,3 +98,18 @@ def start_sampling(*flags: object, processes: int = 1, cwd: Path) -> subprocess.
     program = [sys.executable, *(launch if processes > 1 else ()), str(ROOT / "sample.py"), *map(str, flags)]
     return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd,
                             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+
+
+def end_with_its_child(processes: BaseContext, target: Callable[[Path], None], folder: Path, number: int
+                       ) -> BaseProcess:
+    """Send a signal to a process once its child, which is ``SAVING``, has begun; both must end. Returns the process."""
+    parent = processes.Process(target=target, args=(folder,))
+    parent.start()
+    while not (folder / "begun").is_file() or not (folder / "begun").read_text():
+        assert parent.is_alive() and time.sleep(0.1) is None
+    child = psutil.Process(int((folder / "begun").read_text()))
+    os.kill(parent.pid, number)
+    parent.join(60)
+    _, alive = psutil.wait_procs([child], timeout=60)
+    assert not alive or child.status() == psutil.STATUS_ZOMBIE
+    return parent

@@ -1,15 +1,13 @@
 """Runs side by side: order, threads, failures, the budget, and what a signal does; their commands do little."""
 
 import json
-import os
 import signal
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
 import pytest
+from launching import SAVING, end_with_its_child
 
 from mutor_img.study.comparison import pool
 from mutor_img.study.comparison.pool import Budget, last_error, run_jobs
@@ -67,18 +65,8 @@ def test_the_reason_of_a_failure_is_the_last_line_that_says_one(tmp_path):
     assert last_error(log) is None
 
 
-SAVES = """import pathlib, signal, sys, time
-def save(*_):
-    pathlib.Path({path!r}).touch()
-    sys.exit(0)
-signal.signal(signal.SIGTERM, save)
-pathlib.Path({path!r} + ".begun").touch()
-time.sleep(300)
-"""
-
-
 def test_when_the_budget_is_spent_runs_are_told_to_stop_and_nothing_else_begins(pool_of, tmp_path):
-    saves = SAVES.format(path=str(tmp_path / "saved"))
+    saves = SAVING.format(folder=str(tmp_path))
     outcome, done = pool_of([[saves], ["print()"]], hours=4 / 3600)
     assert outcome.spent and not done and (tmp_path / "saved").exists()
     assert json.loads((tmp_path / "spent.json").read_text())["seconds"] >= 4
@@ -103,21 +91,12 @@ def study_process(folder: Path) -> None:
     from mutor_img.common import cli
 
     job = SimpleNamespace(title="one", run_dir=Path("one"), trained=True)
-    note = f"import os; pathlib.Path({str(folder / 'pid')!r}).write_text(str(os.getpid()))\n"
-    code = SAVES.format(path=str(folder / "saved")).replace("time.sleep(300)", f"{note}time.sleep(300)")
+    code = SAVING.format(folder=str(folder))
     cli.run(lambda argv: run_jobs([job], lambda job: [("training", [sys.executable, "-c", code])], 1, folder / "logs",
                                   Budget(folder / "spent.json", None)), [])
 
 
 @pytest.mark.parametrize("number, saved", [(signal.SIGTERM, True), (signal.SIGKILL, False)])
 def test_a_run_ends_with_its_study(processes, tmp_path, number, saved):
-    study = processes.Process(target=study_process, args=(tmp_path,))
-    study.start()
-    while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
-        assert study.is_alive() and time.sleep(0.1) is None
-    child = psutil.Process(int((tmp_path / "pid").read_text()))
-    os.kill(study.pid, number)
-    study.join(60)
-    _, alive = psutil.wait_procs([child], timeout=60)
-    assert not alive or child.status() == psutil.STATUS_ZOMBIE
+    end_with_its_child(processes, study_process, tmp_path, number)
     assert (tmp_path / "saved").is_file() == saved
