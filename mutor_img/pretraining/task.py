@@ -75,29 +75,22 @@ class GeneratorTask(Task):
     def flops_per_sample(self, step: int) -> float:
         return training_flops(self._trunk_flops, self.model.objective, step)
 
-    def batch(self, step: int, samples: Tensor) -> tuple[Tensor, Tensor]:
-        """Return labels (b,), the null class where dropped, and codes (b, N) of global sample numbers (b,) on the CPU.
+    def batch(self, step: int, samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return labels (b,), the same with the null class where they are dropped, and codes (b, N).
 
-        What it returns is on the run's device.
+        ``samples`` are global sample numbers (b,) on the CPU. What it returns is on the run's device.
         """
-        labels, codes = self._read(samples)
-        return self._drop(step, samples, labels), codes
-
-    def _read(self, samples: Tensor) -> tuple[Tensor, Tensor]:
-        codes, labels = (x.to(self.runtime.device, non_blocking=True) for x in self.data.batch(samples.numpy()))
-        return labels, codes
-
-    def _drop(self, step: int, samples: Tensor, labels: Tensor) -> Tensor:
-        drawn = uniform(self.config.seed, Stream.CLASS_DROP, step, samples.to(labels.device, non_blocking=True))
-        return torch.where(drawn < self.config.model.class_dropout, self.config.model.classes, labels)
+        device = self.runtime.device
+        codes, labels = (x.to(device, non_blocking=True) for x in self.data.batch(samples.numpy()))
+        drawn = uniform(self.config.seed, Stream.CLASS_DROP, step, samples.to(device, non_blocking=True))
+        return labels, torch.where(drawn < self.config.model.class_dropout, self.config.model.classes, labels), codes
 
     def loss(self, model: nn.Module, step: int, samples: Tensor,
              average: nn.Module | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return this micro-batch's share of the objective's loss, and of its parts before they are weighted."""
-        labels, codes = self._read(samples)  # (b,), (b, N)
+        labels, dropped, codes = self.batch(step, samples)  # (b,), (b,), (b, N)
         config, device, objective = self.config, self.runtime.device, self.model.objective
-        batch = objective.prepare(config.seed, step, samples.to(device, non_blocking=True),
-                                  self._drop(step, samples, labels), codes)
+        batch = objective.prepare(config.seed, step, samples.to(device, non_blocking=True), dropped, codes)
         if objective.teacher_taps:
             with torch.no_grad():
                 batch.teacher = average(within=lambda whole: whole.run(labels, codes[:, :-1],

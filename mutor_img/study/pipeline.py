@@ -179,7 +179,7 @@ def score_generator(config: StudyConfig, generator: Generator, reference: Refere
         if kept.is_file() and read_json(kept).get("key") != key:  # sample.py goes on with samples of its settings only
             for name in ("samples.npz", "samples.json", "study.json"):
                 clear(generator.run_dir / name)
-        scores = _kept(kept, key, lambda: _score_samples(config, generator, settings))
+        scores = _kept(kept, key, lambda: _score_samples(config, generator, loaded, settings))
     meta = read_meta(find_checkpoint(generator.run_dir))
     return {**scores, "updates": meta["step"], "training_seconds": meta["seconds"], **settings, "selection": selection}
 
@@ -193,7 +193,8 @@ def _kept(path: Path, key: dict[str, Any], work: Callable[[], Any]) -> Any:
     return value
 
 
-def _score_samples(config: StudyConfig, generator: Generator, settings: dict[str, Any]) -> dict[str, Any]:
+def _score_samples(config: StudyConfig, generator: Generator, loaded: Loaded, settings: dict[str, Any]
+                   ) -> dict[str, Any]:
     """Sample, draw the grid, score, and count the copies."""
     samples, scores = generator.run_dir / "samples.npz", generator.run_dir / "scores.json"
     flags = [word for name, value in settings.items() if value is not None
@@ -208,7 +209,6 @@ def _score_samples(config: StudyConfig, generator: Generator, settings: dict[str
     training, held_out = (codes_of(Codes(folder)) for folder in (config.codes, f"{config.codes}_val"))
     # The npz that others read holds no codes. Decoding the training set's is cheaper than drawing the samples' again,
     # and on CPUs equal codes are decoded to equal bytes.
-    loaded = load_run(generator.run_dir)
     decoded = decode_images(load_tokenizer(loaded.codes["tokenizer"]), training, loaded.model.config.grid)
     result["same_codes"] = repeated(np.load(samples)["arr_0"], decoded)
     result["real_against_real"]["same_codes"] = repeated(held_out.numpy(), training.numpy())
@@ -228,8 +228,7 @@ def repeated(rows: np.ndarray, known: np.ndarray) -> int:
 
 
 def score_guidance(config: StudyConfig, loaded: Loaded, reference: Reference, network) -> list[dict[str, Any]]:
-    """Return a row for each guidance scale and schedule; with its scores, where there is more than one to choose from.
-    """
+    """Return a row for each guidance scale and schedule; where there are several to choose from, with its scores."""
     points = grid(config.cfg_scales, [1.0], [parse_schedule(word) for word in config.cfg_schedules])
     if len(points) == 1:
         return [{name: getattr(points[0], name) for name in CHOSEN}]

@@ -60,7 +60,7 @@ def test_loss_and_gradients_are_those_of_the_public_functions_bit_for_bit(varian
     task = GeneratorTask(config, Runtime.start())
     torch.nn.init.normal_(task.model.output.weight)  # from zeros no gradient would pass
     samples = torch.arange(4, 8)
-    labels, codes = task.batch(1, samples)
+    _, labels, codes = task.batch(1, samples)
     registers = () if config.law().kind == "none" else config.law().draw(config.seed, 1, samples)
     logits = task.model(labels, codes[:, :-1], *registers)
     expected = mutor_loss(*(logits if registers else (logits, None)), codes, *registers,

@@ -5,14 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import psutil
 import pytest
 import torch
+from launching import SAVING, end_with_its_child
 from PIL import Image
 
 from mutor_img.checkpoints.folder import write_checkpoint
@@ -167,7 +166,7 @@ def scored(config: StudyConfig, monkeypatch) -> None:
     monkeypatch.setattr(pipeline, "read_json", lambda path: {})
     monkeypatch.setattr(pipeline, "Codes", lambda *arguments: (_ for _ in ()).throw(UserError("enough")))
     with pytest.raises(UserError, match="enough"):
-        pipeline._score_samples(config, pipeline.generators(config)[0],
+        pipeline._score_samples(config, pipeline.generators(config)[0], None,
                                 {"cfg_scale": 2.0, "cfg_schedule": "linear", "cfg_parameter": None})
 
 
@@ -186,7 +185,7 @@ def test_the_guidance_of_the_lowest_fd_is_taken_and_one_alone_is_not_judged(monk
     monkeypatch.setattr(pipeline, "load_tokenizer", lambda folder: None)
     monkeypatch.setattr(pipeline, "find_checkpoint", lambda folder: folder)
     monkeypatch.setattr(pipeline, "read_meta", lambda folder: {"step": 1, "seconds": 1.0})
-    monkeypatch.setattr(pipeline, "_score_samples", lambda config, generator, settings: dict(settings))
+    monkeypatch.setattr(pipeline, "_score_samples", lambda config, generator, loaded, settings: dict(settings))
     scores = {"recognised": 1.0, "precision": 1.0, "recall": 1.0, "seconds": 1.0}
     judged = []
     monkeypatch.setattr(pipeline, "sweep", lambda source, points, *rest, **named: judged.append(points) or (
@@ -230,26 +229,13 @@ def test_no_field_of_a_study_is_without_such_a_test():
 
 def step(folder: Path) -> None:
     """Run a step that saves when it is told to end."""
-    code = ("import os, pathlib, signal, sys, time\n"
-            f"folder = pathlib.Path({str(folder)!r})\n"
-            "def save(*_):\n    (folder / 'saved').touch()\n    sys.exit(0)\n"
-            "signal.signal(signal.SIGTERM, save)\n"
-            "(folder / 'begun').write_text(str(os.getpid()))\n"
-            "time.sleep(300)\n")
+    code = SAVING.format(folder=str(folder))
     cli.run(lambda argv: pipeline.command("-c", code), [])
 
 
 @pytest.mark.parametrize("number, saved", [(signal.SIGTERM, True), (signal.SIGKILL, False)])
 def test_a_step_ends_with_its_study(processes, tmp_path, number, saved):
-    study = processes.Process(target=step, args=(tmp_path,))
-    study.start()
-    while not (tmp_path / "begun").is_file() or not (tmp_path / "begun").read_text():
-        assert study.is_alive() and time.sleep(0.1) is None
-    child = psutil.Process(int((tmp_path / "begun").read_text()))
-    os.kill(study.pid, number)
-    study.join(60)
-    _, alive = psutil.wait_procs([child], timeout=60)
-    assert not alive or child.status() == psutil.STATUS_ZOMBIE
+    study = end_with_its_child(processes, step, tmp_path, number)
     assert (tmp_path / "saved").is_file() == saved
     assert study.exitcode == (128 + number if saved else -number)
 

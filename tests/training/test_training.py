@@ -115,7 +115,7 @@ def test_ema_follows_the_warmed_up_average(run_training, tmp_path):
 
 def test_mirrored_views_and_null_classes_are_drawn(run_training):
     task = run_training("model.class_dropout=0.5").task
-    labels, codes = task.batch(0, torch.arange(400))
+    _, labels, codes = task.batch(0, torch.arange(400))
     images, _ = task.data.order.items(torch.arange(400).numpy())
     plain = torch.from_numpy(task.codes.codes[images, 0].astype("int64"))
     mirrored = (codes != plain).any(1).float().mean()
