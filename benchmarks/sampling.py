@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mutor_img import generate
 from mutor_img.blocks import ModelConfig
-from mutor_img.common.cli import Parser, run
+from mutor_img.common.cli import Parser, parse_numbers, run
 from mutor_img.common.config import check_choice
 from mutor_img.common.errors import check_range
 from mutor_img.transformer import Transformer
@@ -116,7 +116,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
     check_choice("--dtype", args.dtype, tuple(DTYPES))
-    for name, value in (("--grid", args.grid), ("--rounds", args.rounds), ("--threads", args.threads)):
+    check_choice("--device", args.device, ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",))
+    check_range("--vocabulary", args.vocabulary, 2, 1_000_000)
+    batch_sizes = parse_numbers(args.batch_sizes, "--batch-sizes", int)
+    for name, value in (("--grid", args.grid), ("--rounds", args.rounds), ("--threads", args.threads),
+                        *(("--batch-sizes", batch) for batch in batch_sizes)):
         check_range(name, value, 1, 1000)
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
@@ -126,7 +130,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"{machine(device)}; torch {torch.__version__}, Python {platform.python_version()}")
     print(f"{args.preset}, {args.dtype}, {config.length} codes, guidance {SCALE}; images per second, without decoding")
     print(f"{'batch':>6} {'plain loop':>11} {'ours':>9} {'ratio':>7}")
-    for batch in map(int, args.batch_sizes.split(",")):
+    for batch in batch_sizes:
         plain, ours = compare(model, batch, args.rounds)
         print(f"{batch:>6} {plain:>11.3f} {ours:>9.3f} {ours / plain:>6.1f}x", flush=True)
 

@@ -40,8 +40,9 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
-        """Parse as ``ArgumentParser`` does, once ``~`` is read as the home folder."""
+        """Parse as ``ArgumentParser`` does, once ``~`` is read as the home folder and nothing given is empty."""
         given = sys.argv[1:] if args is None else args
+        _refuse_empty(given)
         return super().parse_known_args([_at_home(word) for word in given], namespace)
 
     def error(self, message: str):
@@ -59,6 +60,16 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
     def _get_help_string(self, action: argparse.Action) -> str | None:
         """Add the default if there is one. 0 is a default too, though it equals False."""
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
+def _refuse_empty(words: Sequence[str]) -> None:
+    """Refuse a flag without a value, as a shell variable that is not set leaves it: a path would be this folder."""
+    for before, word in zip(["", *words], words):
+        flag = re.fullmatch(r"(--[\w-]+)=", word) or (not word.strip() and re.fullmatch(r"(--[\w-]+)", before))
+        if flag:
+            raise UserError(f"{flag[1]} is empty; give a value, or leave the flag out")
+        if not word.strip():
+            raise UserError("an argument is empty; is a variable of the shell not set?")
 
 
 def _at_home(word: str) -> str:

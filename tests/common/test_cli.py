@@ -22,6 +22,14 @@ def test_a_value_that_begins_with_a_tilde_lies_in_the_home_folder(parser, monkey
     assert parser.parse_intermixed_args(["run_dir=~/x", "--out", "a~b", "~/c"]).words == ["run_dir=~/x", "/home/me/c"]
 
 
+@pytest.mark.parametrize("argv, words", [(["--out="], "--out is empty"), (["--out", ""], "--out is empty"),
+                                         (["--out", " "], "--out is empty"), ([""], "an argument is empty"),
+                                         (["word", ""], "an argument is empty")])
+def test_what_an_unset_variable_of_the_shell_leaves_is_refused(parser, argv, words):
+    with pytest.raises(UserError, match=words):
+        parser.parse_args(argv)
+
+
 def test_help_shows_a_default_of_0_but_not_an_absent_one(parser):
     parser.add_argument("--seed", type=int, default=0, help="of all draws")
     parser.add_argument("--quick", action="store_true", help="less")
