@@ -1,12 +1,16 @@
 """A tokenizer of a few thousand weights, folders of tiny images, and commands run to their refusal."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from photographs import write_photographs
 from PIL import Image
 
 from mutor_img.checkpoints.folder import write_checkpoint
 from mutor_img.common.cli import run
+from tokenizer.images.folder import list_images
 from tokenizer.network.vq import VQModel
 
 TINY = {"image_channels": 1, "channels": 4, "multipliers": [1, 2], "blocks": 1, "latent_channels": 4, "code_dim": 3,
@@ -91,3 +95,21 @@ train: {{steps: 6, global_batch: 8, micro_batch: 4, precision: fp32, compile: fa
         checkpoint_every: 3, validate_every: 6, picture_every: 6}}
 """)
     return ["--config", str(config)]
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """The photographs in class folders."""
+    return write_photographs(tmp_path_factory.mktemp("imagenet") / "train")
+
+
+@pytest.fixture(scope="module")
+def flat(tree, tmp_path_factory):
+    """The same photographs in one folder under numbered names, and name -> WordNet id."""
+    root, source = tmp_path_factory.mktemp("flat"), list_images(tree)
+    order = np.random.default_rng(1).permutation(len(source))
+    labels = {}
+    for number, index in enumerate(order):
+        shutil.copy(source.path(index), root / f"ILSVRC2012_val_{number + 1:08d}.JPEG")
+        labels[f"ILSVRC2012_val_{number + 1:08d}"] = source.classes[source.labels[index]]
+    return root, labels

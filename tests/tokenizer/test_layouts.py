@@ -1,45 +1,19 @@
-"""Flat folders with a label file, Parquet and tar files, lists of classes: the same images however they are stored."""
+"""Flat folders with a label file, Parquet files, shards of splits, lists of classes: the same images however stored."""
 
-import io
-import json
 import shutil
 import sys
-import tarfile
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
-from photographs import WNIDS, write_photographs
+from photographs import WNIDS
+from shards import content, write_shards, write_tars
 
 from mutor_img.common.errors import UserError
 from tokenizer.images.folder import list_images
 from tokenizer.images.layouts import open_images, open_unlabelled
 from tokenizer.images.source import contradiction, imagenet_words, read_class_list
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    """The photographs in class folders."""
-    return write_photographs(tmp_path_factory.mktemp("imagenet") / "train")
-
-
-@pytest.fixture(scope="module")
-def flat(tree, tmp_path_factory):
-    """The same photographs in one folder under numbered names, and name -> WordNet id."""
-    root, source = tmp_path_factory.mktemp("flat"), list_images(tree)
-    order = np.random.default_rng(1).permutation(len(source))
-    labels = {}
-    for number, index in enumerate(order):
-        shutil.copy(source.path(index), root / f"ILSVRC2012_val_{number + 1:08d}.JPEG")
-        labels[f"ILSVRC2012_val_{number + 1:08d}"] = source.classes[source.labels[index]]
-    return root, labels
-
-
-def content(source, index):
-    where = source.open(index)
-    return where.getvalue() if isinstance(where, io.BytesIO) else where.read_bytes()
-
 
 FORMS = {
     "kaggle": lambda labels: "ImageId,PredictionString\n" + "".join(
@@ -160,22 +134,6 @@ def test_what_a_person_should_know_is_noted(tree, image_folder):
     assert "1 class folders are none of imagenet-1k's (first: n00000001)" in list_images(wordnet).notes()
 
 
-def write_shards(folder, source, *, split="train", shards=3, names=None, rows=7, **columns):
-    """Write a source's files as Hugging Face does: numbered shards, class names in the schema's metadata."""
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    folder.mkdir(exist_ok=True)
-    features = {"label": {"names": names or source.classes, "_type": "ClassLabel"}, "image": {"_type": "Image"}}
-    metadata = {} if names == [] else {"huggingface": json.dumps({"info": {"features": features}})}
-    for number, part in enumerate(np.array_split(np.arange(len(source)), shards)):
-        made = {"image": [{"bytes": source.path(i).read_bytes(), "path": source.files[i]} for i in part],
-                "label": pyarrow.array(source.labels[part])} | columns
-        table = pyarrow.table({k: v for k, v in made.items() if v is not None}).replace_schema_metadata(metadata)
-        parquet.write_table(table, folder / f"{split}-{number:05d}-of-{shards:05d}.parquet", row_group_size=rows)
-    return folder
-
-
 def test_parquet_files_hold_the_images_of_the_folder(tree, tmp_path):
     folder = list_images(tree)
     source = open_images(write_shards(tmp_path / "data", folder))
@@ -257,91 +215,6 @@ def test_a_damaged_parquet_file_and_a_missing_pyarrow_are_named(tmp_path, monkey
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"needs pyarrow: pip install 'mutor_img\[parquet\]'"):
         open_images(tmp_path)
-
-
-def write_tars(folder, source, labels, *, tars=2):
-    """Write a source's files as WebDataset does: key.jpg and key.cls, and JSON that nobody needs."""
-    folder.mkdir()
-    for number, part in enumerate(np.array_split(np.arange(len(source)), tars)):
-        with tarfile.open(folder / f"train-{number:04d}.tar", "w") as tar:
-            for i in part:
-                for name, content in ((f"{i:05d}.jpg", source.path(i).read_bytes()), (f"{i:05d}.json", b"{}"),
-                                      (f"{i:05d}.cls", labels(i))):
-                    if content is not None:
-                        member = tarfile.TarInfo(name)
-                        member.size = len(content)
-                        tar.addfile(member, io.BytesIO(content))
-    return folder
-
-
-def test_tar_files_hold_the_images_of_the_folder(tree, tmp_path):
-    folder = list_images(tree)
-    source = open_images(write_tars(tmp_path / "tars", folder, lambda i: b"%d\n" % folder.labels[i]), classes=tree)
-    assert np.array_equal(source.labels, folder.labels) and source.sizes == folder.sizes
-    assert all(content(source, i) == content(folder, i) for i in np.random.default_rng(0).permutation(128))
-
-
-def write_tar(path, *members):
-    """Write a tar file of (name, content) pairs; content may be a link's type and target."""
-    path.parent.mkdir(exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            member = tarfile.TarInfo(name)
-            if isinstance(content, tuple):
-                member.type, member.linkname = content
-                tar.addfile(member)
-            else:
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    return path.parent
-
-
-@pytest.fixture
-def two(tmp_path):
-    """A file with two classes."""
-    (tmp_path / "two").write_text("a\nb\n")
-    return tmp_path / "two"
-
-
-SAMPLE = [("0.jpg", b"first"), ("0.cls", b"0")]
-
-
-@pytest.mark.parametrize("members, message", [
-    ([*SAMPLE, *SAMPLE], "0.jpg is a second file with the key '0', after 0.jpg"),
-    ([*SAMPLE, ("0.png", b"x")], "0.png is a second file with the key '0', after 0.jpg"),
-    ([*SAMPLE, ("0.cls", b"1")], "0.cls is a second file with the key '0'"),
-    ([*SAMPLE, ("1.jpg", (tarfile.LNKTYPE, "0.jpg")), ("1.cls", b"1")], "1.jpg in it is not a plain file but a link"),
-    ([*SAMPLE, ("1.jpg", (tarfile.SYMTYPE, "0.jpg")), ("1.cls", b"1")], "1.jpg in it is not a plain file but a link")])
-def test_a_tar_never_loses_an_image_without_a_word(members, message, tmp_path, two):
-    with pytest.raises(UserError, match=rf"x\.tar: {message}"):
-        open_images(write_tar(tmp_path / "tars" / "x.tar", *members), classes=two)
-
-
-def test_one_sample_in_two_tars_is_refused_and_one_key_for_two_images_noted(tmp_path, two):
-    write_tar(tmp_path / "tars" / "x-0.tar", *SAMPLE)
-    folder = write_tar(tmp_path / "tars" / "x-1.tar", ("0.jpg", b"other"), ("0.cls", b"1"))
-    source = open_images(folder, classes=two)
-    assert source.files == ["x-0.tar:0.jpg", "x-1.tar:0.jpg"] and source.labels.tolist() == [0, 1]
-    assert "1 images have a key that an earlier tar file uses for another image" in " ".join(source.notes())
-    write_tar(tmp_path / "tars" / "x-2.tar", ("9.jpg", b"9"), ("9.cls", b"1"), ("0.jpg", b"other"), ("0.cls", b"1"))
-    with pytest.raises(UserError, match=r"x-2\.tar:0\.jpg is the same as x-1\.tar:0\.jpg, byte for byte"):
-        open_images(folder, classes=two)
-
-
-def test_members_that_are_hidden_are_passed_over(tmp_path, two):
-    hidden = [(name, b"x") for name in ("._0.jpg", "._0.cls", "a/.cache/0.jpg", "__MACOSX/0.jpg", "a/@eaDir/0.jpg")]
-    folder = write_tar(tmp_path / "tars" / "x.tar", *hidden, ("./a/1.JPG", b"1"), ("./a/1.CLS", b"1"))
-    source = open_images(folder, classes=two)
-    assert source.files == ["x.tar:./a/1.JPG"] and source.left_out == []
-
-
-def test_what_follows_a_damaged_header_or_a_first_archive_is_not_lost_without_a_word(tmp_path, two):
-    folder = write_tar(tmp_path / "tars" / "x.tar", *SAMPLE, ("1.jpg", b"1"), ("1.cls", b"1"))
-    whole = (folder / "x.tar").read_bytes()
-    for content in (whole[:2048] + b"\xff" + whole[2049:], whole + whole):
-        (folder / "x.tar").write_bytes(content)
-        with pytest.raises(UserError, match=r"x\.tar: holds more after its last readable member"):
-            open_images(folder, classes=two)
 
 
 def write_tars_of(folder, source, *names):
@@ -426,30 +299,6 @@ def test_labels_that_do_not_matter_need_not_be_there(tree, tmp_path):
     for source in (tars, shards):
         assert source.classes == ["images"] and [content(source, i) for i in (0, 99)] == [content(folder, i)
                                                                                           for i in (0, 99)]
-
-
-@pytest.mark.parametrize("label, classes, message", [
-    (b"3", None, r"labels in tar files are numbers; .*--classes"),
-    (b"1000", "imagenet-1k", r"train-0000\.tar:00000\.jpg: label 1000 is outside 0 to 999"),
-    (b"tench", "imagenet-1k", r"00000\.cls is not a number"),
-    (None, "imagenet-1k", r"00000\.jpg has no 00000\.cls"),
-])
-def test_other_tar_files_are_refused(label, classes, message, tree, tmp_path):
-    folder = write_tars(tmp_path / "tars", list_images(tree), lambda i: label)
-    with pytest.raises(UserError, match=message):
-        open_images(folder, classes=classes)
-    (folder / "train-0000.tar").write_bytes(b"\x1f\x8b and so on, compressed" * 100)
-    with pytest.raises(UserError, match="not a readable tar file" if classes else message):
-        open_images(folder, classes=classes)
-
-
-def test_the_archives_own_tars_are_to_be_unpacked(tmp_path):
-    (tmp_path / "n01440764.tar").write_bytes(b"")
-    with pytest.raises(UserError, match=r"n01440764\.tar: the tar file of one class.*unpack each"):
-        open_images(tmp_path)
-    (tmp_path / "n01440764").mkdir()
-    with pytest.raises(UserError, match="no images in this class folder"):
-        open_images(tmp_path)  # beside class folders a tar is left over
 
 
 def test_images_without_labels_may_lie_flat(tree, flat, tmp_path):
