@@ -230,7 +230,7 @@ def test_every_shipped_config_takes_two_steps_on_a_shrunken_model(path, tiny, tm
 
     wanted = load_config(GeneratorConfig, path, [
         f"run_dir={tmp_path}/run", "train.steps=2", "train.global_batch=2", "train.compile=false", "train.log_every=1",
-        "train.picture_every=0", "train.micro_batch=0"])
+        "train.picture_every=0", "train.micro_batch=0", "train.precision=auto"])
     vq = write_tokenizer(tmp_path / "vq", vocabulary=wanted.model.vocabulary, code_dim=8)
     monkeypatch.setattr(generator, "Codes", Fake)
     runtime = Runtime.start()

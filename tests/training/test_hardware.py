@@ -1,5 +1,7 @@
 """MFU is measured against what the device can do in the run's own precision."""
 
+from itertools import count
+
 import pytest
 import torch
 
@@ -54,8 +56,12 @@ def test_no_precision_is_faster_than_a_shorter_one():
     assert all(bf16 >= tf32 >= fp32 for _, bf16, tf32, fp32 in hardware.GPU_PEAKS)
 
 
-def test_a_cpu_is_measured_in_the_runs_own_precision(monkeypatch):
-    seen = []
-    monkeypatch.setattr(torch, "ones", lambda *size, dtype: seen.append(dtype) or torch.zeros(2, 2, dtype=dtype))
-    assert all(peak_flops(torch.device("cpu"), precision) > 0 for precision in ("bf16", "fp32"))
-    assert seen == [torch.bfloat16, torch.float32]
+@pytest.mark.parametrize("seconds, sizes", [(1e-3, [256] * 5 + [1024] * 5), (3.0, [256])])
+def test_a_cpu_is_measured_in_the_runs_own_precision_for_a_fifth_of_a_second(monkeypatch, seconds, sizes):
+    made, clock = [], count(step=seconds)  # each look at the clock is one step later
+    monkeypatch.setattr(torch, "ones", lambda *size, dtype: made.append((size, dtype)) or torch.zeros(2, 2))
+    monkeypatch.setattr(hardware.time, "perf_counter", lambda: next(clock))
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        made.clear()
+        assert peak_flops(torch.device("cpu"), precision) == pytest.approx(2 * sizes[-1]**3 / seconds)
+        assert made[:len(sizes)] == [((size, size), dtype) for size in sizes]
