@@ -43,17 +43,17 @@ from tokenizer.network.vq import VQModel, preset
 
 SETTINGS = {"default": {"KMP_BLOCKTIME": "200"},  # its own default, which libgomp does not read
             "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
-            **{f"{count:,} turns": {"GOMP_SPINCOUNT": str(count)} for count in (1000, 3000, 10_000, 30_000, 100_000)}}
+            **{f"{count:,} turns": {"GOMP_SPINCOUNT": str(count)} for count in (1000, 10_000, 100_000)}}
 BUSY = [sys.executable, "-c", "while True: pass"]
 NEIGHBOURS = {"idle": [], "a busy loop": [BUSY], "two busy loops, nice 10": [["nice", "-n", "10", *BUSY]] * 2}
 DEMO = RegisterLaw("2d", (8, 8), 4, 20)
 
 
 def tokenizer_step() -> Callable[[], object]:
-    """Return one training step of the demo's tokenizer on 64 random images."""
+    """Return one training step of the demo's tokenizer on 32 random images."""
     model = VQModel(**preset("mnist")).train()
     optimizer = build_optimizer(model, OptimConfig())
-    images = torch.rand(64, 1, 32, 32).mul(2).sub(1).contiguous(memory_format=torch.channels_last)
+    images = torch.rand(32, 1, 32, 32).mul(2).sub(1).contiguous(memory_format=torch.channels_last)
 
     def step() -> None:
         reconstruction, quantised = model(images)
