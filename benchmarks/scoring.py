@@ -36,9 +36,9 @@ from mutor_img.common.config import check_choice
 from mutor_img.common.errors import check_range
 from mutor_img.metrics.evaluator import evaluate
 from mutor_img.metrics.extraction import extract
-from mutor_img.metrics.features import Inception, InceptionGraph
 from mutor_img.metrics.frechet import Moments, Statistics, frechet_distance
 from mutor_img.metrics.image_sets import ArrayImages
+from mutor_img.metrics.inception import Inception, InceptionGraph
 from mutor_img.metrics.references import Reference
 from mutor_img.training.hardware import keep_freed_memory
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import DropPath
 from torch import Tensor, nn
 
 from mutor_img.common.errors import UserError, suggest
@@ -193,7 +192,11 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config, dropout)
         self.attention_norm = RMSNorm(config.dim)
         self.ffn_norm = RMSNorm(config.dim)
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = nn.Identity()
+        if drop_path:
+            from timm.layers import DropPath  # seconds to import, and for stochastic depth only
+
+            self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, rope: Tensor, attend: Attend) -> Tensor:
         """Return the residual stream x (B, S, dim) after this block; arguments as for :meth:`Attention.forward`."""

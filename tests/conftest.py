@@ -26,9 +26,10 @@ from mutor_img.common.config import load_config
 from mutor_img.common.files import write_json
 from mutor_img.data.store import CodesInfo, block_checksum
 from mutor_img.metrics.digits import main as train_digits
-from mutor_img.metrics.features import InceptionGraph
+from mutor_img.metrics.inception import InceptionGraph
 from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.pretraining.task import GeneratorTask
+from mutor_img.training.log import RunLog
 from mutor_img.training.loop import train
 from mutor_img.training.runtime import Runtime
 from mutor_img.transformer import Transformer
@@ -61,6 +62,18 @@ def torchs_own_settings():
     """Give each test what blocks that are prepared outside a run change for the whole process."""
     with functorch.patch(graphsafe_rng_functionalization=GRAPHSAFE):
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_curves(request, monkeypatch):
+    """Have runs in this process draw no loss curve, which takes longer than their updates; ``curves`` draws it."""
+    if "curves" not in request.fixturenames:
+        monkeypatch.setattr(RunLog, "draw", lambda self, names: None)
+
+
+@pytest.fixture
+def curves():
+    """Have this test's runs draw their loss curve."""
 
 
 @pytest.fixture(scope="session")

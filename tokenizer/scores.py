@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mutor_img.common.errors import UserError, suggest
-from mutor_img.metrics.features import FeatureNetwork, default_inception_path, load_inception
+from mutor_img.metrics.features import FeatureNetwork
 from mutor_img.metrics.frechet import Moments, frechet_distance
 from tokenizer.images.crops import to_float
 from tokenizer.measures import CodeUse, psnr, sharpness, ssim
@@ -111,6 +111,8 @@ class ReconstructionScores:
 
 def _inception(weights: str | None, count: int, asked: bool, device: torch.device | str) -> FeatureNetwork:
     """Return the network; unasked, it is not downloaded."""
+    from mutor_img.metrics.inception import default_inception_path, load_inception  # seconds to import
+
     path = Path(weights) if weights else default_inception_path()
     if not asked and not path.is_file():
         raise UserError(f"no Inception weights at {path}; --metrics rfid downloads them, or --inception-weights FILE")

@@ -10,8 +10,7 @@ from mutor_img.common.cli import Parser
 from mutor_img.common.errors import UserError, check_range
 from mutor_img.metrics.digits import DEFAULT_FOLDER
 from mutor_img.metrics.features import FeatureNetwork
-from mutor_img.metrics.networks import FEATURES, check_features, load_features
-from mutor_img.metrics.timm_features import PREFIX
+from mutor_img.metrics.networks import FEATURES, PREFIX, check_features, load_features
 from mutor_img.training.runtime import Runtime
 
 

@@ -22,8 +22,9 @@ from mutor_img.gpu_report.place import CheckFailed, Place, draw_convolutions, ex
 from mutor_img.metrics.digits import DigitFeatures, DigitNet, grey
 from mutor_img.metrics.evaluator import evaluate
 from mutor_img.metrics.extraction import extract
-from mutor_img.metrics.features import FeatureNetwork, Inception, InceptionGraph, to_nchw
+from mutor_img.metrics.features import FeatureNetwork, to_nchw
 from mutor_img.metrics.image_sets import ArrayImages
+from mutor_img.metrics.inception import Inception, InceptionGraph
 from mutor_img.pretraining.parity import FLOORS, PLAIN_FACTOR, rms_difference
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.trainer import Trainer

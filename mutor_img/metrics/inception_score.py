@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 
 from mutor_img.common.errors import UserError, suggest
 from mutor_img.common.streams import Stream, bits
@@ -42,6 +41,8 @@ def inception_score(logits: Tensor, *, order: str = "shuffle", seed: int = 0, ch
     if order == "shuffle":
         draws = bits(seed, Stream.IS_ORDER, torch.arange(count))  # (N,)
         logits = logits[torch.argsort(draws).to(logits.device)]
+    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric  # seconds to import
+
     scores = [isc_features_to_metric(part, splits=1, shuffle=False)[KEY_METRIC_ISC_MEAN]
               for part in logits.split(chunk)]
     return float(sum(scores) / len(scores))

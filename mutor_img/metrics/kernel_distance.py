@@ -6,7 +6,6 @@ Source: Binkowski et al. 2018: the unbiased squared MMD under (x.y / D + 1)^3, a
 from __future__ import annotations
 
 from torch import Tensor
-from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
 from mutor_img.common.errors import UserError
 
@@ -29,5 +28,7 @@ def kernel_distance(samples: Tensor, reference: Tensor, *, seed: int = 0) -> flo
     size = min(SUBSET_SIZE, len(samples), len(reference))
     if size < 2:
         raise UserError("the kernel distance needs at least 2 samples and 2 reference images")
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric  # seconds to import
+
     return kid_features_to_metric(samples.double(), reference.double(), kid_subsets=SUBSETS, kid_subset_size=size,
                                   kid_kernel="poly", rng_seed=seed, verbose=False)[KEY_METRIC_KID_MEAN]

@@ -8,9 +8,9 @@ import torch
 
 from mutor_img.common.errors import UserError, suggest
 from mutor_img.metrics.digits import DEFAULT_FOLDER, load_digits
-from mutor_img.metrics.features import FeatureNetwork, load_inception
-from mutor_img.metrics.timm_features import PREFIX, load_timm
+from mutor_img.metrics.features import FeatureNetwork
 
+PREFIX = "timm:"
 FEATURES = ("inception", "mnist", "classifier")
 
 
@@ -46,5 +46,9 @@ def load_features(features: str, weights: str | Path | None, inception_weights: 
     if features in ("mnist", "classifier"):
         return load_digits(weights or DEFAULT_FOLDER, device, features)
     if features.startswith(PREFIX):
+        from mutor_img.metrics.timm_features import load_timm  # seconds to import, as the next
+
         return load_timm(features, weights, device)
+    from mutor_img.metrics.inception import load_inception
+
     return load_inception(inception_weights, device)

@@ -17,8 +17,7 @@ from mutor_img.common.errors import UserError, suggest
 from mutor_img.common.files import file_hash
 from mutor_img.common.full_precision import full_precision
 from mutor_img.metrics.features import to_nchw
-
-PREFIX = "timm:"
+from mutor_img.metrics.networks import PREFIX
 
 
 class TimmFeatures:

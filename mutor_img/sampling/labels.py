@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
-from timm.data import ImageNetInfo
 from torch import Tensor
 
 from mutor_img.common.config import check_choice
 from mutor_img.common.errors import UserError, suggest
 from mutor_img.common.streams import Stream, bits, integers
+
+if TYPE_CHECKING:
+    from timm.data import ImageNetInfo
 
 RULES = ("random", "balanced")
 _WORDNET_ID = re.compile(r"n\d{8}")
@@ -47,10 +51,10 @@ def readable_names(class_names: Sequence[str] | None, classes: int) -> list[str]
     if class_names is None:
         if classes != 1000:
             return [str(label) for label in range(classes)]
-        class_names = ImageNetInfo().label_names()
+        class_names = _imagenet().label_names()
     if not any(map(_WORDNET_ID.fullmatch, class_names)):
         return list(class_names)
-    info = ImageNetInfo()
+    info = _imagenet()
     known = set(info.label_names())
     return [info.label_name_to_description(name).split(",")[0] if name in known else name for name in class_names]
 
@@ -133,7 +137,7 @@ def _hint(word: str, names: Sequence[str], aliases: Sequence[set[str]]) -> str:
 
 def _aliases(names: Sequence[str], class_names: Sequence[str] | None) -> list[set[str]]:
     """Return what else each class may be called: the run's own word, and for ImageNet's the WordNet id and synonyms."""
-    info = ImageNetInfo()
+    info = _imagenet()
     own = class_names or (info.label_names() if len(names) == 1000 else names)
     known = set(info.label_names())
     return [{_plain(word), *(map(_plain, info.label_name_to_description(word).split(",")) if word in known else ())}
@@ -142,3 +146,10 @@ def _aliases(names: Sequence[str], class_names: Sequence[str] | None) -> list[se
 
 def _plain(name: str) -> str:
     return name.strip().replace("_", " ").casefold()
+
+
+@cache
+def _imagenet() -> ImageNetInfo:
+    from timm.data import ImageNetInfo  # seconds to import, and for names alone
+
+    return ImageNetInfo()

@@ -6,10 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from torch.utils.tensorboard import SummaryWriter
 
 from mutor_img.common.files import read_lines, write_atomic
@@ -39,7 +35,10 @@ class RunLog:
 
     def draw(self, names: tuple[str, ...]) -> Path:
         """Draw the named values over the steps into ``loss.png``; returns its path."""
-        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+        from matplotlib.figure import Figure  # a second to import, at the end of a run only
+
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
         for name in names:
             points = [(row["step"], row[name]) for row in self.rows if name in row]
             if points:
@@ -48,9 +47,7 @@ class RunLog:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
-        path = write_atomic(self.run_dir / "loss.png", lambda aside: figure.savefig(aside, format="png", dpi=120))
-        plt.close(figure)
-        return path
+        return write_atomic(self.run_dir / "loss.png", lambda aside: figure.savefig(aside, format="png", dpi=120))
 
     def close(self) -> None:
         """Flush and close the files."""

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -66,6 +65,8 @@ class Trainer:
         # The average is of the plain model: it serves validation and pictures, whose shapes differ.
         self.ema = None
         if config.train.ema:
+            from timm.utils import ModelEmaV3  # seconds to import
+
             self.ema = ModelEmaV3(self.model, config.train.ema, use_warmup=True, warmup_gamma=9, warmup_power=1)
         blocks = task.blocks(self.model)
         parallel.prepare_blocks(blocks, config.train)

@@ -8,8 +8,8 @@ from projection import Projection
 
 from mutor_img.common import cli
 from mutor_img.evaluation import command
-from mutor_img.metrics import features
-from mutor_img.metrics.features import INCEPTION_FILE
+from mutor_img.metrics import inception
+from mutor_img.metrics.inception import INCEPTION_FILE
 from mutor_img.metrics.requirements import INCEPTION
 
 MU, SIGMA = np.zeros(6), np.eye(6)
@@ -80,7 +80,7 @@ def test_a_bad_file_is_one_line_and_status_2(samples, reference, more, words, fi
 @pytest.mark.parametrize("there", [False, True], ids=["offline without weights", "another file in their place"])
 def test_the_published_weights_or_none(there, files, monkeypatch, capsys):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(files / "hub"))
-    monkeypatch.setattr(features, "URL_INCEPTION_V3", (files / "unreachable").as_uri())
+    monkeypatch.setattr(inception, "URL_INCEPTION_V3", (files / "unreachable").as_uri())
     path = files / "hub" / "checkpoints" / INCEPTION_FILE
     if there:
         path.parent.mkdir(parents=True)

@@ -8,14 +8,12 @@ from bodies import CPU
 import tokenizer.train
 from mutor_img.decoding import cpu as packed
 from mutor_img.training import parallel
-from mutor_img.training.log import RunLog
 
 
 @pytest.fixture
 def brief(monkeypatch, tiny):
-    """What takes long on a CPU and no check looks at is left out: compiled kernels, loss curves, FLOPs."""
+    """What takes long on a CPU and no check looks at is left out: compiled kernels, FLOPs."""
     monkeypatch.setattr(packed.shutil, "which", lambda name: None)
-    monkeypatch.setattr(RunLog, "draw", lambda self, names: None)
     monkeypatch.setattr(tokenizer.train, "forward_flops", lambda config: 1.0)
 
 

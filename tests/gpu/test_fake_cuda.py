@@ -19,8 +19,8 @@ from mutor_img.data.store import Codes
 from mutor_img.decoding.drafting import SOURCES, Drafts
 from mutor_img.metrics.digits import DigitFeatures, DigitNet
 from mutor_img.metrics.evaluator import evaluate
-from mutor_img.metrics.features import Inception, InceptionGraph
 from mutor_img.metrics.image_sets import ArrayImages
+from mutor_img.metrics.inception import Inception, InceptionGraph
 from mutor_img.metrics.references import as_reference
 from mutor_img.metrics.timm_features import TimmFeatures
 from mutor_img.pretraining.command import main as train_generator

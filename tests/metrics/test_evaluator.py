@@ -11,9 +11,9 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from mutor_img.common.errors import UserError
 from mutor_img.metrics import evaluator
 from mutor_img.metrics.evaluator import evaluate, make_reference
-from mutor_img.metrics.features import load_inception
 from mutor_img.metrics.frechet import Statistics, frechet_distance
 from mutor_img.metrics.image_sets import ArrayImages
+from mutor_img.metrics.inception import load_inception
 from mutor_img.metrics.inception_score import inception_score
 from mutor_img.metrics.precision_recall import precision_recall
 from mutor_img.metrics.references import as_reference, open_reference

@@ -7,8 +7,9 @@ from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d
 
 from mutor_img.common.errors import UserError
 from mutor_img.common.full_precision import full_precision
-from mutor_img.metrics import features
-from mutor_img.metrics.features import INCEPTION_FILE, InceptionGraph, load_inception, resize_like_tensorflow, to_nchw
+from mutor_img.metrics import inception as inception_module
+from mutor_img.metrics.features import to_nchw
+from mutor_img.metrics.inception import INCEPTION_FILE, InceptionGraph, load_inception, resize_like_tensorflow
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def test_the_default_place_must_hold_the_published_file(inception_file, tmp_path
 
 def test_without_weights_and_network_the_message_names_the_place_and_the_option(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(features, "URL_INCEPTION_V3", (tmp_path / "absent").as_uri())
+    monkeypatch.setattr(inception_module, "URL_INCEPTION_V3", (tmp_path / "absent").as_uri())
     with pytest.raises(UserError) as caught:
         load_inception()
     assert str(tmp_path / "checkpoints" / INCEPTION_FILE) in str(caught.value)

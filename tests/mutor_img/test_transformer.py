@@ -7,7 +7,6 @@ import pytest
 import torch
 from reference import mutor as reference
 from reference.comparison import batch_of, registers_of
-from timm.layers import DropPath
 from torch import nn
 
 from mutor_img import mutor_loss
@@ -149,7 +148,7 @@ def test_a_drop_path_switches_the_dropouts_of_blocks_off_and_grows_with_depth():
     model = Transformer(ModelConfig(3, 2, 32, (4, 5), 11, 3, dropout=0.1, drop_path=0.2))
     places = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
     assert places.pop("dropout") == 0.1 and set(places.values()) == {0.0}
-    rates = [module.drop_prob for module in model.modules() if isinstance(module, DropPath)]
+    rates = [getattr(layer.drop_path, "drop_prob", 0.0) for layer in model.layers]
     assert rates == pytest.approx([0.0, 0.1, 0.2])
 
 

@@ -339,7 +339,7 @@ def test_a_micro_batch_is_no_larger_than_a_processs_share(run_training):
     assert run_training("train.micro_batch=64", "train.steps=1").micro_batch == 4
 
 
-def test_metrics_are_json_lines_with_what_a_reader_needs(run_training):
+def test_metrics_are_json_lines_with_what_a_reader_needs(run_training, curves):
     trainer = run_training()
     rows = [json.loads(line) for line in (trainer.run_dir / "metrics.jsonl").read_text().splitlines()]
     needed = {"step", "samples", "loss", "next_token", "register", "gradient_norm", "lr", "tokens_per_second", "mfu"}

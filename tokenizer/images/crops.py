@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import ten_crop
 
 from mutor_img.common.errors import UserError, check_range, suggest
 from mutor_img.common.images import naming
@@ -79,6 +78,8 @@ def _center(image: Image.Image, side: int, number: int) -> list[Image.Image]:
 
 def _ten(image: Image.Image, side: int, number: int, *, scale: float) -> list[Image.Image]:
     """Return LlamaGen's ten crops: corners and middle of the centre crop to ``side * scale``, and of its mirror."""
+    from torchvision.transforms.functional import ten_crop  # seconds to import
+
     return list(ten_crop(center_crop(image, int(side * scale)), side))
 
 

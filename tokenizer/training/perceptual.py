@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import vgg16
 
 from mutor_img.checkpoints.folder import load_strict
 from mutor_img.checkpoints.llamagen import read_pt
@@ -33,6 +32,8 @@ class LPIPS(nn.Module):
 
     def __init__(self):
         super().__init__()
+        from torchvision.models import vgg16  # seconds to import
+
         with torch.device("meta"):  # without the classifier, whose 124 million weights nobody needs
             features = vgg16(weights=None, init_weights=False).features[: _TAPS[-1] + 1]
         self.features = features.to_empty(device="cpu")
