@@ -177,19 +177,17 @@ class Drafts:
         """The places (B, S) whose codes a pass draws; those of registers follow those of the window."""
         return self.start[:, None] + self.window
 
-    @property
-    def inputs(self) -> Tensor:
-        """The codes (B, W) before those places; that of place 0, which has none, is unspecified."""
-        return self.codes.gather(1, (self.places[:, : self.width] - 1).clamp(min=0))
+    def inputs(self, places: Tensor) -> Tensor:
+        """Return the codes (B, W) before :attr:`places`; that of place 0, which has none, is unspecified."""
+        return self.codes.gather(1, (places[:, : self.width] - 1).clamp(min=0))
 
     @property
     def finished(self) -> bool:
         """Whether all codes of all images are certain."""
         return bool((self.start == self.length).all())
 
-    def take(self, drawn: Tensor) -> None:
+    def take(self, places: Tensor, drawn: Tensor) -> None:
         """Go on with what a pass has drawn, (B, S) int64 at :attr:`places`."""
-        places = self.places
         # A row's draw is certain if the drafts of all places before its own were right.
         right = (self.codes.gather(1, places) == drawn)[:, : self.width - 1]  # (B, W - 1)
         certain = 1 + right.cumprod(1).sum(1)
@@ -255,12 +253,14 @@ class Drafter:
         scales = F.pad(self.scales, (0, rows), value=1.0)  # (N + S,)
         drafts = Drafts(self._guess(numbers[:, :length]), rows, width, repeat=self.seen is None)
         drafts.start[real:] = length
+        begin, registers = self._rows(labels, rows - width)
         while not drafts.finished:
             places = drafts.places  # (count, S)
-            logits = decoder.window(self._embed(labels, drafts, rows - width), drafts.start, width)  # (Q, S, V)
+            inputs = self._embed(drafts, places, begin, registers)
+            logits = decoder.window(inputs, drafts.start, width)  # (Q, S, V)
             logits = self._guide(logits.float().unflatten(0, (len(labels), self.halves)), scales[places])
             drawn = self.draw(logits.flatten(0, 1), numbers.gather(1, places).flatten())
-            drafts.take(drawn.view_as(places))
+            drafts.take(places, drawn.view_as(places))
         return drafts
 
     def _guide(self, logits: Tensor, scales: Tensor) -> Tensor:
@@ -271,16 +271,25 @@ class Drafter:
         guided = guide(logits.transpose(0, 1), scales[..., None])[0]
         return torch.where(scales[..., None] > 1, guided, conditional)
 
-    def _embed(self, labels: Tensor, drafts: Drafts, registers: int) -> Tensor:
-        """Return the inputs (Q, S, dim) of a pass; both halves of an image have the same ones but for the class."""
-        model, classes = self.model, self.model.config.classes
-        halves = torch.stack([labels, torch.full_like(labels, classes)][: self.halves], 1)  # (count, halves)
-        x = model.tok_embeddings(drafts.inputs.clamp(min=0))[:, None].repeat(1, self.halves, 1, 1)
-        x[:, :, 0] = torch.where((drafts.start == 0)[:, None, None], model.cls_embedding(halves), x[:, :, 0])
-        if registers:  # offset 1 is the last input's own target
-            offsets = torch.arange(2, registers + 2, device=labels.device)
-            row = model.register_embedding(embedding_rows(offsets, model.config.register_offsets))  # (R, dim)
-            x = torch.cat([x, row.expand(*halves.shape, -1, -1)], 2)
+    def _rows(self, labels: Tensor, registers: int) -> tuple[Tensor, Tensor]:
+        """Return the inputs that no code decides: both halves' first, (count, halves, dim), and the registers', (R, dim).
+        """
+        model = self.model
+        halves = torch.stack([labels, torch.full_like(labels, model.config.classes)][: self.halves], 1)
+        offsets = torch.arange(2, registers + 2, device=labels.device)  # offset 1 is the last input's own target
+        rows = (model.register_embedding(embedding_rows(offsets, model.config.register_offsets)) if registers
+                else model.tok_embeddings.weight[:0])
+        return model.cls_embedding(halves), rows
+
+    def _embed(self, drafts: Drafts, places: Tensor, begin: Tensor, registers: Tensor) -> Tensor:
+        """Return the inputs (Q, S, dim) of a pass at places (count, S); see :meth:`_rows`.
+
+        Both halves of an image have the same ones but for the class.
+        """
+        x = self.model.tok_embeddings(drafts.inputs(places).clamp(min=0))[:, None].repeat(1, self.halves, 1, 1)
+        x[:, :, 0] = torch.where((drafts.start == 0)[:, None, None], begin, x[:, :, 0])
+        if len(registers):
+            x = torch.cat([x, registers.expand(*x.shape[:2], -1, -1)], 2)
         return x.flatten(0, 1)
 
     def _guess(self, numbers: Tensor) -> Tensor:

@@ -117,9 +117,10 @@ def replay(truth, guesses, window):
     for _ in range(truth.shape[1]):
         if drafts.finished:
             break
-        before = torch.arange(padded.shape[1]) < drafts.places[..., None]  # (B, W, N + W)
+        places = drafts.places  # (B, W)
+        before = torch.arange(padded.shape[1]) < places[..., None]  # (B, W, N + W)
         right = ((drafts.codes == padded)[:, None] | ~before).all(-1)
-        drafts.take(torch.where(right, padded.gather(1, drafts.places), -9))
+        drafts.take(places, torch.where(right, padded.gather(1, places), -9))
     assert drafts.finished and torch.equal(drafts.codes[:, : truth.shape[1]], truth)
     return drafts.passes.tolist()
 
