@@ -53,6 +53,13 @@ class PrefixCache:
         keys, values = store.flatten(1, 2)  # (R H, N, head dim) each
         return self._read(keys, values, position, qkv[:, 0].flatten(0, 1)[:, None]).view_as(qkv[:, 0])
 
+    def take(self, other: PrefixCache, images: Tensor, slots: Tensor, halves: int, places: int) -> None:
+        """Take over the first ``places`` of some images from the cache of windows, where the rows of an image are side
+        by side; here they stand in ``slots`` of each half, (B,) int64 as ``images``.
+        """
+        theirs = other.store.unflatten(2, (-1, halves))[:, :, images, ..., :places, :]  # (L, 2, B, halves, H, M, ..)
+        self.store.unflatten(2, (halves, -1))[:, :, :, slots, :, :places] = theirs.transpose(2, 3)
+
     def attend_window(self, layer: int, starts: Sequence[int], width: int, qkv: Tensor) -> Tensor:
         """Keep the keys and values of a window, and attend to all before each of its rows and to the row itself.
 
