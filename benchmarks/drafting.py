@@ -172,8 +172,8 @@ def _numbers(text: str, flag: str, high: int) -> list[int]:
     return numbers
 
 
-def _open(parser: Parser, argv: Sequence[str]) -> tuple[Any, Transformer]:
-    """Return the flags, checked, and the model."""
+def _open(parser: Parser, argv: Sequence[str]) -> tuple[Any, SamplingSettings, Transformer]:
+    """Return the flags, checked, what they say of sampling, and the model."""
     args = parser.parse_args(argv)
     if (args.checkpoint is None) == (args.preset is None):
         raise UserError("give --checkpoint or --preset, one of them")
@@ -181,6 +181,7 @@ def _open(parser: Parser, argv: Sequence[str]) -> tuple[Any, Transformer]:
     for flag, low in (("images", 1), ("rounds", 0), ("threads", 1), ("grid", 2), ("vocabulary", 2)):
         check_range(f"--{flag}", getattr(args, flag), low, 100_000)
     args.batch_sizes = _numbers(args.batch_sizes, "--batch-sizes", 4096)
+    settings = SamplingSettings(args.cfg_scale, *parse_schedule(args.cfg_schedule), top_p=args.top_p)
     torch.set_num_threads(args.threads)
     if args.preset:
         torch.manual_seed(0)
@@ -188,13 +189,13 @@ def _open(parser: Parser, argv: Sequence[str]) -> tuple[Any, Transformer]:
     else:
         model = load_run(args.checkpoint).model
     args.windows = _numbers(args.windows, "--windows", model.config.length)
-    return args, model
+    settings.validate(model.config.vocabulary)
+    return args, settings, model
 
 
 def main(argv: Sequence[str]) -> None:
     """The command; see ``--help``."""
-    args, model = _open(_parser(), argv)
-    settings = SamplingSettings(args.cfg_scale, *parse_schedule(args.cfg_schedule), top_p=args.top_p)
+    args, settings, model = _open(_parser(), argv)
     labels = torch.arange(args.images) % model.config.classes
     registers = model.config.register_offsets is not None
     sources = [source for source in SOURCES if registers or source != "registers"]

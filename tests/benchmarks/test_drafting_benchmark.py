@@ -59,6 +59,7 @@ def test_the_command_counts_passes_times_images_and_draws(run_of, tmp_path, caps
     (["--preset", "mnist", "--batch-sizes", "1,x"], "give whole numbers"), (["--checkpoint", "nowhere"], "nowhere"),
     (["--preset", "mnist", "--images", "0"], "--images is 0"),
     (["--preset", "mnist", "--cfg-schedule", "linaer"], "did you mean 'linear'"),
+    (["--preset", "mnist", "--top-p", "2"], "top_p is 2.0"),
     (["--preset", "mnist", "--vocabulary", "8", "--entropy", "3"], "--entropy is 3"),
 ], ids=" ".join)
 def test_bad_input_is_one_line(argv, words):
