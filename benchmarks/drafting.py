@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
     set_spinning()  # before torch is loaded
 
+import math
 import platform
 import statistics
 import time
@@ -51,7 +52,7 @@ def drawn_model(preset: str, vocabulary: int, entropy: float, grid: tuple[int, i
         UserError: an entropy that so many codes cannot have.
     """
     model = Transformer(ModelConfig.preset(preset, grid=grid, vocabulary=vocabulary, register_offsets=())).eval()
-    check_range("--entropy", entropy, 0.01, torch.tensor(float(vocabulary)).log().item() - 0.01)
+    check_range("--entropy", entropy, 0.01, round(math.log(vocabulary) - 0.01, 2))
     nn.init.normal_(model.output.weight, std=0.02)
     codes = torch.randint(vocabulary, (1, min(31, model.config.length - 1)))
     with torch.no_grad():
