@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
     set_spinning()  # before torch is loaded
 
+import math
 import platform
 import statistics
 import time
@@ -38,8 +39,8 @@ from mutor_img.common.files import write_atomic
 from mutor_img.common.images import check_png
 from mutor_img.common.streams import Stream, uniform
 from mutor_img.decoding.drafting import AUTO, SOURCES, TRIES, Draft
-from mutor_img.decoding.guidance import guide
-from mutor_img.decoding.sampler import Sampler, SamplingSettings, draw
+from mutor_img.decoding.guidance import SCHEDULES, guidance_scales, guide, parse_schedule
+from mutor_img.decoding.sampler import Sampler, SamplingSettings, draw, filtered
 from mutor_img.metrics.report import aligned
 from mutor_img.transformer import Transformer
 
@@ -51,7 +52,7 @@ def drawn_model(preset: str, vocabulary: int, entropy: float, grid: tuple[int, i
         UserError: an entropy that so many codes cannot have.
     """
     model = Transformer(ModelConfig.preset(preset, grid=grid, vocabulary=vocabulary, register_offsets=())).eval()
-    check_range("--entropy", entropy, 0.01, torch.tensor(float(vocabulary)).log().item() - 0.01)
+    check_range("--entropy", entropy, 0.01, round(math.log(vocabulary) - 0.01, 2))
     nn.init.normal_(model.output.weight, std=0.02)
     codes = torch.randint(vocabulary, (1, min(31, model.config.length - 1)))
     with torch.no_grad():
@@ -69,20 +70,21 @@ def overlaps(model: Transformer, labels: Tensor, codes: Tensor, settings: Sampli
              offsets: Sequence[int]) -> list[dict[str, float]]:
     """Return how well registers draft, a row per offset, along codes (B, N) that the model has sampled itself.
 
-    ``overlap`` is the mass that the register's distribution and the true one share, sum min(p, q); ``right`` how often
-    the register's draw with the code's own random number is the code.
+    ``overlap`` is the mass that the register's distribution and the true one share, sum min(p, q), both as they are
+    drawn from; ``right`` how often the register's draw with the code's own random number is the code.
     """
     length, rows = codes.shape[1], []
     halves = torch.cat([labels, torch.full_like(labels, model.config.classes)])
     numbers = uniform(settings.seed, Stream.TOKEN, torch.arange(len(codes))[:, None], torch.arange(length))  # (B, N)
+    scales = torch.tensor(guidance_scales(settings.cfg_schedule, settings.cfg_scale, settings.cfg_parameter, length))
     for offset in offsets:
         anchors = torch.arange(length - offset + 1).expand(2 * len(codes), -1)  # all that have a target
         with torch.inference_mode():
             both = model(halves, codes[:, :-1].repeat(2, 1), anchors, torch.full_like(anchors, offset))
-        true, register = (guide(logits.float(), settings.cfg_scale) for logits in both)
-        shared = torch.minimum(true[:, offset - 1 :].softmax(-1), register.softmax(-1)).sum(-1)  # (B, N - d + 1)
-        drawn = draw(register.flatten(0, 1), numbers[:, offset - 1 :].flatten(), settings)
-        right = drawn.view_as(shared) == codes[:, offset - 1 :]
+        true, register = (guide(logits.float(), scales[offset - 1 :, None]).flatten(0, 1)  # (B (N - d + 1), V)
+                          for logits in (both[0][:, offset - 1 :], both[1]))
+        shared = torch.minimum(*(filtered(logits, settings).softmax(-1) for logits in (true, register))).sum(-1)
+        right = draw(register, numbers[:, offset - 1 :].flatten(), settings) == codes[:, offset - 1 :].flatten()
         rows.append({"offset": offset, "overlap": shared.mean().item(), "right": right.double().mean().item()})
     return rows
 
@@ -157,6 +159,8 @@ def _parser() -> Parser:
     add("--batch-sizes", default="1,8", metavar="LIST", help="images at a time that are timed, comma-separated")
     add("--rounds", type=int, default=5, help="timed calls of each; 0: nothing is timed")
     add("--cfg-scale", type=float, default=2.0, help="guidance scale; 1: none")
+    add("--cfg-schedule", default="constant", metavar="NAME", help=f"{', '.join(SCHEDULES)}, as in power-cosine:2")
+    add("--top-p", type=float, default=1.0, help="sample only from the most likely codes with this total probability")
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     add("--out", metavar="FILE", help="png to draw")
     return parser
@@ -169,8 +173,8 @@ def _numbers(text: str, flag: str, high: int) -> list[int]:
     return numbers
 
 
-def _open(parser: Parser, argv: Sequence[str]) -> tuple[Any, Transformer]:
-    """Return the flags, checked, and the model."""
+def _open(parser: Parser, argv: Sequence[str]) -> tuple[Any, SamplingSettings, Transformer]:
+    """Return the flags, checked, what they say of sampling, and the model."""
     args = parser.parse_args(argv)
     if (args.checkpoint is None) == (args.preset is None):
         raise UserError("give --checkpoint or --preset, one of them")
@@ -178,6 +182,7 @@ def _open(parser: Parser, argv: Sequence[str]) -> tuple[Any, Transformer]:
     for flag, low in (("images", 1), ("rounds", 0), ("threads", 1), ("grid", 2), ("vocabulary", 2)):
         check_range(f"--{flag}", getattr(args, flag), low, 100_000)
     args.batch_sizes = _numbers(args.batch_sizes, "--batch-sizes", 4096)
+    settings = SamplingSettings(args.cfg_scale, *parse_schedule(args.cfg_schedule), top_p=args.top_p)
     torch.set_num_threads(args.threads)
     if args.preset:
         torch.manual_seed(0)
@@ -185,20 +190,20 @@ def _open(parser: Parser, argv: Sequence[str]) -> tuple[Any, Transformer]:
     else:
         model = load_run(args.checkpoint).model
     args.windows = _numbers(args.windows, "--windows", model.config.length)
-    return args, model
+    settings.validate(model.config.vocabulary)
+    return args, settings, model
 
 
 def main(argv: Sequence[str]) -> None:
     """The command; see ``--help``."""
-    args, model = _open(_parser(), argv)
-    settings = SamplingSettings(cfg_scale=args.cfg_scale)
+    args, settings, model = _open(_parser(), argv)
     labels = torch.arange(args.images) % model.config.classes
     registers = model.config.register_offsets is not None
     sources = [source for source in SOURCES if registers or source != "registers"]
     name = args.checkpoint or f"{args.preset} of drawn weights"
     print(f"{machine(model.output.weight.device)}; torch {torch.__version__}, Python {platform.python_version()}")
-    print(f"{name}: {model.config.length} codes of {model.config.vocabulary}, guidance {args.cfg_scale}, "
-          f"{args.images} images", flush=True)
+    print(f"{name}: {model.config.length} codes of {model.config.vocabulary}, guidance {args.cfg_scale} "
+          f"{args.cfg_schedule}, top-p {args.top_p}, {args.images} images", flush=True)
     codes = Sampler(model, settings, args.images).generate(labels, torch.arange(args.images))
     good = overlaps(model, labels, codes, settings, range(1, max(args.windows) + 1)) if registers else []
     if good:

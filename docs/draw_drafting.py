@@ -37,7 +37,8 @@ class Recorder(PackedDecoder):
 def main(path: str) -> None:
     """Draw the picture."""
     model = load_run(path).model
-    sampler = Sampler(model, SamplingSettings(), 1, draft=Draft(WINDOW))
+    settings = SamplingSettings(cfg_scale=2.3, cfg_schedule="linear", top_p=0.95)  # the demo's
+    sampler = Sampler(model, settings, 1, draft=Draft(WINDOW))
     recorder = sampler.decoders[WINDOW] = Recorder(pack(model), 2)
     recorder.starts = []
     sampler.generate(torch.tensor([SAMPLE % model.config.classes]), torch.tensor([SAMPLE]))

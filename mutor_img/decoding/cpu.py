@@ -50,7 +50,15 @@ class PrefixCache:
         """
         store = self.store[layer, :, : len(qkv)]  # (2, R, H, N, head dim)
         store[:, :, :, position] = qkv[:, 1:].transpose(0, 1)
-        return self._read(*store.flatten(1, 2), position, qkv[:, 0].flatten(0, 1)).view_as(qkv[:, 0])
+        keys, values = store.flatten(1, 2)  # (R H, N, head dim) each
+        return self._read(keys, values, position, qkv[:, 0].flatten(0, 1)[:, None]).view_as(qkv[:, 0])
+
+    def take(self, other: PrefixCache, images: Tensor, slots: Tensor, halves: int, places: int) -> None:
+        """Take over the first ``places`` of some images from the cache of windows, where the rows of an image are side
+        by side; here they stand in ``slots`` of each half, (B,) int64 as ``images``.
+        """
+        theirs = other.store.unflatten(2, (-1, halves))[:, :, images, ..., :places, :]  # (L, 2, B, halves, H, M, ..)
+        self.store.unflatten(2, (halves, -1))[:, :, :, slots, :, :places] = theirs.transpose(2, 3)
 
     def attend_window(self, layer: int, starts: Sequence[int], width: int, qkv: Tensor) -> Tensor:
         """Keep the keys and values of a window, and attend to all before each of its rows and to the row itself.
@@ -69,27 +77,30 @@ class PrefixCache:
         out, halves, length = torch.zeros_like(qkv[:, :, 0]), len(qkv) // len(starts), self.store.shape[4] - 1
         for first, start in zip(range(0, len(qkv), halves), starts):
             image, store = qkv[first : first + halves], self.store[layer, :, first : first + halves]
-            queries = image[:, :, 0].transpose(0, 1).flatten(1, 2)  # (S, halves H, head dim)
+            queries = image[:, :, 0].transpose(0, 1).flatten(1, 2)[:, :, None].unbind()  # S of (halves H, 1, head dim)
             keys, values = store.flatten(1, 2)  # (halves H, N, head dim) each
             keep = image[:, :, 1:].permute(2, 0, 3, 1, 4)  # (2, halves, H, S, head dim)
-            end = min(start + width, length)
+            end, rows = min(start + width, length), min(qkv.shape[1], length - start)
             store[:, :, :, start:end] = keep[:, :, :, : end - start]
-            for row in range(min(qkv.shape[1], length - start)):
+            reads = []
+            for row in range(rows):
                 if row >= width:
                     store[:, :, :, end] = keep[:, :, :, row]
-                read = self._read(keys, values, min(start + row, end), queries[row])
-                out[first : first + halves, row] = read.view_as(image[:, row, 0])
+                reads.append(self._read(keys, values, min(start + row, end), queries[row]))
+            if reads:  # none of an image that is finished
+                read = torch.stack(reads).view(rows, halves, *qkv.shape[3:])
+                out[first : first + halves, :rows] = read.transpose(0, 1)
         return out
 
     def _read(self, keys: Tensor, values: Tensor, position: int, queries: Tensor) -> Tensor:
-        """Attend from one query each, (R H, head dim), to the first places of keys and values (R H, N, head dim)."""
+        """Attend from one query each, (R H, 1, head dim), to the first places of keys and values (R H, N, head dim)."""
         if not position:
-            return values[:, 0].to(queries.dtype)  # itself alone
-        keys, values = keys[:, : position + 1], values[:, : position + 1]  # (R H, seen, head dim) each
+            return values[:, :1].to(queries.dtype)  # itself alone
+        keys, values = keys.narrow(1, 0, position + 1), values.narrow(1, 0, position + 1)  # (R H, seen, head dim) each
         if self.fused:  # R * H, not R and H: a kernel would be compiled anew where one of them is 1
-            return _compiled_attention()(queries, keys, values)
-        scores = torch.bmm(queries[:, None].to(keys.dtype), keys.transpose(1, 2))  # (R H, 1, seen)
-        return torch.bmm(scores.softmax(-1), values)[:, 0]
+            return _compiled_attention()(queries[:, 0], keys, values)[:, None]
+        scores = torch.bmm(queries.to(keys.dtype), keys.transpose(1, 2))  # (R H, 1, seen)
+        return torch.bmm(scores.softmax(-1), values)
 
 
 def _fuses(dtype: torch.dtype) -> bool:

@@ -23,7 +23,6 @@ A register has the slot after the window for itself, and the next window writes 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -43,7 +42,8 @@ from mutor_img.transformer import Transformer
 
 SOURCES = ("window", "frequency", "registers")
 AUTO = "auto"
-TRIES = 3  # of drafts and of sequential decoding each, until ``auto`` settles for one
+TRIES = 3  # of each window, until ``auto`` settles for one or for none
+LOSS = 0.03  # of the time of a sequential image: what a try may lose until it is given up
 REMEMBERED = 256  # images whose codes ``frequency`` draws from, the latest
 
 
@@ -53,8 +53,8 @@ class Draft:
 
     Attributes:
         window: W, the inputs of an image per pass; 0: sequential decoding, one code per pass. ``"auto"``: on CPUs in
-            fp32, as many as fill the rows that would be padding, where there are few images at a time and drafts prove
-            faster (:class:`Trial`); else 0.
+            fp32, as many as fill the rows that would be padding, or for a single image twice as many, where drafts
+            prove faster (:class:`Trial`); else 0.
         source: one of ``SOURCES``; where the first drafts of a place come from.
     """
 
@@ -96,40 +96,57 @@ class Draft:
     @property
     def offsets(self) -> range:
         """The offsets of the registers that this takes at most; offset 1 is the window's own last draw."""
-        width = self.widest(CHUNK) if self.window == AUTO else self.window
+        width = max(self.widths(1)) if self.window == AUTO else self.window
         return range(2, width + 1) if self.source == "registers" else range(0)
 
     def to_json(self) -> dict[str, int | str]:
         """Return what a manifest says of it."""
         return {"draft": self.window, "draft_source": self.source} if self.window else {"draft": 0}
 
-    def widest(self, rows: int) -> int:
-        """Return the widest window, W, of an image that takes at most so many rows."""
-        return (rows + 1) // 2 if self.source == "registers" else rows
+    def widths(self, images: int) -> list[int]:
+        """Return the windows that ``auto`` tries for so many images at a time; none where no rows would be padding."""
+        rows = CHUNK // images if images else 0
+        most = [rows, 2 * rows] if images == 1 else [rows]
+        widths = [(rows + 1) // 2 if self.source == "registers" else rows for rows in most]
+        return [width for width in widths if width > 1]
 
 
 NO_DRAFT = Draft()
 
 
 class Trial:
-    """Whether drafts are faster here than sequential decoding: both are tried in turn, and the faster one goes on.
+    """Which window is fastest here, if any: each is tried on a few batches, and the fastest way goes on.
 
-    What a row costs depends on the model and the machine, and how many passes drafts save depends on the images.
+    What a row costs depends on the model and the machine, and how many passes drafts save depends on the images. A try
+    is given up once it has lost ``LOSS`` of the time that sequential decoding takes for the batch, which then goes on
+    without drafts: so even a run of one image loses little.
     """
 
-    def __init__(self):
-        self.tries = 0
-        self.least = {True: math.inf, False: math.inf}  # seconds of the fastest try, with drafts and without
+    def __init__(self, widths: Sequence[int], length: int, step: float):
+        """Begin.
+
+        Args:
+            widths: the windows to try.
+            length: N.
+            step: seconds of a step of sequential decoding.
+        """
+        self.length, self.step = length, step
+        self.rates = {0: 1 / step}  # the most codes of an image per second by window
+        self.left = list(widths) * TRIES
 
     @property
-    def drafts(self) -> bool:
-        """Whether to draft the next images."""
-        return self.tries % 2 == 0 if self.tries < 2 * TRIES else self.least[True] <= self.least[False]
+    def width(self) -> int:
+        """The window of the next batch; 0: none."""
+        return self.left[0] if self.left else max(self.rates, key=self.rates.__getitem__)
 
-    def note(self, drafted: bool, seconds: float) -> None:
-        """Take in how long images have taken."""
-        self.tries += 1
-        self.least[drafted] = min(self.least[drafted], seconds)
+    def loses(self, certain: int, seconds: float) -> bool:
+        """Tell whether a try is to be given up that has made so many codes of each image certain by now."""
+        return bool(self.left) and seconds > (certain + LOSS * self.length) * self.step
+
+    def note(self, width: int, certain: int, seconds: float) -> None:
+        """Take in how long a window has taken for so many codes of each image."""
+        self.left = self.left[1:]
+        self.rates[width] = max(self.rates.get(width, 0.0), certain / max(seconds, 1e-9))
 
 
 class WindowDecoder(Protocol):
@@ -177,19 +194,22 @@ class Drafts:
         """The places (B, S) whose codes a pass draws; those of registers follow those of the window."""
         return self.start[:, None] + self.window
 
+    def inputs(self, places: Tensor) -> Tensor:
+        """Return the codes (B, W) before :attr:`places`; that of place 0, which has none, is unspecified."""
+        return self.codes.gather(1, (places[:, : self.width] - 1).clamp(min=0))
+
     @property
-    def inputs(self) -> Tensor:
-        """The codes (B, W) before those places; that of place 0, which has none, is unspecified."""
-        return self.codes.gather(1, (self.places[:, : self.width] - 1).clamp(min=0))
+    def certain(self) -> int:
+        """How many codes of each image are certain at least."""
+        return int(self.start.min())
 
     @property
     def finished(self) -> bool:
         """Whether all codes of all images are certain."""
-        return bool((self.start == self.length).all())
+        return self.certain == self.length
 
-    def take(self, drawn: Tensor) -> None:
+    def take(self, places: Tensor, drawn: Tensor) -> None:
         """Go on with what a pass has drawn, (B, S) int64 at :attr:`places`."""
-        places = self.places
         # A row's draw is certain if the drafts of all places before its own were right.
         right = (self.codes.gather(1, places) == drawn)[:, : self.width - 1]  # (B, W - 1)
         certain = 1 + right.cumprod(1).sum(1)
@@ -206,6 +226,7 @@ class Drafter:
 
     Attributes:
         passes: of each image of the last call, (B,) int64.
+        certain: the codes of each image that the last call has made certain: N, or fewer if it was given up.
     """
 
     def __init__(self, model: Transformer, draft: Draft, scales: Sequence[float], seed: int,
@@ -226,41 +247,54 @@ class Drafter:
         self.model, self.draft, self.seed, self.draw = model, draft, seed, draw
         self.scales = torch.tensor(scales, dtype=torch.float32, device=model.output.weight.device)  # (N,)
         self.halves = 2 if max(scales) > 1 else 1
+        self.certain = 0
         self.latest = torch.empty(0, len(scales), dtype=torch.int64, device=self.scales.device)  # codes of images
         self.seen: Tensor | None = None  # (up to REMEMBERED, N), the same, ascending at each place; None: no image yet
 
-    def generate(self, decoder: WindowDecoder, labels: Tensor, samples: Tensor, count: int, width: int) -> Tensor:
+    def generate(self, decoder: WindowDecoder, labels: Tensor, samples: Tensor, count: int, width: int,
+                 loses: Callable[[int], bool] | None = None) -> Tensor:
         """Return codes (B, N) for labels and sample numbers (B,) int64; -1 where logits are not finite.
+
+        Codes from :attr:`certain` on, if it was given up, are drafts.
 
         Args:
             decoder: for ``count * halves`` sequences.
             count: images at a time; the last ones are padded with finished images.
             width: W.
+            loses: told after each pass how many codes of each image are certain, whether to give up; only for up to
+                ``count`` images.
         """
         codes, passes = [], []
         for some, numbers in zip(labels.split(count), samples.split(count)):
             drafts = self._run(decoder, F.pad(some, (0, count - len(some))), F.pad(numbers, (0, count - len(some))),
-                               len(some), width)
+                               len(some), width, loses)
             codes.append(drafts.codes[: len(some), : drafts.length])
             passes.append(drafts.passes[: len(some)])
-            self._remember(codes[-1])
+            self.certain = drafts.certain
+            if self.certain == drafts.length:
+                self._remember(codes[-1])
         self.passes = torch.cat(passes)
         return torch.cat(codes)
 
-    def _run(self, decoder: WindowDecoder, labels: Tensor, samples: Tensor, real: int, width: int) -> Drafts:
-        """Return the drafts of ``count`` images, the first ``real`` of them sampled to the end."""
+    def _run(self, decoder: WindowDecoder, labels: Tensor, samples: Tensor, real: int, width: int,
+             loses: Callable[[int], bool] | None) -> Drafts:
+        """Return the drafts of ``count`` images, the first ``real`` of them sampled to the end, or until it loses."""
         length, rows = len(self.scales), self.draft.rows(width)
         every = torch.arange(length + rows, device=labels.device)
         numbers = uniform(self.seed, Stream.TOKEN, samples[:, None], every)  # (count, N + S)
         scales = F.pad(self.scales, (0, rows), value=1.0)  # (N + S,)
         drafts = Drafts(self._guess(numbers[:, :length]), rows, width, repeat=self.seen is None)
         drafts.start[real:] = length
+        begin, registers = self._rows(labels, rows - width)
         while not drafts.finished:
             places = drafts.places  # (count, S)
-            logits = decoder.window(self._embed(labels, drafts, rows - width), drafts.start, width)  # (Q, S, V)
+            inputs = self._embed(drafts, places, begin, registers)
+            logits = decoder.window(inputs, drafts.start, width)  # (Q, S, V)
             logits = self._guide(logits.float().unflatten(0, (len(labels), self.halves)), scales[places])
             drawn = self.draw(logits.flatten(0, 1), numbers.gather(1, places).flatten())
-            drafts.take(drawn.view_as(places))
+            drafts.take(places, drawn.view_as(places))
+            if loses and loses(drafts.certain):
+                break
         return drafts
 
     def _guide(self, logits: Tensor, scales: Tensor) -> Tensor:
@@ -271,16 +305,24 @@ class Drafter:
         guided = guide(logits.transpose(0, 1), scales[..., None])[0]
         return torch.where(scales[..., None] > 1, guided, conditional)
 
-    def _embed(self, labels: Tensor, drafts: Drafts, registers: int) -> Tensor:
-        """Return the inputs (Q, S, dim) of a pass; both halves of an image have the same ones but for the class."""
-        model, classes = self.model, self.model.config.classes
-        halves = torch.stack([labels, torch.full_like(labels, classes)][: self.halves], 1)  # (count, halves)
-        x = model.tok_embeddings(drafts.inputs.clamp(min=0))[:, None].repeat(1, self.halves, 1, 1)
-        x[:, :, 0] = torch.where((drafts.start == 0)[:, None, None], model.cls_embedding(halves), x[:, :, 0])
-        if registers:  # offset 1 is the last input's own target
-            offsets = torch.arange(2, registers + 2, device=labels.device)
-            row = model.register_embedding(embedding_rows(offsets, model.config.register_offsets))  # (R, dim)
-            x = torch.cat([x, row.expand(*halves.shape, -1, -1)], 2)
+    def _rows(self, labels: Tensor, registers: int) -> tuple[Tensor, Tensor]:
+        """Return the inputs that no code decides: the first of both halves (count, halves, dim), registers (R, dim)."""
+        model = self.model
+        halves = torch.stack([labels, torch.full_like(labels, model.config.classes)][: self.halves], 1)
+        offsets = torch.arange(2, registers + 2, device=labels.device)  # offset 1 is the last input's own target
+        rows = (model.register_embedding(embedding_rows(offsets, model.config.register_offsets)) if registers
+                else model.tok_embeddings.weight[:0])
+        return model.cls_embedding(halves), rows
+
+    def _embed(self, drafts: Drafts, places: Tensor, begin: Tensor, registers: Tensor) -> Tensor:
+        """Return the inputs (Q, S, dim) of a pass at places (count, S); see :meth:`_rows`.
+
+        Both halves of an image have the same ones but for the class.
+        """
+        x = self.model.tok_embeddings(drafts.inputs(places).clamp(min=0))[:, None].repeat(1, self.halves, 1, 1)
+        x[:, :, 0] = torch.where((drafts.start == 0)[:, None, None], begin, x[:, :, 0])
+        if len(registers):
+            x = torch.cat([x, registers.expand(*x.shape[:2], -1, -1)], 2)
         return x.flatten(0, 1)
 
     def _guess(self, numbers: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from mutor_img.common.errors import UserError, check_range
 from mutor_img.common.streams import Stream, uniform
-from mutor_img.decoding.cpu import CHUNK, PackedDecoder, PackedTransformer, pack
+from mutor_img.decoding.cpu import CHUNK, PackedDecoder, PackedTransformer, PrefixCache, pack
 from mutor_img.decoding.drafting import AUTO, NO_DRAFT, Draft, Drafter, Trial
 from mutor_img.decoding.gpu import MOST_ROWS, StaticDecoder, static_decoder
 from mutor_img.decoding.guidance import guidance_scales, guide
@@ -133,7 +132,7 @@ class Sampler:
         self.count = CHUNK if self.fixed else min(batch, most)
         self.keep, self.draft = keep, draft
         self.drafter = Drafter(model, draft, self.scales, settings.seed, partial(draw, settings=settings))
-        self.trials: defaultdict[int, Trial] = defaultdict(Trial)  # of ``auto``, by the number of images at a time
+        self.trials: dict[int, Trial] = {}  # of ``auto``, by the number of images at a time
         with torch.no_grad():
             self.packed = None if self.static else pack(model) if keep else PackedTransformer(model)
         self.decoders: dict[int, PackedDecoder | StaticDecoder] = {}  # by W, 0: of single steps; those asked for so far
@@ -168,13 +167,15 @@ class Sampler:
             raise UserError(f"label {int(wrong[0])} is out of range; the model has classes 0 to "
                             f"{self.config.classes - 1}")
         labels, samples = labels.to(self.device), samples.to(self.device)
-        window, begun = self._window(len(labels)), time.perf_counter()
+        window = self._window(len(labels))
         decoder = self.decoder(window)  # not in inference mode: its cache serves other decoders after it
         with _evaluating(self.model), torch.no_grad() if self.static else torch.inference_mode():
-            made = (self.drafter.generate(decoder, labels, samples, self.images(window), window) if window
-                    else self._in_turn(decoder, labels, samples))
-        if self.draft.window == AUTO:
-            self.trials[len(labels)].note(window > 0, time.perf_counter() - begun)
+            if not window:
+                made = self._in_turn(decoder, labels, samples)
+            elif self.draft.window == AUTO:
+                made = self._tried(window, labels, samples)
+            else:
+                made = self.drafter.generate(decoder, labels, samples, self.images(window), window)
         codes = torch.empty_like(made).copy_(made)  # no inference tensor
         if len(codes) and int(codes.min()) < 0:
             raise UserError("the model's logits are not finite; its weights are damaged, or too large for their dtype")
@@ -184,17 +185,52 @@ class Sampler:
         """Return W for so many images at a time; 0: no drafts."""
         if self.draft.window != AUTO:
             return self.draft.window if images else 0
-        window = self.draft.widest(CHUNK // images) if self.fixed and images else 0
-        return window if window > 1 and self.trials[images].drafts else 0
+        widths = self.draft.widths(images) if self.fixed else []
+        if widths and images not in self.trials:
+            self.trials[images] = Trial(widths, self.config.length, self._step_seconds())
+        return self.trials[images].width if widths else 0
 
-    def _in_turn(self, decoder: PackedDecoder | StaticDecoder, labels: Tensor, samples: Tensor) -> Tensor:
-        """Return codes (B, N), one after the other."""
+    def _step_seconds(self) -> float:
+        """Return how long a step of sequential decoding takes, half-way through an image: the second of two."""
+        decoder, middle = self.decoder(), self.config.length // 2
+        codes = torch.zeros(self.count, dtype=torch.int64)
+        with torch.inference_mode():
+            for _ in range(2):
+                begun = time.perf_counter()
+                self._draw(self._decode(decoder, codes, middle), codes.double(), middle)
+                seconds = time.perf_counter() - begun
+        return max(seconds, 1e-9)  # a coarse clock may say 0
+
+    def _tried(self, window: int, labels: Tensor, samples: Tensor) -> Tensor:
+        """Return codes (B, N), with drafts as long as ``auto`` has it so, and the rest one after the other."""
+        trial, begun = self.trials[len(labels)], time.perf_counter()
+        codes = self.drafter.generate(self.decoder(window), labels, samples, self.images(window), window,
+                                      lambda certain: trial.loses(certain, time.perf_counter() - begun))
+        certain = self.drafter.certain
+        trial.note(window, certain, time.perf_counter() - begun)
+        if certain == codes.shape[1]:
+            return codes
+        return self._in_turn(self.decoder(), labels, samples, codes[:, :certain], self.decoder(window).cache)
+
+    def _in_turn(self, decoder: PackedDecoder | StaticDecoder, labels: Tensor, samples: Tensor,
+                 known: Tensor | None = None, cache: PrefixCache | None = None) -> Tensor:
+        """Return codes (B, N), one after the other.
+
+        Args:
+            known: (B, M), the codes so far; none: from the start.
+            cache: the decoder's that has made them, with the sequences of an image side by side.
+        """
         codes = torch.zeros(len(labels), self.config.length, dtype=torch.int64, device=self.device)
         for rows in self._cut(samples):
             slots = samples[rows] % self.count if self.fixed else torch.arange(len(rows), device=self.device)
             padded = torch.zeros(2, self.count, dtype=torch.int64, device=self.device)
             padded[:, slots] = torch.stack([labels[rows], samples[rows]])
-            codes[rows] = self._run(decoder, *padded)[slots]
+            begun = torch.zeros(self.count, 0 if known is None else known.shape[1], dtype=torch.int64,
+                                device=self.device)
+            if known is not None:
+                begun[slots] = known[rows]
+                decoder.cache.take(cache, rows, slots, self.halves, known.shape[1])
+            codes[rows] = self._run(decoder, *padded, begun)[slots]
         return codes
 
     def _cut(self, samples: Tensor) -> Iterable[Tensor]:
@@ -204,19 +240,26 @@ class Sampler:
         groups = samples // self.count
         return [(groups == group).nonzero()[:, 0] for group in groups.unique()]
 
-    def _run(self, decoder: PackedDecoder | StaticDecoder, labels: Tensor, samples: Tensor) -> Tensor:
-        """Return codes (count, N) for labels and sample numbers (count,) int64; -1 where logits were not finite."""
+    def _run(self, decoder: PackedDecoder | StaticDecoder, labels: Tensor, samples: Tensor, begun: Tensor) -> Tensor:
+        """Return codes (count, N) for labels and sample numbers (count,) int64; -1 where logits were not finite.
+
+        ``begun`` (count, M) are the codes so far.
+        """
         places = torch.arange(self.config.length, device=self.device)
         numbers = uniform(self.settings.seed, Stream.TOKEN, samples[:, None], places).T.contiguous()  # (N, count)
         codes = torch.empty(len(places), self.count, dtype=torch.int64, device=self.device)
+        codes[: begun.shape[1]] = begun.T
         nulls = [torch.full_like(labels, self.config.classes)] if self.halves == 2 else []
-        logits = decoder.first(torch.cat([labels, *nulls]))  # (2 count or count, V)
-        for position, scale in enumerate(self.scales):
-            if position:
-                logits = self._decode(decoder, codes[position - 1], position)
-            logits = guide(logits.float(), scale) if scale > 1 else logits[: self.count].float()
-            codes[position] = draw(logits, numbers[position], self.settings)
+        for position in range(begun.shape[1], len(places)):
+            logits = (self._decode(decoder, codes[position - 1], position) if position
+                      else decoder.first(torch.cat([labels, *nulls])))  # (2 count or count, V)
+            codes[position] = self._draw(logits, numbers[position], position)
         return torch.where((codes < 0).any(0), -1, codes).T
+
+    def _draw(self, logits: Tensor, numbers: Tensor, position: int) -> Tensor:
+        """Return codes (count,) from logits (2 count or count, V) at ``position`` and numbers (count,)."""
+        scale = self.scales[position]
+        return draw(guide(logits.float(), scale) if scale > 1 else logits[: self.count].float(), numbers, self.settings)
 
     def _decode(self, decoder: PackedDecoder | StaticDecoder, codes: Tensor, position: int) -> Tensor:
         """Return logits (2 count or count, V) at ``position``; both halves of a batch go on with the same codes."""
@@ -255,16 +298,19 @@ def draw(logits: Tensor, numbers: Tensor, settings: SamplingSettings) -> Tensor:
     Returns:
         (B,) int64; -1 where the logits are not finite.
     """
+    mass = filtered(logits, settings).softmax(-1).cumsum(-1, dtype=torch.float64)  # (B, V)
+    total = mass[:, -1:]  # (B, 1)
+    codes = torch.searchsorted(mass, numbers[:, None] * total, right=True)[:, 0]
+    return torch.where(total[:, 0] > 0, codes, -1)
+
+
+def filtered(logits: Tensor, settings: SamplingSettings) -> Tensor:
+    """Return logits (B, V) at the temperature, with all that top-k and then top-p leave out at -inf."""
     if settings.temperature != 1:
         logits = logits / settings.temperature
     if settings.top_k:
         logits = keep_top_k(logits, settings.top_k)
-    if settings.top_p < 1:
-        logits = keep_top_p(logits, settings.top_p)
-    mass = logits.softmax(-1).cumsum(-1, dtype=torch.float64)  # (B, V)
-    total = mass[:, -1:]  # (B, 1)
-    codes = torch.searchsorted(mass, numbers[:, None] * total, right=True)[:, 0]
-    return torch.where(total[:, 0] > 0, codes, -1)
+    return keep_top_p(logits, settings.top_p) if settings.top_p < 1 else logits
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:

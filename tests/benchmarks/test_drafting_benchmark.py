@@ -6,25 +6,27 @@ import torch
 from reference import sampling as reference
 
 from benchmarks.drafting import drawn_model, main, overlaps
-from mutor_img import generate
 from mutor_img.common.errors import UserError
 from mutor_img.common.streams import Stream, uniform
-from mutor_img.decoding.sampler import SamplingSettings
+from mutor_img.decoding.sampler import SamplingSettings, generate_samples
 
 
-def test_overlap_and_right_drafts_are_those_of_each_register_by_itself(random_model):
+@pytest.mark.parametrize(("schedule", "top_p"), [("constant", 1.0), ("linear", 0.8)])
+def test_overlap_and_right_drafts_are_those_of_each_register_by_itself(random_model, schedule, top_p):
     model, labels = random_model((2, 3)), torch.tensor([1, 2])
-    codes = generate(model, labels, cfg_scale=2.0, seed=4)
-    for row, offset in zip(overlaps(model, labels, codes, SamplingSettings(seed=4), (1, 3)), (1, 3)):
+    settings = SamplingSettings(2.0, schedule, top_p=top_p, seed=4)
+    codes = generate_samples(model, labels, torch.arange(2), settings)
+    for row, offset in zip(overlaps(model, labels, codes, settings, (1, 3)), (1, 3)):
         shared, right = [], []
         for image, label in enumerate(labels):
             for anchor in range(6 - offset + 1):
                 before, number = codes[image, : anchor + offset - 1].tolist(), torch.tensor(anchor + offset - 1)
-                true = reference.next_distribution(model, int(label), before, scale=2.0)
+                scale = reference.scale_at(schedule, 2.0, None, int(number), 6)
+                true = reference.next_distribution(model, int(label), before, scale=scale, top_p=top_p)
                 with torch.no_grad():
                     with_class, without = (model(torch.tensor([c]), codes[image : image + 1, :-1], torch.tensor(
                         [[anchor]]), torch.tensor([[offset]]))[1][0, 0].double().numpy() for c in (label, 3))
-                draft = reference.filtered(without + 2 * (with_class - without))
+                draft = reference.filtered(without + scale * (with_class - without), top_p=top_p)
                 shared.append(np.minimum(true, draft).sum())
                 drawn = np.searchsorted(draft.cumsum(), float(uniform(4, Stream.TOKEN, torch.tensor(image), number)))
                 right.append(drawn == codes[image, number])
@@ -56,6 +58,8 @@ def test_the_command_counts_passes_times_images_and_draws(run_of, tmp_path, caps
     (["--preset", "minst"], "did you mean 'mnist'"), (["--preset", "mnist", "--grid", "4", "--windows", "17"], "is 17"),
     (["--preset", "mnist", "--batch-sizes", "1,x"], "give whole numbers"), (["--checkpoint", "nowhere"], "nowhere"),
     (["--preset", "mnist", "--images", "0"], "--images is 0"),
+    (["--preset", "mnist", "--cfg-schedule", "linaer"], "did you mean 'linear'"),
+    (["--preset", "mnist", "--top-p", "2"], "top_p is 2.0"),
     (["--preset", "mnist", "--vocabulary", "8", "--entropy", "3"], "--entropy is 3"),
 ], ids=" ".join)
 def test_bad_input_is_one_line(argv, words):

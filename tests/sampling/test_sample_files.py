@@ -85,18 +85,19 @@ def rank(index, world, port, flags):
     main(flags)
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_the_bytes_do_not_depend_on_batch_size_or_number_of_processes(run_of, tmp_path, world):
+@pytest.mark.parametrize(("world", "drafts"), [
+    (2, ()), (3, ()), (2, ("--draft", "4", "--draft-source", "registers")), (3, ("--draft", "auto"))], ids=str)
+def test_the_bytes_do_not_depend_on_batch_size_number_of_processes_or_drafts(run_of, tmp_path, world, drafts):
     run = run_of()
     expected = sample(run, tmp_path / "one.npz", count=200).read_bytes()  # 4 parts, the last of 8 images
     for size in (1, 50 * world, 1000):
         out = tmp_path / f"{size}.npz"
-        assert sample(run, out, "--batch-size", str(size), count=200).read_bytes() == expected
+        assert sample(run, out, "--batch-size", str(size), *drafts, count=200).read_bytes() == expected
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     out = tmp_path / "several.npz"
-    flags = ["--checkpoint", run, "--num-samples", "200", "--out", str(out), "--batch-size", "30"]
+    flags = ["--checkpoint", run, "--num-samples", "200", "--out", str(out), "--batch-size", "30", *drafts]
     ranks = [forked(partial(rank, index, world, port, flags)) for index in range(world)]
     assert [os.waitpid(pid, 0)[1] for pid in ranks] == [0] * world
     assert out.read_bytes() == expected
