@@ -37,6 +37,7 @@ from mutor_img.common.cli import Parser, parse_numbers, run
 from mutor_img.common.errors import UserError, check_range
 from mutor_img.common.files import write_atomic
 from mutor_img.common.images import check_png
+from mutor_img.common.locks import claim, file_lock
 from mutor_img.common.streams import Stream, uniform
 from mutor_img.decoding.drafting import AUTO, SOURCES, TRIES, Draft
 from mutor_img.decoding.guidance import SCHEDULES, guidance_scales, guide, parse_schedule
@@ -197,6 +198,12 @@ def _open(parser: Parser, argv: Sequence[str]) -> tuple[Any, SamplingSettings, T
 def main(argv: Sequence[str]) -> None:
     """The command; see ``--help``."""
     args, settings, model = _open(_parser(), argv)
+    with claim(file_lock(args.out)):
+        _measure(args, settings, model)
+
+
+def _measure(args: Any, settings: SamplingSettings, model: Transformer) -> None:
+    """Print what a checkpoint's drafts are worth, and draw it."""
     labels = torch.arange(args.images) % model.config.classes
     registers = model.config.register_offsets is not None
     sources = [source for source in SOURCES if registers or source != "registers"]

@@ -98,8 +98,9 @@ def machine(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.exists() else []
+    threads = torch.get_num_threads()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+    return f"{names[0] if names else platform.processor()}, {threads} thread{'s' * (threads > 1)}"
 
 
 def main(argv: Sequence[str]) -> None:
