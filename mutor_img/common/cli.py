@@ -112,7 +112,8 @@ def run(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = No
 
     A full disk is a user's mistake too, and so is a path that may not be read or written. Under a launcher with several
     processes the mistake is the same in each, so that only rank 0 prints it, unless the error says of itself who
-    ``speaks``. SIGTERM unwinds as Ctrl-C does, so that locks and half-written files go; training saves first.
+    ``speaks``. SIGTERM, and a reader of the output that is gone, unwind as Ctrl-C does, so that locks and half-written
+    files go; training saves first.
     """
     try:
         with _sigterm_unwinds():
@@ -121,6 +122,13 @@ def run(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = No
         _fail(str(error), error)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever read what is printed has seen enough, as head has
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it ends
+            sys.exit(128 + signal.SIGPIPE)
+        raise
     except OSError as error:
         path = error.filename2 or error.filename  # of a file that is renamed, what it was to become
         if error.errno in _CLOSED and path:

@@ -1,10 +1,17 @@
 """Options: the home folder, and paths that no system takes."""
 
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from mutor_img.common.cli import Parser, parse_numbers, run
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import write_atomic
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -43,6 +50,15 @@ def test_a_list_of_numbers_keeps_its_order_and_is_refused_in_one_line():
                               ("1,1.5", int, "give whole numbers with commas"), ("", int, "--windows is ''")):
         with pytest.raises(UserError, match=words):
             parse_numbers(text, "--windows", kind)
+
+
+def test_a_reader_that_has_seen_enough_ends_a_command_without_a_word():
+    code = "from mutor_img.common.cli import run; run(lambda argv: [print(i) for i in range(10**6)], [])"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes) as child:
+        assert child.stdout.readline() == b"0\n"
+        child.stdout.close()
+        assert child.stderr.read() == b"" and child.wait() == 128 + signal.SIGPIPE
 
 
 def test_a_name_that_is_too_long_is_one_line(tmp_path, capsys):
