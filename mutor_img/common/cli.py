@@ -6,6 +6,7 @@ import argparse
 import errno
 import os
 import re
+import select
 import signal
 import sys
 import threading
@@ -123,12 +124,10 @@ def run(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = No
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:  # whoever read what is printed has seen enough, as head has
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it ends
-            sys.exit(128 + signal.SIGPIPE)
-        raise
+        if not _reader_is_gone():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it ends
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         path = error.filename2 or error.filename  # of a file that is renamed, what it was to become
         if error.errno in _CLOSED and path:
@@ -137,6 +136,13 @@ def run(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = No
             raise
         _fail(f"no space left on the device while writing {error.filename or 'a file'}; free some and run the "
               "same command again", error)
+
+
+def _reader_is_gone() -> bool:
+    """Return whether what is printed goes into a pipe whose reader has seen enough, as ``head`` has."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # of errors it tells anyway
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 @contextmanager
