@@ -37,7 +37,7 @@ class Recorder(PackedDecoder):
 def main(path: str) -> None:
     """Draw the picture."""
     model = load_run(path).model
-    settings = SamplingSettings(cfg_scale=2.3, cfg_schedule="linear", top_p=0.95)  # as results.md has them for 5000 updates
+    settings = SamplingSettings(cfg_scale=2.3, cfg_schedule="linear", top_p=0.95)  # a lower top-p than the demo's
     sampler = Sampler(model, settings, 1, draft=Draft(WINDOW))
     recorder = sampler.decoders[WINDOW] = Recorder(pack(model), 2)
     recorder.starts = []
