@@ -119,7 +119,8 @@ def beside(commands: Sequence[Sequence[str]]) -> Iterator[None]:
 def measured(setting: dict[str, str], seconds: float, only: str) -> dict[str, float]:
     """Run :func:`measure` in a process of its own under one setting."""
     clean = {name: value for name, value in os.environ.items() if name not in CHOICES}
-    words = [sys.executable, "-m", "benchmarks.spinning", "--measure", "--seconds", str(seconds), "--only", only]
+    words = [sys.executable, "-m", "benchmarks.spinning", "--measure", "--seconds", str(seconds)]
+    words += ["--only", only] * bool(only)
     done = subprocess.run(words, env=clean | setting, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
