@@ -34,7 +34,7 @@ from mutor_img.blocks import ModelConfig
 from mutor_img.common.cli import Parser, run
 from mutor_img.common.config import OptimConfig
 from mutor_img.common.errors import check_range
-from mutor_img.common.threads import CHOICES, LONG, SHORT
+from mutor_img.common.threads import CHOICES, LONG, OURS, SHORT
 from mutor_img.registers import RegisterLaw
 from mutor_img.training.hardware import keep_freed_memory, precision_on
 from mutor_img.training.optimizer import build_optimizer
@@ -118,7 +118,7 @@ def beside(commands: Sequence[Sequence[str]]) -> Iterator[None]:
 
 def measured(setting: dict[str, str], seconds: float, only: str) -> dict[str, float]:
     """Run :func:`measure` in a process of its own under one setting."""
-    clean = {name: value for name, value in os.environ.items() if name not in CHOICES}
+    clean = {name: value for name, value in os.environ.items() if name not in (*CHOICES, OURS)}
     words = [sys.executable, "-m", "benchmarks.spinning", "--measure", "--seconds", str(seconds)]
     words += ["--only", only] * bool(only)
     done = subprocess.run(words, env=clean | setting, capture_output=True, text=True, check=True)

@@ -15,7 +15,7 @@ import sys
 SHORT = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
 LONG = {"GOMP_SPINCOUNT": "300000", "KMP_BLOCKTIME": "200"}  # the runtimes' own defaults
 CHOICES = ("OMP_WAIT_POLICY", *SHORT)  # any of them set by the user is the user's choice of all
-_OURS = "MUTOR_IMG_SPINNING"  # marks a setting made here: a child that is a command looks anew
+OURS = "MUTOR_IMG_SPINNING"  # marks a setting made here: a child that is a command looks anew
 _LOOK = 0.1  # seconds
 
 
@@ -25,9 +25,9 @@ def set_spinning() -> None:
     What the user has set in the environment stays. For commands only, before torch is loaded: importing the packages
     changes no environment. Nor does a command that prints its help, or that has one thread, which waits for no other.
     """
-    chosen = _OURS not in os.environ and any(name in os.environ for name in CHOICES)
+    chosen = OURS not in os.environ and any(name in os.environ for name in CHOICES)
     if not chosen and not {"-h", "--help"} & set(sys.argv) and _threads() != "1":
-        os.environ.update(SHORT if in_use() else LONG, **{_OURS: "1"})
+        os.environ.update(SHORT if in_use() else LONG, **{OURS: "1"})
 
 
 def _threads() -> str:

@@ -36,7 +36,7 @@ def seen_by_torch(tmp_path):
         f"import os\nprint(*[os.environ.get(name) for name in {CHOICES}], flush=True)\nos._exit(0)\n")
 
     def run(*words, load="0 0", **environment):
-        ours = (*CHOICES, threads._OURS, "OMP_NUM_THREADS")
+        ours = (*CHOICES, threads.OURS, "OMP_NUM_THREADS")
         clean = {name: value for name, value in os.environ.items() if name not in ours}
         environment["LOAD"] = load
         done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True,
@@ -62,7 +62,7 @@ def test_how_long_it_spins_depends_on_the_load_of_its_processors(seen_by_torch, 
 
 @pytest.mark.parametrize("words, environment", [
     (["--help"], {}), (["--out", "s.npz", "-h"], {}), ([], {"OMP_NUM_THREADS": "1"}), ([], {"OMP_NUM_THREADS": "1,2"}),
-    ([], {"PROCESSORS": "1"}), (["--help"], {threads._OURS: "1"}),
+    ([], {"PROCESSORS": "1"}), (["--help"], {threads.OURS: "1"}),
 ])
 def test_a_command_that_prints_its_help_or_has_one_thread_sets_nothing(seen_by_torch, words, environment):
     assert seen_by_torch("sample.py", *words, load="100 100", **environment) == ["None"] * 3
@@ -74,7 +74,7 @@ def test_the_users_number_of_threads_counts_before_the_processors(seen_by_torch)
 
 
 def test_a_child_looks_anew(seen_by_torch):
-    inherited = LONG | {threads._OURS: "1"}
+    inherited = LONG | {threads.OURS: "1"}
     assert seen_by_torch("sample.py", load="100 100", **inherited) == ["None", *SHORT.values()]
 
 
