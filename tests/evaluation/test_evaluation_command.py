@@ -8,7 +8,7 @@ from mutor_img.common import cli
 from mutor_img.common.errors import UserError
 from mutor_img.evaluation import networks
 from mutor_img.evaluation.command import main
-from mutor_img.metrics import networks as feature_networks
+from mutor_img.metrics import inception
 from mutor_img.metrics.image_sets import FolderImages, read_all
 from mutor_img.metrics.report import table
 
@@ -130,7 +130,7 @@ def test_inception_is_the_default_network(monkeypatch):
     def load(path, device):
         raise AskedFor(path)
 
-    monkeypatch.setattr(feature_networks, "load_inception", load)
+    monkeypatch.setattr(inception, "load_inception", load)
     with pytest.raises(AskedFor, match="mine"):
         main(["--samples", "x.npz", "--reference", "y.npz", "--inception-weights", "mine.pth", "--device", "cpu"])
 

@@ -17,6 +17,7 @@ from mutor_img.common.config import load_config
 from mutor_img.common.files import read_json, write_json
 from mutor_img.data.store import Codes
 from mutor_img.decoding.drafting import SOURCES, Drafts
+from mutor_img.metrics import inception as inception_module
 from mutor_img.metrics.digits import DigitFeatures, DigitNet
 from mutor_img.metrics.evaluator import evaluate
 from mutor_img.metrics.image_sets import ArrayImages
@@ -178,7 +179,7 @@ def test_encoding(digit_folders, tmp_path, crop, views):
 
 
 def test_reconstruction_and_its_scores(digit_folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(scores, "load_inception", lambda weights, device: inception())
+    monkeypatch.setattr(inception_module, "load_inception", lambda weights, device: inception())
     monkeypatch.setattr(scores, "load_lpips", lambda folder, device: LPIPS().to(device))
     write_tokenizer(tmp_path / "vq")
     with FakeCuda([*CHECKS, TO_NHWC, "tokenizer.measures.CodeUse.add", "tokenizer.scores.ReconstructionScores.add",
@@ -215,11 +216,11 @@ def test_sampling(random_model, tmp_path, settings):
 @pytest.mark.parametrize("source", SOURCES)
 def test_sampling_with_drafts(random_model, tmp_path, monkeypatch, source):
     """Two passes per batch, since without numbers nobody can tell when all codes are certain."""
-    asked, finished = Drafts.finished, itertools.cycle([False, False, True])
-    monkeypatch.setattr(Drafts, "finished", property(lambda drafts: asked.fget(drafts) and next(finished)))
+    asked, certain = Drafts.certain, itertools.cycle([0, 2, 4, 4])
+    monkeypatch.setattr(Drafts, "certain", property(lambda drafts: (asked.fget(drafts), next(certain))[1]))
     run = write_generator(tmp_path / "run", random_model((2, 2), layers=1), write_tokenizer(tmp_path / "vq"),
                           image_size=4)
-    with FakeCuda([*PICTURES, "mutor_img.decoding.drafting.Drafts.finished"]):
+    with FakeCuda([*PICTURES, "mutor_img.decoding.drafting.Drafts.certain"]):
         sample(["--checkpoint", run, "--num-samples", "3", "--batch-size", "2", "--out", str(tmp_path / "samples.npz"),
                 "--draft", "3", "--draft-source", source])
     assert (tmp_path / "samples.npz").is_file()

@@ -3,6 +3,7 @@
 from functools import partial
 
 import pytest
+import timm.utils
 import torch
 from bodies import BODIES, CHECKS, CPU, EVEN, PLAIN, SMALL
 
@@ -159,7 +160,7 @@ def masks_that_a_process_counts_on(monkeypatch):
 
 @fault(training.check_ema, "the average of .* is off by", law=SMALL)
 def an_average_without_its_warm_up(monkeypatch):
-    wrap(monkeypatch, trainer_module, "ModelEmaV3", lambda right, model, decay, **warm_up: right(model, decay))
+    wrap(monkeypatch, timm.utils, "ModelEmaV3", lambda right, model, decay, **warm_up: right(model, decay))
 
 
 @fault(training.check_ema, "away from their average", law=SMALL)
@@ -233,8 +234,8 @@ def a_cache_that_a_replay_spoils(monkeypatch):
 @fault(decoding.check_drafts, "hold codes that were not drawn", source="window", precision="fp32", count=2)
 @fault(decoding.check_drafts, "hold codes that were not drawn", source="frequency", precision="bf16", count=2)
 def a_draft_that_is_taken_unverified(monkeypatch):
-    def around(right, drafts, drawn):
-        right(drafts, drawn)
+    def around(right, drafts, *drawn):
+        right(drafts, *drawn)
         drafts.start = (drafts.start + 1).clamp(max=drafts.length)
 
     wrap(monkeypatch, Drafts, "take", around)

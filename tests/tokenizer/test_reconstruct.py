@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from mutor_img.common.images import to_nhwc
+from mutor_img.metrics import inception
 from mutor_img.metrics.samples import open_samples
 from tokenizer import load_tokenizer, scores
 from tokenizer.images.crops import to_float
@@ -76,7 +77,7 @@ class Colours:
 
 
 def test_rfid_is_the_frechet_distance_to_the_images_themselves(tokenizer_run, image_folder, monkeypatch, tmp_path):
-    monkeypatch.setattr(scores, "load_inception", lambda weights, device: Colours())
+    monkeypatch.setattr(inception, "load_inception", lambda weights, device: Colours())
     run, images = tokenizer_run(), image_folder()
     main(["--tokenizer", str(run), "--images", str(images), "--workers", "0", "--batch-size", "5",
           "--metrics", "psnr,rfid", "--json", str(tmp_path / "scores.json")])
