@@ -57,6 +57,7 @@ class Mirai(Objective):
         self.kept_numbers = sum(projector_numbers(rho) for rho in self.projectors)
 
     def forward(self, model: Transformer, batch: Batch, rows: int = 0) -> dict[str, Tensor]:
+        """Return sums: ``next_token``, and for each offset o ``align_o``, minus cosines with the teacher's states."""
         n = self.config.length
         run = model.run(batch.labels, batch.codes, taps=(self.tap, self.config.layers))
         sums = {"next_token": self.next_token(model, run, batch, rows)}

@@ -63,6 +63,7 @@ class ParallelHeads(Objective):
         self.heads = nn.ModuleList(Head(config, blocks, own_output) for _ in self.offsets)
 
     def forward(self, model: Transformer, batch: Batch, rows: int = 0) -> dict[str, Tensor]:
+        """Return sums: ``next_token``, and for each offset d ``head_d``, the cross-entropy of its head."""
         run = model.run(batch.labels, batch.codes, taps=(self.tap, self.config.layers))
         sums = {"next_token": self.next_token(model, run, batch, rows)}
         for offset, head in zip(self.offsets, self.heads):

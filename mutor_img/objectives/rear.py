@@ -70,6 +70,7 @@ class Rear(Objective):
         return batch
 
     def forward(self, model: Transformer, batch: Batch, rows: int = 0) -> dict[str, Tensor]:
+        """Return sums: ``next_token``, with a weight ``encode`` and ``decode`` too, minus cosines with codes."""
         taps = (1, self.deep, self.config.layers) if self.weight else (self.config.layers,)
         run = model.run(batch.labels, batch.codes, taps=taps)
         sums = {"next_token": self.next_token(model, run, batch, rows)}

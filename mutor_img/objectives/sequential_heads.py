@@ -61,6 +61,7 @@ class SequentialHeads(Objective):
         self.depths = nn.ModuleList(Depth(config) for _ in range(depths))
 
     def forward(self, model: Transformer, batch: Batch, rows: int = 0) -> dict[str, Tensor]:
+        """Return sums: ``next_token``, and for each depth k ``depth_k``, its cross-entropy k codes further on."""
         n = self.config.length
         run = model.run(batch.labels, batch.codes)
         sums = {"next_token": self.next_token(model, run, batch, rows)}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,9 +11,7 @@ from torch import Tensor
 from mutor_img.common.config import check_choice
 from mutor_img.common.errors import UserError, suggest
 from mutor_img.common.streams import Stream, bits, integers
-
-if TYPE_CHECKING:
-    from timm.data import ImageNetInfo
+from tokenizer.images.source import imagenet_words
 
 RULES = ("random", "balanced")
 _WORDNET_ID = re.compile(r"n\d{8}")
@@ -51,12 +47,11 @@ def readable_names(class_names: Sequence[str] | None, classes: int) -> list[str]
     if class_names is None:
         if classes != 1000:
             return [str(label) for label in range(classes)]
-        class_names = _imagenet().label_names()
+        class_names = list(imagenet_words())
     if not any(map(_WORDNET_ID.fullmatch, class_names)):
         return list(class_names)
-    info = _imagenet()
-    known = set(info.label_names())
-    return [info.label_name_to_description(name).split(",")[0] if name in known else name for name in class_names]
+    words = imagenet_words()
+    return [words[name].split(",")[0] if name in words else name for name in class_names]
 
 
 def parse_classes(text: str, names: Sequence[str], class_names: Sequence[str] | None = None) -> list[int]:
@@ -137,19 +132,10 @@ def _hint(word: str, names: Sequence[str], aliases: Sequence[set[str]]) -> str:
 
 def _aliases(names: Sequence[str], class_names: Sequence[str] | None) -> list[set[str]]:
     """Return what else each class may be called: the run's own word, and for ImageNet's the WordNet id and synonyms."""
-    info = _imagenet()
-    own = class_names or (info.label_names() if len(names) == 1000 else names)
-    known = set(info.label_names())
-    return [{_plain(word), *(map(_plain, info.label_name_to_description(word).split(",")) if word in known else ())}
-            for word in own]
+    own = class_names or (list(imagenet_words()) if len(names) == 1000 else names)
+    words = imagenet_words() if any(map(_WORDNET_ID.fullmatch, own)) else {}  # seconds, for ImageNet only
+    return [{_plain(word), *(map(_plain, words[word].split(",")) if word in words else ())} for word in own]
 
 
 def _plain(name: str) -> str:
     return name.strip().replace("_", " ").casefold()
-
-
-@cache
-def _imagenet() -> ImageNetInfo:
-    from timm.data import ImageNetInfo  # seconds to import, and for names alone
-
-    return ImageNetInfo()

@@ -35,7 +35,7 @@ class RunLog:
 
     def draw(self, names: tuple[str, ...]) -> Path:
         """Draw the named values over the steps into ``loss.png``; returns its path."""
-        from matplotlib.figure import Figure  # a second to import, at the end of a run only
+        from matplotlib.figure import Figure  # a second to import
 
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()

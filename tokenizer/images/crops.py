@@ -76,11 +76,9 @@ def _center(image: Image.Image, side: int, number: int) -> list[Image.Image]:
     return [center_crop(image, side)]
 
 
-def _ten(image: Image.Image, side: int, number: int, *, scale: float) -> list[Image.Image]:
+def _ten(image: Image.Image, side: int, number: int, *, cut: Callable, scale: float) -> list[Image.Image]:
     """Return LlamaGen's ten crops: corners and middle of the centre crop to ``side * scale``, and of its mirror."""
-    from torchvision.transforms.functional import ten_crop  # seconds to import
-
-    return list(ten_crop(center_crop(image, int(side * scale)), side))
+    return list(cut(center_crop(image, int(side * scale)), side))
 
 
 def _random(image: Image.Image, side: int, number: int, *, least: float, count: int, seed: int) -> list[Image.Image]:
@@ -105,9 +103,11 @@ def ten_crop_rule(scale: float = 1.1) -> CropRule:
         scale: pixels per side of the centre crop that the ten are cut from, in image sizes; 1 to 4.
     """
     check_range("--crop-scale", scale, 1.0, 4.0)
+    from torchvision.transforms.functional import ten_crop  # seconds: once, before reading processes are forked
+
     places = ("top_left", "top_right", "bottom_left", "bottom_right", "center")
     return CropRule(f"ten-crop {scale:g}", (*places, *(f"mirror-{place}" for place in places)),
-                    partial(_ten, scale=scale), mirrored=True)
+                    partial(_ten, cut=ten_crop, scale=scale), mirrored=True)
 
 
 def random_rule(least: float = 0.8, count: int = 10, seed: int = 0) -> CropRule:
