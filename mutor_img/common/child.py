@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,12 @@ def module_command(name: str) -> list[str]:
 class Child:
     """A child process; leaving the context kills it."""
 
-    def __init__(self, command: Sequence[str]):
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None = None):
         """Start ``command`` with the number of the answers' pipe as its last argument.
+
+        Args:
+            command: starts the process.
+            environment: variables that it has unless they are set already.
 
         Raises:
             ChildFailed: no process can be started.
@@ -61,7 +65,7 @@ class Child:
         try:
             self._process = subprocess.Popen(
                 [*command, str(theirs)], stdin=subprocess.PIPE, stdout=self._log, stderr=subprocess.STDOUT,
-                pass_fds=(theirs,), env=child_environment(), start_new_session=True)
+                pass_fds=(theirs,), env={**(environment or {}), **child_environment()}, start_new_session=True)
         except OSError as error:
             os.close(self._answers)
             self._log.close()

@@ -35,6 +35,11 @@ def _threads() -> str:
     return os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip() or str(len(_processors()))
 
 
+def divided(jobs: int) -> str:
+    """Return how many threads each of ``jobs`` processes side by side should have, as OMP_NUM_THREADS takes it."""
+    return str(max(1, len(_processors()) // jobs))
+
+
 def _processors() -> set[int]:
     """Return the numbers of the processors that this process may use."""
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))

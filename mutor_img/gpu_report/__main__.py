@@ -16,7 +16,8 @@ from mutor_img.common.cli import Parser, run
 from mutor_img.common.errors import UserError, check_range
 from mutor_img.common.files import write_atomic
 from mutor_img.common.locks import claim, file_lock
-from mutor_img.gpu_report.checks import all_checks
+from mutor_img.common.threads import divided
+from mutor_img.gpu_report.checks import all_checks, measurements
 from mutor_img.gpu_report.report import Outcome, Worker, run_checks, to_markdown
 
 
@@ -29,20 +30,25 @@ def main(argv: Sequence[str]) -> None:
     parser = Parser(prog="python -m mutor_img.gpu_report",
                     description="Check everything that only a GPU can check, and print a report to paste into a bug "
                                 "report: versions, each check's result and errors, tokens per second and peak memory.",
-                    example="python -m mutor_img.gpu_report --out report.md")
+                    example="python -m mutor_img.gpu_report --jobs 8 --out report.md")
     parser.add_argument("--quick", action="store_true", help="fewer masks: those of the paper's image rows")
     parser.add_argument("--batch", type=int, default=32, help="sequences in a measured update of B")
+    parser.add_argument("--jobs", type=int, default=1,
+                        help="checks at a time; compilers take most of the time, so as many as there are processors "
+                             "is fastest. Updates of B are measured alone")
     parser.add_argument("--out", metavar="FILE", help="file to write the report to; it is printed as well")
     args = parser.parse_args(argv)
     check_range("--batch", args.batch, 1, 4096)
+    check_range("--jobs", args.jobs, 1, 256)
     if not torch.cuda.is_available():
         raise UserError(f"torch {torch.__version__} sees no CUDA device, and these checks need one; on a machine with "
                         "a GPU look at what nvidia-smi says and whether torch was installed with CUDA")
-    names = list(all_checks(args.quick))
+    names, measured = list(all_checks(args.quick)), measurements(args.batch)  # the table ends with what is measured
     # This process leaves the GPU alone: one in exclusive mode has room for the checks' process only.
     question = {"device": "cuda:0", "backend": "inductor", "batch": args.batch}
-    with claim(file_lock(args.out)), Worker(question) as worker:
-        facts = worker.environment()
+    with claim(file_lock(args.out)):
+        with Worker(question) as worker:
+            facts = worker.environment()
 
         def write(outcomes: list[Outcome]) -> None:
             if args.out:  # after each check: whatever ends this process, the report is there
@@ -50,10 +56,18 @@ def main(argv: Sequence[str]) -> None:
                 write_atomic(args.out, lambda path: path.write_text(report))
 
         write([])
-        outcomes = run_checks(names, worker, write)
+        workers = [Worker(question, environment=side_by_side(args.jobs)) for _ in range(args.jobs)]
+        outcomes = run_checks([name for name in names if name not in measured], workers, write)
+        outcomes += run_checks([name for name in names if name in measured], [Worker(question)],
+                               lambda more: write(outcomes + more))
     print(to_markdown(facts, outcomes, len(names)))
     if not all(outcome.passed for outcome in outcomes):
         sys.exit(1)
+
+
+def side_by_side(jobs: int) -> dict[str, str]:
+    """Return the variables of a process that has so many beside it: its share of the threads of torch and compilers."""
+    return {name: divided(jobs) for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")} if jobs > 1 else {}
 
 
 if __name__ == "__main__":

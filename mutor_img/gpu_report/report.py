@@ -6,8 +6,10 @@ Checks run in a process of their own, so that one that crashes or hangs costs it
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any
 
 from tqdm import tqdm
@@ -33,15 +35,17 @@ class Outcome:
 class Worker:
     """Asks a process, and after a failure another one: a device that has failed once fails at everything."""
 
-    def __init__(self, question: dict[str, Any], command: Sequence[str] = WORKER, seconds: float = SECONDS):
+    def __init__(self, question: dict[str, Any], command: Sequence[str] = WORKER, seconds: float = SECONDS,
+                 environment: Mapping[str, str] | None = None):
         """Prepare.
 
         Args:
             question: what every question holds beside its ``check``.
             command: starts the process.
             seconds: that an answer may take.
+            environment: variables of the process, as :class:`Child` takes them.
         """
-        self.question, self.command, self.seconds = question, command, seconds
+        self.question, self.command, self.seconds, self.variables = question, command, seconds, environment
         self.child: Child | None = None
 
     def __enter__(self) -> Worker:
@@ -55,7 +59,7 @@ class Worker:
     def ask(self, name: str) -> dict[str, Any]:
         """Return the answer to ``name``; raises :class:`ChildFailed` where there is none."""
         try:
-            self.child = self.child or Child(self.command)
+            self.child = self.child or Child(self.command, self.variables)
             return self.child.ask({**self.question, "check": name}, self.seconds)
         except ChildFailed:
             self.__exit__()
@@ -81,17 +85,42 @@ class Worker:
             return {"machine": f"unknown: the process that looks {failure}"}
 
 
-def run_checks(names: Sequence[str], worker: Worker, note: Callable[[list[Outcome]], None]) -> list[Outcome]:
-    """Run checks one after the other; ``note`` is called with all outcomes so far after each."""
-    outcomes: list[Outcome] = []
-    with tqdm(names, unit="check", dynamic_ncols=True) as bar:
-        for name in bar:
-            bar.set_description(name)
-            outcomes.append(worker.check(name))
-            if not outcomes[-1].passed:
-                bar.write(f"FAILED {name}: {(outcomes[-1].detail.splitlines() or ['no reason given'])[0]}")
-            note(outcomes)
-    return outcomes
+def run_checks(names: Sequence[str], workers: Sequence[Worker], note: Callable[[list[Outcome]], None]) -> list[Outcome]:
+    """Run checks, as many at a time as there are workers, and end the workers' processes.
+
+    Args:
+        names: of the checks.
+        workers: one for each check at a time.
+        note: is called after each check with all outcomes so far, in the order of ``names``.
+    """
+    outcomes: dict[int, Outcome] = {}
+    idle: SimpleQueue[Worker] = SimpleQueue()
+    for worker in workers:
+        idle.put(worker)
+
+    def check(number: int) -> int:
+        worker = idle.get()
+        try:
+            outcomes[number] = worker.check(names[number])
+        finally:
+            idle.put(worker)
+        return number
+
+    with ThreadPoolExecutor(len(workers)) as pool, tqdm(total=len(names), unit="check", dynamic_ncols=True) as bar:
+        try:
+            for done in as_completed([pool.submit(check, number) for number in range(len(names))]):
+                outcome = outcomes[done.result()]
+                bar.set_description(outcome.name, refresh=False)
+                bar.update()
+                if not outcome.passed:
+                    reason = (outcome.detail.splitlines() or ["no reason given"])[0]
+                    bar.write(f"FAILED {outcome.name}: {reason}")
+                note([outcomes[number] for number in sorted(outcomes)])
+        finally:  # a process ends with the thread that started it, so none is left to whoever asks the worker next
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in workers:
+                worker.__exit__()
+    return [outcomes[number] for number in range(len(names))]
 
 
 def to_markdown(facts: dict[str, str], outcomes: Sequence[Outcome], planned: int) -> str:

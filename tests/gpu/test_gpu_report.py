@@ -23,14 +23,16 @@ def answer(question):
     if name == "crash": os.kill(os.getpid(), signal.SIGSEGV)
     if name == "status": os._exit(139)
     if name == "hang": time.sleep(600)
-    return {{"passed": True, "detail": f"process {{os.getpid()}}, {{question['batch']}} sequences"}}
+    if name == "slow": time.sleep(2)
+    if name.startswith("wait"): time.sleep(0.2)
+    about = f"{{question['batch']}} sequences, {{os.environ.get('OMP_NUM_THREADS')}} threads"
+    return {{"passed": True, "detail": f"process {{os.getpid()}}, {{about}}"}}
 runpy.run_path({child.__file__!r})["serve"](answer)
 """  # without torch, which takes its time
 
 
-def stand_in(seconds=60.0, **question):
-    return Worker({"device": "cpu", "backend": "eager", "batch": 7, **question}, [sys.executable, "-c", STAND_IN],
-                  seconds)
+def stand_in(**given):
+    return Worker({"device": "cpu", "backend": "eager", "batch": 7}, [sys.executable, "-c", STAND_IN], 60.0, **given)
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +41,10 @@ def outcomes():
     noted = []
     with stand_in() as worker:
         facts = worker.environment()
-        found = run_checks(["good", "again", "bad", "crash", "status", "again"], worker,
+        found = run_checks(["good", "again", "bad", "crash", "status", "again"], [worker],
                            lambda so_far: noted.append(len(so_far)))
         worker.seconds = 1.0
-        found += run_checks(["hang"], worker, lambda so_far: None)
+        found += run_checks(["hang"], [worker], lambda so_far: None)
     return facts, found, noted
 
 
@@ -58,6 +60,18 @@ def test_checks_share_a_process_until_one_fails(outcomes):
     _, found, _ = outcomes
     first, second, last = (found[i].detail.split(",")[0] for i in (0, 1, 5))
     assert first == second != last
+
+
+def test_checks_side_by_side_have_their_share_of_the_threads_and_stand_in_the_order_of_the_table(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    workers, noted = [stand_in(environment={"OMP_NUM_THREADS": "3"}) for _ in range(3)], []
+    names = ["slow", *(f"wait {number}" for number in range(5)), "crash", "last"]
+    found = run_checks(names, workers, lambda so_far: noted.append([outcome.name for outcome in so_far]))
+    assert [outcome.name for outcome in found] == names and [o.name for o in found if not o.passed] == ["crash"]
+    processes = {outcome.detail.split(",")[0] for outcome in found if outcome.passed}
+    assert len(processes) > 1 and all("3 threads" in outcome.detail for outcome in found if outcome.passed)
+    assert len(noted) == len(names) and noted[-1] == names and all(sorted(n, key=names.index) == n for n in noted)
+    assert all(worker.child is None for worker in workers)
 
 
 def test_the_report_names_the_machine_and_every_check_and_shows_failures_in_full(outcomes):
@@ -97,7 +111,7 @@ def test_a_worker_that_cannot_start_fails_every_check_and_the_report_says_why():
                           (["/absent/python"], "cannot be started")):
         with Worker({}, started) as worker:
             assert says in worker.environment()["machine"]
-            found = run_checks(["one", "two"], worker, lambda so_far: None)
+            found = run_checks(["one", "two"], [worker], lambda so_far: None)
         assert [outcome.passed for outcome in found] == [False, False] and says in found[1].detail
 
 
@@ -111,7 +125,8 @@ def test_the_command_writes_the_report_as_it_goes_and_ends_with_status_1(monkeyp
             seen.append(out.read_text().splitlines()[0])
             return super().check(name)
 
-    monkeypatch.setattr(command, "Worker", lambda question: Watched(question, [sys.executable, "-c", STAND_IN]))
+    monkeypatch.setattr(command, "Worker", lambda question, environment=None: Watched(
+        question, [sys.executable, "-c", STAND_IN], environment=environment))
     with pytest.raises(SystemExit) as exit_:
         command.main(["--out", str(out), "--batch", "5"])
     assert exit_.value.code == 1 and out.read_text() in capsys.readouterr().out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from mutor_img.common.child import child_environment, die_with_parent
 from mutor_img.common.files import read_json, write_json
+from mutor_img.common.threads import divided
 from mutor_img.study.comparison.jobs import Job
 
 POLL = 0.2  # seconds between looks at the processes
@@ -66,7 +66,7 @@ class Work:
     stage: str = ""
     process: subprocess.Popen | None = field(default=None, repr=False)
 
-    def start(self, threads: int | None) -> None:
+    def start(self, threads: str | None) -> None:
         """Start the next stage.
 
         Args:
@@ -75,7 +75,7 @@ class Work:
         self.stage, command = self.left.popleft()
         environment = child_environment()
         if threads is not None:
-            environment.setdefault("OMP_NUM_THREADS", str(threads))
+            environment.setdefault("OMP_NUM_THREADS", threads)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with open(self.log, "ab") as output:  # what went on unseen after a kill would own what the next one writes
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
@@ -111,7 +111,7 @@ def run_jobs(jobs: Sequence[Job], stages_of: Callable[[Job], Stages], workers: i
         done: called after each job that is done.
     """
     waiting, running, outcome = deque(jobs), [], Outcome()
-    threads = None if workers == 1 else max(1, _cores() // workers)
+    threads = None if workers == 1 else divided(workers)
     count, begun = len(waiting), 0
     try:
         while waiting or running:
@@ -141,7 +141,7 @@ def run_jobs(jobs: Sequence[Job], stages_of: Callable[[Job], Stages], workers: i
     return outcome
 
 
-def _next(work: Work, threads: int | None, begin: str = "") -> None:
+def _next(work: Work, threads: str | None, begin: str = "") -> None:
     work.start(threads)
     print(f"{begin}{work.job.title}: {work.stage} (log: {work.log})", flush=True)
 
@@ -176,7 +176,3 @@ def _end(processes: Sequence[subprocess.Popen]) -> None:
             process.terminate()
     for process in processes:
         process.wait()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
