@@ -107,12 +107,16 @@ class Child:
         except ValueError:
             raise self._failure(f"answered {bytes(line[:60])!r}, which is not JSON") from None
 
+    def kill(self) -> None:
+        """Kill the child and all that it started; :meth:`ask` raises."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
     def close(self) -> None:
         """Kill the child and all that it started."""
         if self._log.closed:
             return
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        self.kill()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_DYING)
         os.close(self._answers)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from queue import SimpleQueue
+from threading import Event, Lock
 from typing import Any
 
 from tqdm import tqdm
@@ -56,6 +57,11 @@ class Worker:
             self.child.close()
             self.child = None
 
+    def kill(self) -> None:
+        """Kill the process; whoever waits for its answer learns of it."""
+        if child := self.child:
+            child.kill()
+
     def ask(self, name: str) -> dict[str, Any]:
         """Return the answer to ``name``; raises :class:`ChildFailed` where there is none."""
         try:
@@ -94,32 +100,41 @@ def run_checks(names: Sequence[str], workers: Sequence[Worker], note: Callable[[
         note: is called after each check with all outcomes so far, in the order of ``names``.
     """
     outcomes: dict[int, Outcome] = {}
-    idle: SimpleQueue[Worker] = SimpleQueue()
+    idle, noting, ended = SimpleQueue(), Lock(), Event()
     for worker in workers:
         idle.put(worker)
 
-    def check(number: int) -> int:
+    def check(number: int) -> None:
         worker = idle.get()
         try:
-            outcomes[number] = worker.check(names[number])
-        finally:
-            idle.put(worker)
-        return number
-
-    with ThreadPoolExecutor(len(workers)) as pool, tqdm(total=len(names), unit="check", dynamic_ncols=True) as bar:
-        try:
-            for done in as_completed([pool.submit(check, number) for number in range(len(names))]):
-                outcome = outcomes[done.result()]
+            outcome = worker.check(names[number])
+            with noting:
+                if ended.is_set():  # the process was killed: that is no outcome
+                    return
+                outcomes[number] = outcome
                 bar.set_description(outcome.name, refresh=False)
                 bar.update()
                 if not outcome.passed:
                     reason = (outcome.detail.splitlines() or ["no reason given"])[0]
                     bar.write(f"FAILED {outcome.name}: {reason}")
                 note([outcomes[number] for number in sorted(outcomes)])
-        finally:  # a process ends with the thread that started it, so none is left to whoever asks the worker next
-            pool.shutdown(wait=False, cancel_futures=True)
-            for worker in workers:
-                worker.__exit__()
+        finally:
+            idle.put(worker)
+
+    try:
+        with ThreadPoolExecutor(len(workers)) as pool, tqdm(total=len(names), unit="check", dynamic_ncols=True) as bar:
+            try:
+                for done in as_completed([pool.submit(check, number) for number in range(len(names))]):
+                    done.result()
+            except BaseException:
+                ended.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                for worker in workers:
+                    worker.kill()
+                raise
+    finally:  # the system ends a process with the thread that started it, so none is left to who asks a worker next
+        for worker in workers:
+            worker.__exit__()
     return [outcomes[number] for number in range(len(names))]
 
 

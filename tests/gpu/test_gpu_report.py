@@ -74,6 +74,17 @@ def test_checks_side_by_side_have_their_share_of_the_threads_and_stand_in_the_or
     assert all(worker.child is None for worker in workers)
 
 
+def test_what_goes_wrong_beside_the_checks_ends_them_all_at_once():
+    workers = [stand_in() for _ in range(2)]
+
+    def full(so_far):
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space left"):
+        run_checks(["hang", "slow", "good"], workers, full)
+    assert all(worker.child is None for worker in workers)
+
+
 def test_the_report_names_the_machine_and_every_check_and_shows_failures_in_full(outcomes):
     facts, found, _ = outcomes
     text = to_markdown(facts, found, len(found))

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from launching import SAVING, end_with_its_child
 
-from mutor_img.study.comparison import pool
+from mutor_img.common import threads
 from mutor_img.study.comparison.pool import Budget, last_error, run_jobs
 
 
@@ -37,7 +37,7 @@ def test_jobs_run_in_order_and_stages_one_after_the_other(pool_of, tmp_path):
 
 def test_jobs_run_side_by_side_with_the_threads_divided(pool_of, tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(pool, "_cores", lambda: 5)
+    monkeypatch.setattr(threads, "_processors", lambda: set(range(5)))
     meet = ("import os, pathlib, time\nhere = pathlib.Path({here!r}) / {name!r}\n"
             "here.write_text(os.environ.get('OMP_NUM_THREADS', 'all'))\n"
             "while not all((here.parent / n).exists() for n in {names!r}): time.sleep(0.05)")
