@@ -18,8 +18,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf import BooleanNode, FloatNode, IntegerNode, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from mutor_img.common.errors import UserError, check_range, suggest
 from mutor_img.common.plain_yaml import Null, is_null, parse
@@ -27,6 +27,8 @@ from mutor_img.common.shipped import PACKAGED, find_config
 
 C = TypeVar("C")
 _FORMS = {dict: "a mapping of keys to values", list: "a list", str: "one value"}
+_NUMBERS = {int: (IntegerNode, "a whole number, as in 1000"), float: (FloatNode, "a number, as in 1e-4"),
+            bool: (BooleanNode, "true or false")}
 
 
 @dataclass
@@ -218,10 +220,14 @@ def _override(text: str, schema: type) -> dict[str, Any]:
     parts = re.sub(r"\[([^\[\]]*)\]", r".\1", key).split(".")
     hint = _type_of(parts, schema, text)
     raw = raw.strip()
+    if not raw:  # as a variable of the shell leaves it that is not set; of a path it would make this folder
+        none = f"{key}=null" if type(None) in typing.get_args(hint) else f"{key}=\"''\"" if hint is str else ""
+        raise UserError(f"override {text!r}: {key} is empty; give a value, or leave the override out"
+                        + f", or write {none} for none" * bool(none))
     if _is_text(hint) and raw[:1] not in ("'", '"', "[", "{"):  # as typed, with all that YAML would take for a sign
         value = Null(raw) if is_null(raw) else raw
     else:
-        value = parse(raw, f"override {text!r}") if raw else Null("")
+        value = parse(raw, f"override {text!r}")
     for part in reversed(parts):
         value = {part: value}
     return value
@@ -275,6 +281,8 @@ def _settle(value: Any, hint: Any, key: str = "") -> Any:
         raise UserError(f"{key} is {value!r}; give {_FORMS[wanted]}" + f": {key}=[{value}]" * (wanted is list))
     if value == "???":  # OmegaConf's word for what is yet to come: it would pass over it
         raise UserError(f"{key} is {value}; give a value")
+    if isinstance(value, str):
+        _check_number(value, hint, key)
     if isinstance(value, dict):
         hints = typing.get_type_hints(hint) if section else {}
         if section and key.endswith("]"):  # OmegaConf would not say in which item
@@ -290,6 +298,18 @@ def _settle(value: Any, hint: Any, key: str = "") -> Any:
         names = [f"{key}[{place}]" if dataclasses.is_dataclass(items) else key for place in range(len(value))]
         return [_settle(item, items, name) for item, name in zip(value, names)]
     return re.sub(r"(^|,\s*)(~[^/,]*)", lambda found: found[1] + os.path.expanduser(found[2]), value)
+
+
+def _check_number(text: str, hint: Any, key: str) -> None:
+    """Raise :class:`UserError` for what is to be a number or a switch, and is none. OmegaConf decides."""
+    kind = next((one for one in (*typing.get_args(hint), hint) if one in _NUMBERS), None)
+    if kind is None or "${" in text:  # a reference to another value
+        return
+    node, form = _NUMBERS[kind]
+    try:
+        node(text)
+    except ValidationError:
+        raise UserError(f"{key} is {text!r}; give {form}") from None
 
 
 def _merge(config: Any, layer: Any, schema: type, origin: str) -> Any:

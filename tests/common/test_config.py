@@ -72,8 +72,14 @@ def test_the_run_folder_is_the_configs_path_under_runs():
     ("optim.lr={a: {b: {c: 1}}}", "optim.lr is {'a'"),
     ("optim.lr={{{", "not valid YAML"),
     ("optim.lr=", "optim.lr is empty"),
-    ("train.steps=1e3", "could not be converted to Integer"),
-    ("train.steps=2024-01-01", "could not be converted to Integer"),
+    ("train.steps=1e3", "train.steps is '1e3'; give a whole number, as in 1000"),
+    ("train.steps=2024-01-01", "give a whole number"),
+    ("train.milestones=[a]", "train.milestones is 'a'; give a whole number"),
+    ("optim.lr=1e-4x", "optim.lr is '1e-4x'; give a number, as in 1e-4"),
+    ("train.compile=maybe", "train.compile is 'maybe'; give true or false"),
+    ("optim.betas=[x,1]", "optim.betas is 'x'; give a number"),
+    ("run_dir=", "run_dir is empty; give a value, or leave the override out, or write run_dir=\"''\" for none"),
+    ("run_dir= ", "run_dir is empty"),
     ("run_dir=[a]", "run_dir is ['a']; give one value"),
     ("run_dir={a}", "run_dir is {'a': ''}; give one value"),
     ("run_dir=~", "run_dir is ~; give one value"),
@@ -140,7 +146,7 @@ def test_numbers_switches_lists_and_nothing_are_what_they_were(tmp_path):
                                      "registers: {count: null}\ndata: {codes: [a, 0010]}\neval: {metrics: [fid]}\n"
                                      "pictures:\n")
     for overrides in ((), ("optim.lr=1e-4", "optim.betas=[.9,9.5e-1]", "train.compile=no", "registers.count=null",
-                           "data.codes=[a,0010]", "eval.metrics=[fid]", "registers.count=", "data.val_codes=")):
+                           "data.codes=[a,0010]", "eval.metrics=[fid]", "registers.count=~", "data.val_codes=null")):
         c = load_config(GeneratorConfig, path, overrides)
         assert (c.optim.lr, tuple(c.optim.betas), c.train.compile, c.train.steps) == (1e-4, (0.9, 0.95), False, 10)
         assert (c.registers.count, c.data.val_codes) == (None, None)
