@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mutor_img.common.errors import UserError
@@ -12,6 +12,8 @@ Paths = str | os.PathLike | None | Sequence[str | os.PathLike]
 # Folders of the project's own formats: what is not among these names may be written beside them.
 _STORE = {"codes.npy", "labels.npy", "codes.json", "encode.json", "parts"}
 _RUN = {"checkpoints", "config.yaml"}
+RUN_SIGNS = {*_RUN, "metrics.jsonl"}
+STRAY = {".log", ".out", ".err", ".txt"}  # what launchers and shells write to a run's folder before the run is there
 
 
 def keep_apart(outputs: Mapping[str, Paths], inputs: Mapping[str, Paths], removed: Mapping[str, Paths] | None = None,
@@ -46,6 +48,32 @@ def keep_apart(outputs: Mapping[str, Paths], inputs: Mapping[str, Paths], remove
                 raise UserError(f"{flag} and {other} are both {out}; give two paths")
             if other != flag and _within(out, path):
                 raise UserError(f"{flag} {out} lies in {path}, which is that of {other}; give a path outside of it")
+
+
+def keep_unseen(held_out: str, path: str | Path, flag: str, seen: str | Path) -> None:
+    """Raise :class:`UserError` where the images of ``held_out`` are those of ``flag``, under whatever name."""
+    if _same(Path(path), Path(seen)):
+        raise UserError(f"{held_out} and {flag} are both {path}, but held-out images must not be among those; give "
+                        f"{held_out} another folder")
+
+
+def refuse_strange_folder(flag: str, folder: str | Path, signs: Collection[str], kind: str) -> None:
+    """Raise :class:`UserError` for a folder that holds other things and nothing of what is to be written into it.
+
+    Text that launchers and shells leave beside a run (:data:`STRAY`) is nothing to refuse it for.
+
+    Args:
+        flag: what the message calls it.
+        folder: need not exist.
+        signs: names of which one at least is there if the folder was filled before.
+        kind: what the folder is for, as in ``"run"``.
+    """
+    folder = Path(folder)
+    names = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) if folder.is_dir() else []
+    strange = [name for name in names if Path(name).suffix not in STRAY]
+    if strange and not set(signs) & set(names):
+        others = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+        raise UserError(f"{flag} {folder} holds no {kind} but {strange[0]}{others}; give a folder of its own")
 
 
 def _compare(flag: str, out: Path, source: str, path: Path) -> None:

@@ -11,7 +11,7 @@ from mutor_img.common import cli
 from mutor_img.common.errors import UserError, check_range, suggest
 from mutor_img.common.files import write_json
 from mutor_img.common.locks import file_lock
-from mutor_img.common.outputs import keep_apart
+from mutor_img.common.outputs import keep_apart, keep_unseen
 from mutor_img.evaluation.networks import add_network_flags, check_network_flags, load_network, network_files, start
 from mutor_img.metrics.evaluator import evaluate, make_reference
 from mutor_img.metrics.inception_score import ORDERS
@@ -133,6 +133,9 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--samples is missing, or --checkpoint to generate them (see --help)")
     if not args.reference:
         raise UserError("--reference is missing (see --help)")
+    for flag, path in (("--reference", args.reference), ("--samples", args.samples)):
+        if args.held_out and path:
+            keep_unseen("--held-out", args.held_out, flag, path)
 
 
 def _outputs(args: argparse.Namespace) -> dict[str, str | None]:

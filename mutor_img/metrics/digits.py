@@ -33,7 +33,7 @@ from mutor_img.common.errors import UserError, check_range
 from mutor_img.common.files import file_hash, read_json, write_atomic, write_json
 from mutor_img.common.full_precision import full_precision
 from mutor_img.common.locks import claim, folder_lock
-from mutor_img.common.outputs import keep_apart
+from mutor_img.common.outputs import keep_apart, keep_unseen, refuse_strange_folder
 from mutor_img.common.streams import Stream, bits, generator_seed, integers
 from mutor_img.metrics.features import to_nchw
 from mutor_img.metrics.image_sets import FolderImages, read_all
@@ -245,6 +245,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--epochs", type=int, default=8, help="passes over the images")
     args = parser.parse_args(argv)
     keep_apart({"--out": args.out}, {"--images": args.images, "--val": args.val})
+    keep_unseen("--val", args.val, "--images", args.images)
+    refuse_strange_folder("--out", args.out, {WEIGHTS_FILE, ABOUT_FILE}, "classifier")
     with claim(folder_lock(args.out)):
         about = train(FolderImages(args.images), FolderImages(args.val), args.out, seed=args.seed, epochs=args.epochs)
     print(f"classifier: {about['accuracy']:.2%} of {about['val_images']} held-out images recognised, "

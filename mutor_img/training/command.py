@@ -14,7 +14,7 @@ import torch
 from mutor_img.common.cli import Parser
 from mutor_img.common.config import config_files, load_config, to_yaml
 from mutor_img.common.locks import folder_lock
-from mutor_img.common.outputs import keep_apart
+from mutor_img.common.outputs import RUN_SIGNS, keep_apart, refuse_strange_folder
 from mutor_img.training.hardware import computes_in_bf16, precision_on
 from mutor_img.training.loop import train
 from mutor_img.training.runtime import Runtime
@@ -58,6 +58,8 @@ def read_training(arguments: argparse.Namespace, schema: type, plan: Callable[[A
     keep_apart({"run_dir": [run_dir, run_dir / "config.yaml"]},
                {"--config": written_by_hand(schema, arguments.config), **config.inputs()},
                removed={"run_dir": run_dir / "checkpoints"})
+    if hasattr(config, "train"):
+        refuse_strange_folder("run_dir", run_dir, RUN_SIGNS, "run")
     if not arguments.dry_run:
         return config
     print(to_yaml(config))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mutor_img.common.errors import UserError
-from mutor_img.common.outputs import keep_apart
+from mutor_img.common.outputs import keep_apart, keep_unseen, refuse_strange_folder
 
 
 @pytest.fixture(autouse=True)
@@ -57,3 +57,24 @@ def test_two_outputs_are_two_paths_and_none_lies_in_another():
 def test_nothing_that_is_read_lies_in_a_folder_that_is_removed():
     with pytest.raises(UserError, match=r"--in x\.npz\.parts/in lies in x\.npz\.parts, which --out fills and removes"):
         keep_apart({"--out": "x2.npz"}, {"--in": "x.npz.parts/in"}, {"--out": "x.npz.parts"})
+
+
+@pytest.mark.parametrize("folder", ["images", "elsewhere/..", "codes"])
+def test_a_folder_of_other_things_is_refused(folder):
+    with pytest.raises(UserError, match=r"run_dir .* holds no run but .* give a folder of its own"):
+        refuse_strange_folder("run_dir", folder, {"config.yaml", "checkpoints"}, "run")
+
+
+def test_a_folder_of_its_own_is_not_refused():
+    Path("logs").mkdir()
+    for name in ("slurm-17.out", "notes.txt", ".lock"):
+        Path("logs", name).touch()
+    for folder in ("run", "new", "new/too", "elsewhere", "logs"):
+        refuse_strange_folder("run_dir", folder, {"config.yaml", "checkpoints"}, "run")
+
+
+def test_held_out_images_are_others_than_those_that_were_seen():
+    for other in ("images", "also", "./images/../images"):
+        with pytest.raises(UserError, match="--held-out and --reference are both images"):
+            keep_unseen("--held-out", "images", "--reference", other)
+    keep_unseen("--held-out", "images", "--reference", "elsewhere")
