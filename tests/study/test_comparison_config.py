@@ -55,6 +55,20 @@ def key(*overrides: str, seed: int = 0, config: str = "mnist/ntp") -> str:
     return all_jobs(ComparisonConfig("s", config, [row], seeds=[seed], checkpoints=[100]))[0].key
 
 
+def test_a_row_may_have_seeds_of_its_own_and_the_first_of_every_row_still_comes_first():
+    rows = [RowConfig("a", seeds=[5, 0, 1]), RowConfig("b"), RowConfig("c", seeds=[2])]
+    study = ComparisonConfig("s", "mnist/ntp", rows, seeds=[0, 1], checkpoints=[100])
+    order = [(job.row, job.seed) for job in all_jobs(study)]
+    assert order == [("a", 5), ("b", 0), ("c", 2), ("a", 0), ("b", 1), ("a", 1)]
+    assert find_job(study, "c", 2).seed == 2
+    with pytest.raises(UserError, match="--seed 1 is no seed of row 'c'; it has 2"):
+        find_job(study, "c", 1)
+    study.rows[2].seeds = [2, 2]
+    study.reference = "x"
+    with pytest.raises(UserError, match=r"seeds of row 'c' is \[2, 2\]: a value is there twice"):
+        study.validate()
+
+
 def test_a_run_s_key_is_of_what_decides_its_weights():
     plain = key("train.steps=4000")
     for other in ("optim.lr=1e-4", "registers.kind=1d", "train.ema=0.5", "data.codes=other", "model.dropout=0.2",

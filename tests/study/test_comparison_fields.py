@@ -76,7 +76,7 @@ def test_a_field_changes_what_it_names(field, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("field, value", [("name", "c"), ("config", "mnist/mutor2d"), ("overrides", ["optim.lr=1e-4"]),
-                                          ("checkpoints", [11])])
+                                          ("checkpoints", [11]), ("seeds", [7])])
 def test_a_field_of_a_row_changes_its_runs(field, value, tmp_path):
     (tmp_path / "study.yaml").write_text(STUDY)
     study = load_config(ComparisonConfig, tmp_path / "study.yaml")

@@ -20,6 +20,7 @@ class RowConfig:
     config: str = ""  # the config of its run; empty: the study's base
     overrides: list[str] = field(default_factory=list)  # what it changes there, as in [registers.kind=2d]
     checkpoints: list[int] = field(default_factory=list)  # updates after which it is scored; empty: the study's
+    seeds: list[int] = field(default_factory=list)  # of its runs; empty: the study's
 
 
 @dataclass
@@ -58,14 +59,15 @@ class ComparisonConfig:
         """Return after which updates a row is scored, ascending."""
         return sorted(row.checkpoints or self.checkpoints)
 
+    def seeds_of(self, row: RowConfig) -> list[int]:
+        """Return the seeds of a row's runs, in the order in which they are done."""
+        return row.seeds or self.seeds
+
     def validate(self) -> None:
         """Raise :class:`UserError` for a value out of range."""
         self._check_rows()
-        for name, values, fix in (("seeds", self.seeds, "as in [0, 1, 2]"),
-                                  ("guidance", self.guidance, "as in [1.0, 2.0]")):
-            check_different(name, values, fix)
-        for seed in self.seeds:
-            check_range("seeds", seed, 0, 2**62)
+        check_different("guidance", self.guidance, "as in [1.0, 2.0]")
+        self._check_seeds("seeds", self.seeds)
         for scale in self.guidance:
             check_range("guidance", scale, 1.0, 100.0)
         check_range("temperature", self.temperature, 0.0, 1e6, low_open=True)
@@ -95,6 +97,8 @@ class ComparisonConfig:
                 raise UserError(f"row {row.name!r} has no config, and base is empty; give the config that rows "
                                 "start from, as in base: imagenet256/ntp_b")
             check_different(f"checkpoints of row {row.name!r}", self.steps(row), "as in [100000, 200000]")
+            if row.seeds:
+                self._check_seeds(f"seeds of row {row.name!r}", row.seeds)
             for step in self.steps(row):
                 check_range(f"checkpoints of row {row.name!r}", step, 1, 10**9)
         names = [row.name for row in self.rows]
@@ -103,6 +107,11 @@ class ComparisonConfig:
                 raise UserError(f"rows: the name {name!r} is there {names.count(name)} times; give each row its own")
         if self.baseline and self.baseline not in names:
             raise UserError(f"baseline is {self.baseline!r}, which is no row{suggest(self.baseline, names)}")
+
+    def _check_seeds(self, name: str, seeds: Sequence[int]) -> None:
+        check_different(name, seeds, "as in [0, 1, 2]")
+        for seed in seeds:
+            check_range(name, seed, 0, 2**62)
 
 
 def check_different(name: str, values: Sequence[Any], example: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, replace
+from itertools import chain, zip_longest
 from pathlib import Path
 
 from mutor_img.checkpoints.folder import newest_checkpoint, read_meta
@@ -60,7 +61,8 @@ def all_jobs(study: ComparisonConfig) -> list[Job]:
         UserError: a row's config or overrides that cannot be, or a checkpoint beyond its run; the row is named.
     """
     configs = {row.name: row_config(study, row) for row in study.rows}
-    return [make_job(study, row, seed, configs[row.name]) for seed in study.seeds for row in study.rows]
+    turns = zip_longest(*([(row, seed) for seed in study.seeds_of(row)] for row in study.rows))
+    return [make_job(study, row, seed, configs[row.name]) for row, seed in filter(None, chain.from_iterable(turns))]
 
 
 def find_job(study: ComparisonConfig, row: str, seed: int) -> Job:
@@ -72,8 +74,8 @@ def find_job(study: ComparisonConfig, row: str, seed: int) -> Job:
     rows = {one.name: one for one in study.rows}
     if row not in rows:
         raise UserError(f"--row {row!r} is no row of this study{suggest(row, rows)}")
-    if seed not in study.seeds:
-        raise UserError(f"--seed {seed} is no seed of this study; it has {', '.join(map(str, study.seeds))}")
+    if seed not in (seeds := study.seeds_of(rows[row])):
+        raise UserError(f"--seed {seed} is no seed of row {row!r}; it has {', '.join(map(str, seeds))}")
     return make_job(study, rows[row], seed, row_config(study, rows[row]))
 
 
