@@ -22,7 +22,7 @@ SUM = 2.0**-20
 SLACK = 2.0  # the bound is of first order and knows nothing of a kernel's running maximum and its corrections
 
 PLAIN_FACTOR = 3.0
-FLOORS = {"bf16": 2.0**-7, "tf32": 2.0**-10, "fp32": 2.0**-14}  # tf32: fp32 convolutions as GPUs do them by default
+FLOORS = {"bf16": 2.0**-7, "fp32": 2.0**-14}
 
 M = TypeVar("M", bound=nn.Module)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -141,7 +141,7 @@ def rms_difference(name: str, found: Tensor, plain: Tensor, exact: Tensor, preci
         found: what is examined.
         plain: the same by uncompiled torch in the same precision; three times its error is allowed.
         exact: the same in a higher precision.
-        precision: ``"bf16"``, ``"tf32"`` or ``"fp32"``: says what is allowed beside that, as a share of the exact
+        precision: ``"bf16"`` or ``"fp32"``: says what is allowed beside that, as a share of the exact
             tensor, since the error of ``plain`` can be small by luck, a scalar's above all.
     """
     found, plain, exact = found.double(), plain.double(), exact.double()
