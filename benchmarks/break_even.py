@@ -27,7 +27,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mutor_img.blocks import PRESETS, ModelConfig
+from mutor_img.blocks import LLAMAGEN_PRESETS, ModelConfig
 from mutor_img.common.cli import Parser, parse_numbers, run
 from mutor_img.common.errors import check_range
 from mutor_img.decoding.gpu import MOST_ROWS
@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     check_range("--window", args.window, 2, 256)
     check_range("--share", args.share, 0.0, 1.0, low_open=True)
-    sizes = [name for name in PRESETS if name != "mnist"]
+    sizes = list(LLAMAGEN_PRESETS)
     with torch.device("meta"):
         models = [Transformer(ModelConfig.preset(name)) for name in sizes]
     lines = [["codes per pass", *sizes]]

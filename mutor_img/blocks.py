@@ -18,14 +18,14 @@ from mutor_img.common.errors import UserError, suggest
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-PRESETS = {  # layers, heads, dim
-    "mnist": (6, 2, 128),
+LLAMAGEN_PRESETS = {  # layers, heads, dim
     "B": (12, 12, 768),
     "L": (24, 16, 1024),
     "XL": (36, 20, 1280),
     "XXL": (48, 24, 1536),
     "3B": (24, 32, 3200),
 }
+PRESETS = {"tiny": (6, 3, 96), "mnist": (6, 2, 128), **LLAMAGEN_PRESETS}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from mutor_img.blocks import PRESETS
+from mutor_img.blocks import LLAMAGEN_PRESETS
 from mutor_img.decoding.drafting import SOURCES
 from mutor_img.gpu_report.attention import check_flex, check_one_mask, check_sdpa
 from mutor_img.gpu_report.decoding import check_decoding, check_drafts
@@ -32,7 +32,7 @@ from mutor_img.registers import RegisterLaw
 Check = Callable[[Place], str]
 
 GRID = (16, 16)
-HEAD_DIMS = sorted({dim // heads for _, heads, dim in PRESETS.values()})
+HEAD_DIMS = sorted({dim // heads for _, heads, dim in LLAMAGEN_PRESETS.values()})
 LAWS = {f"{kind} {name}": RegisterLaw(kind, GRID, 4, **switches) for kind in ("1d", "2d") for name, switches in {
     "dense": {}, "sparse": {"count": 80}, "every 2": {"every": 2}, "mixed": {"count": 80, "mixed": True}}.items()}
 PLAIN = RegisterLaw("none", GRID)

@@ -36,7 +36,7 @@ class CodesConfig:
 class ModelSection:
     """The transformer."""
 
-    preset: str = "B"  # mnist, B, L, XL, XXL, 3B
+    preset: str = "B"  # tiny, mnist, B, L, XL, XXL, 3B
     grid: tuple[int, int] = (16, 16)  # rows and columns of codes; must match the code store
     vocabulary: int = 16384  # number of codes; must match the code store
     classes: int = 1000  # number of classes; must match the code store

@@ -4,7 +4,7 @@ import pytest
 import torch
 from bodies import BODIES, CHECKS, CPU, SMALL, TRACED
 
-from mutor_img.blocks import PRESETS
+from mutor_img.blocks import LLAMAGEN_PRESETS
 from mutor_img.gpu_report import training
 from mutor_img.gpu_report.checks import LAWS, all_checks
 from mutor_img.gpu_report.place import Place
@@ -26,7 +26,7 @@ def test_a_check_passes_on_a_gpu(name):
 
 def test_every_mask_head_dimension_and_precision_has_a_check():
     for law in LAWS:
-        for head_dim in {dim // heads for _, heads, dim in PRESETS.values()}:
+        for head_dim in {dim // heads for _, heads, dim in LLAMAGEN_PRESETS.values()}:
             for precision in ("bf16", "fp32"):
                 assert f"flex, {law}, head {head_dim}, {precision}" in CHECKS
     assert {law.split()[0] for law in LAWS} == {"1d", "2d"} and any(law.mixed for law in LAWS.values())
