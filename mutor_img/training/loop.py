@@ -49,7 +49,8 @@ def _train(task: Task, config: Any, runtime: Runtime, stop: StopRequest) -> Trai
         trainer = Trainer(task, config, runtime)
     if trainer.step >= config.train.steps:
         if runtime.is_main:
-            print(f"{config.run_dir}: all {trainer.step} updates are done already; nothing to do"
+            more = f", more than train.steps={config.train.steps}" if trainer.step > config.train.steps else ""
+            print(f"{config.run_dir}: all {trainer.step} updates are done already{more}; nothing to do"
                   + "".join(f"; not applied: {change}" for change in trainer.changes))
         return trainer
     log = RunLog(trainer.run_dir, trainer.step) if runtime.is_main else None

@@ -7,6 +7,7 @@ a block's ``forward``, FSDP2 its parameters by sharded ones of the same names.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -74,7 +75,9 @@ def distribute(model: nn.Module, blocks: list[nn.Module], train: TrainConfig, ru
         shard(model, blocks, train, runtime)
     elif runtime.world > 1:
         # No device_ids: they only move inputs, which are on the device, and a call without any would fail.
-        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        with warnings.catch_warnings():  # torch 2.14 deprecates broadcast_buffers and has nothing yet in its place
+            warnings.simplefilter("ignore", FutureWarning)
+            wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
         _settle_buckets(wrapped)
         return wrapped
     return model
