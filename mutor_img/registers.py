@@ -71,7 +71,7 @@ class RegisterLaw:
         if self.count is not None and not 1 <= self.count <= self.largest_count:
             reach = f"offsets {list(self.chosen)}" if self.kind == "set" else f"d_max {self.d_max} ({self.kind})"
             raise UserError(f"registers.count is {self.count}; with {reach} on a "
-                            f"{rows} x {columns} grid it must be between 1 and {self.largest_count}, so that every "
+                            f"grid of {rows} x {columns} it must be between 1 and {self.largest_count}, so that every "
                             "register has a target (null: one register after each input)")
 
     def _check_offsets(self) -> None:
@@ -83,7 +83,7 @@ class RegisterLaw:
             return
         low, high = (2, min(rows, columns)) if self.kind == "2d" else (1, self.length)
         if not low <= self.d_max <= high:
-            raise UserError(f"registers.d_max is {self.d_max}; for kind {self.kind} on a {rows} x {columns} grid "
+            raise UserError(f"registers.d_max is {self.d_max}; for kind {self.kind} on a grid of {rows} x {columns} "
                             f"it must be between {low} and {high}")
 
     @property

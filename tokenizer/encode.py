@@ -247,7 +247,7 @@ def _encode_folder(options: Namespace, rule: CropRule, views: Sequence[str], run
                           max_unreadable=options.max_unreadable)
     if runtime.is_main:
         images, count, length = codes.codes.shape
-        print(f"{options.out}: {images} images, {count} views, {length} codes each")
+        print(f"{options.out}: {images} images x {count} views x {length} codes")
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def _show(options: Namespace) -> None:
     print(f"tokenizer    {info.tokenizer} ({info.tokenizer_hash[:16]})")
     if options.verify:
         codes.verify()
-        print(f"verified     {len(info.checksums)} blocks: every checksum, code and label is right")
+        print(f"verified     every checksum, code and label is right (blocks: {len(info.checksums)})")
     vq = load_tokenizer(options.tokenizer or info.tokenizer, "cuda" if torch.cuda.is_available() else "cpu")
     check_tokenizer(codes, vq)
     numbers = spread(len(codes), 10_000)

@@ -59,7 +59,7 @@ def read_released(path: str | Path, ema: bool = False) -> tuple[dict[str, Tensor
 def _load(path: str | Path) -> object:
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path}: no such file; check the path")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

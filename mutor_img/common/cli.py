@@ -31,8 +31,9 @@ class Parser(argparse.ArgumentParser):
     place, also after ``--flag=``, where shells leave it.
     """
 
-    def __init__(self, *, description: str, example: str, **kwargs):
+    def __init__(self, *, description: str, example: str, prog: str | None = None, **kwargs):
         super().__init__(
+            prog=prog or _as_started(),
             description=description,
             epilog="example:\n  " + example.strip().replace("\n", "\n  "),
             formatter_class=_HelpFormatter,
@@ -55,6 +56,12 @@ class Parser(argparse.ArgumentParser):
             hint = suggest(word.split("=")[0], options) if word.startswith("-") else "; options begin with --"
             message = f"unknown argument {word!r}{hint}"
         raise UserError(f"{message} (see --help)")
+
+
+def _as_started() -> str | None:
+    """Return ``python -m MODULE`` where the command was started so; Pythons before 3.14 would say ``MODULE.py``."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return None if spec is None else f"python -m {spec.name.removesuffix('.__main__')}"
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -131,7 +138,8 @@ def run(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = No
     except OSError as error:
         path = error.filename2 or error.filename  # of a file that is renamed, what it was to become
         if error.errno in _CLOSED and path:
-            _fail(f"{path}: {error.strerror}; give another path, or fix this one", error)
+            reason = "a file is where a folder must be" if error.errno == errno.EEXIST else error.strerror
+            _fail(f"{path}: {reason}; give another path, or fix this one", error)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         _fail(f"no space left on the device while writing {error.filename or 'a file'}; free some and run the "

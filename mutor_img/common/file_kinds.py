@@ -29,4 +29,10 @@ def kind_of(path: str | os.PathLike) -> str | None:
     known = next((kind for begin, kind in _BEGINNINGS.items() if start.startswith(begin)), None)
     if known is None and not start.startswith(b"PK") and str(path).endswith((".pkl", ".pickle")):
         return PICKLE  # of the first protocol, which is text
-    return known
+    return "a text file" if known is None and _is_text(start) else known
+
+
+def _is_text(start: bytes) -> bool:
+    """Tell whether bytes are printable text; a character may be cut off at their end."""
+    return start.decode("utf-8", errors="ignore").translate(dict.fromkeys(map(ord, "\t\n\r"))).isprintable() and (
+        len(start) - len(start.decode("utf-8", errors="ignore").encode()) < 4)

@@ -128,7 +128,7 @@ def npz_members(path: str | os.PathLike) -> set[str]:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file; check the path") from None
     except Exception as error:
         if (kind := kind_of(path)) is not None:
             raise UserError(f"{path}: {kind}; give an npz: numpy.savez(file, mu=..., sigma=...) of statistics, "

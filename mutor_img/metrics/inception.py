@@ -134,7 +134,7 @@ def load_inception(weights: str | os.PathLike | None = None, device: torch.devic
     path = Path(weights) if weights is not None else default_inception_path()
     if not path.is_file():
         if weights is not None:
-            raise UserError(f"--inception-weights {path}: no such file")
+            raise UserError(f"--inception-weights {path}: no such file; check the path")
         _download(path)
     digest, warnings = file_hash(path), []
     if not digest.startswith(INCEPTION_HASH):

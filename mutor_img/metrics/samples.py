@@ -36,7 +36,7 @@ def open_samples(path: str | os.PathLike) -> NpzImages | FolderImages:
             images.labels = labels
         return images
     if not path.exists():
-        raise UserError(f"{path}: no such file or folder of samples")
+        raise UserError(f"{path}: no such file or folder of samples; check the path")
     images = NpzImages(path)
     images.warnings = []
     if "mu" in images.members:

@@ -73,3 +73,17 @@ def test_a_folder_in_a_file_s_place_is_named_and_nothing_is_left_beside_it(tmp_p
         run(lambda argv: write_atomic(tmp_path / "report.md", lambda path: path.write_text("")), [])
     assert stop.value.code == 2 and f"error: {tmp_path}/report.md: Is a directory" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["report.md"]
+
+
+def test_a_file_in_a_folder_s_place_is_named(tmp_path, capsys):
+    (tmp_path / "runs").write_text("notes")
+    with pytest.raises(SystemExit) as stop:
+        run(lambda argv: (tmp_path / "runs").mkdir(), [])
+    assert stop.value.code == 2
+    assert f"error: {tmp_path}/runs: a file is where a folder must be; give another path" in capsys.readouterr().err
+
+
+def test_a_module_s_usage_says_how_it_was_started():
+    command = [sys.executable, "-m", "mutor_img.metrics.digits", "--help"]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert usage.startswith("usage: python -m mutor_img.metrics.digits [-h]")

@@ -81,6 +81,13 @@ def test_files_that_are_no_reference_are_refused(arrays, message, tmp_path):
         open_reference(tmp_path / "r.npz")
 
 
+@pytest.mark.parametrize("content", [b"mu sigma\n1 2\n", "Größe ".encode() * 40, "a€".encode() * 67])
+def test_a_text_is_called_so_though_a_character_ends_beyond_what_is_looked_at(content, tmp_path):
+    (tmp_path / "notes.npz").write_bytes(content)
+    with pytest.raises(UserError, match=r"notes.npz: a text file"):
+        open_samples(tmp_path / "notes.npz")
+
+
 @pytest.mark.parametrize("content, kind", [
     (pickle.dumps(STATISTICS), "a pickle, which could run code"), (pickle.dumps([1], protocol=0), "a pickle"),
     (b"\x93NUMPY" + bytes(90), "a single array"), (b"", "an empty file"), (b"<!DOCTYPE html>", "a web page"),

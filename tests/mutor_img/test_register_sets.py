@@ -37,7 +37,7 @@ def test_there_are_as_many_places_as_the_farthest_leap_leaves():
     law = RegisterLaw("set", (4, 5), count=14, chosen=(2, 7))
     anchors, offsets = law.draw(0, 0, torch.arange(200))
     assert law.largest_count == 20 - 7 + 1 == 14 and (anchors + offsets <= 20).all()
-    with pytest.raises(UserError, match=r"registers.count is 15; with offsets \[2, 7\] on a 4 x 5 grid .* 1 and 14"):
+    with pytest.raises(UserError, match=r"registers.count is 15; with offsets \[2, 7\] on a grid of 4 x 5 .* 1 and 14"):
         RegisterLaw("set", (4, 5), count=15, chosen=(2, 7))
 
 

@@ -17,7 +17,7 @@ def test_the_picture_shows_decoded_codes_and_the_facts_are_printed(tokenizer_run
     codes = build(tokenizer_run(), image_folder(), tmp_path / "codes")
     main(["--codes", str(codes), "--out", str(tmp_path / "grid.png"), "--num", "6", "--verify"])
     out = capsys.readouterr().out
-    assert "12 in 3 classes (a, b, c)" in out and "plain, mirror" in out and "verified     1 blocks" in out
+    assert "12 in 3 classes (a, b, c)" in out and "plain, mirror" in out and "is right (blocks: 1)" in out
     assert Image.open(tmp_path / "grid.png").size == (6 * 66 + 2, 82)  # 8 pixels magnified 8 times, with captions
 
 

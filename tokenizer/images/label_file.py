@@ -63,7 +63,7 @@ def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise UserError(f"--labels {path}: no such file") from None
+        raise UserError(f"--labels {path}: no such file; check the path") from None
     except (UnicodeDecodeError, IsADirectoryError):
         raise UserError(f"--labels {path}: not a text file") from None
     rows = []
