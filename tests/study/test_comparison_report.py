@@ -111,3 +111,9 @@ def test_the_grid_has_the_rows_after_as_many_updates(study, tmp_path):
 
 def test_there_is_no_grid_without_samples(study, tmp_path):
     assert draw_samples(study, [], 1.0, tmp_path / "s.png") is None and not list(tmp_path.iterdir())
+
+
+def test_the_page_names_the_seeds_of_every_row(study):
+    assert "over the seeds 0, 1, 2. " in markdown(study, {}, 0)
+    study.rows[0].seeds = [7, 1]
+    assert "over the seeds 7, 1, 0, 2. " in markdown(study, {}, 0)

@@ -62,7 +62,7 @@ def markdown(study: ComparisonConfig, scored: Mapping[Place, dict[str, Any]], mi
         scored: the lines that count, by place.
         missing: how many places are not scored yet.
     """
-    seeds = ", ".join(map(str, study.seeds))
+    seeds = ", ".join(map(str, dict.fromkeys(seed for row in study.rows for seed in study.seeds_of(row))))
     lines = [f"# {study.run_dir}", "",
              f"Mean ± standard error over the seeds {seeds}. A difference is the row's score minus that of "
              f"{study.baseline_name} after as many updates, seed by seed, with its 95 % t interval; intervals are not "
