@@ -11,10 +11,9 @@ from torch import Tensor
 from mutor_img.common.config import check_choice
 from mutor_img.common.errors import UserError, suggest
 from mutor_img.common.streams import Stream, bits, integers
-from tokenizer.images.source import imagenet_words
+from tokenizer.images import source
 
 RULES = ("random", "balanced")
-_WORDNET_ID = re.compile(r"n\d{8}")
 
 
 def make_labels(rule: str, classes: Sequence[int], count: int, seed: int) -> Tensor:
@@ -47,11 +46,8 @@ def readable_names(class_names: Sequence[str] | None, classes: int) -> list[str]
     if class_names is None:
         if classes != 1000:
             return [str(label) for label in range(classes)]
-        class_names = list(imagenet_words())
-    if not any(map(_WORDNET_ID.fullmatch, class_names)):
-        return list(class_names)
-    words = imagenet_words()
-    return [words[name].split(",")[0] if name in words else name for name in class_names]
+        class_names = source.imagenet_words()
+    return source.class_names(list(class_names))
 
 
 def parse_classes(text: str, names: Sequence[str], class_names: Sequence[str] | None = None) -> list[int]:
@@ -132,8 +128,8 @@ def _hint(word: str, names: Sequence[str], aliases: Sequence[set[str]]) -> str:
 
 def _aliases(names: Sequence[str], class_names: Sequence[str] | None) -> list[set[str]]:
     """Return what else each class may be called: the run's own word, and for ImageNet's the WordNet id and synonyms."""
-    own = class_names or (list(imagenet_words()) if len(names) == 1000 else names)
-    words = imagenet_words() if any(map(_WORDNET_ID.fullmatch, own)) else {}  # seconds, for ImageNet only
+    own = class_names or (list(source.imagenet_words()) if len(names) == 1000 else names)
+    words = source.imagenet_words() if any(map(source.is_wordnet_id, own)) else {}  # seconds, for ImageNet only
     return [{_plain(word), *(map(_plain, words[word].split(",")) if word in words else ())} for word in own]
 
 
