@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from queue import SimpleQueue
 from threading import Event, Lock
 from typing import Any
 
@@ -100,41 +99,34 @@ def run_checks(names: Sequence[str], workers: Sequence[Worker], note: Callable[[
         note: is called after each check with all outcomes so far, in the order of ``names``.
     """
     outcomes: dict[int, Outcome] = {}
-    idle, noting, ended = SimpleQueue(), Lock(), Event()
-    for worker in workers:
-        idle.put(worker)
+    left = iter(range(len(names)))  # of all threads: each number is taken once
+    noting, ended = Lock(), Event()
 
-    def check(number: int) -> None:
-        worker = idle.get()
+    def work(worker: Worker) -> None:
+        """Run checks until none is left, in one thread: the system ends a process with the thread that started it."""
+        with worker:
+            for number in left:
+                outcome = worker.check(names[number])
+                with noting:
+                    if ended.is_set():  # the process was killed: that is no outcome
+                        return
+                    outcomes[number] = outcome
+                    bar.set_description(outcome.name, refresh=False)
+                    bar.update()
+                    if not outcome.passed:
+                        reason = (outcome.detail.splitlines() or ["no reason given"])[0]
+                        bar.write(f"FAILED {outcome.name}: {reason}")
+                    note([outcomes[number] for number in sorted(outcomes)])
+
+    with ThreadPoolExecutor(len(workers)) as pool, tqdm(total=len(names), unit="check", dynamic_ncols=True) as bar:
         try:
-            outcome = worker.check(names[number])
-            with noting:
-                if ended.is_set():  # the process was killed: that is no outcome
-                    return
-                outcomes[number] = outcome
-                bar.set_description(outcome.name, refresh=False)
-                bar.update()
-                if not outcome.passed:
-                    reason = (outcome.detail.splitlines() or ["no reason given"])[0]
-                    bar.write(f"FAILED {outcome.name}: {reason}")
-                note([outcomes[number] for number in sorted(outcomes)])
-        finally:
-            idle.put(worker)
-
-    try:
-        with ThreadPoolExecutor(len(workers)) as pool, tqdm(total=len(names), unit="check", dynamic_ncols=True) as bar:
-            try:
-                for done in as_completed([pool.submit(check, number) for number in range(len(names))]):
-                    done.result()
-            except BaseException:
-                ended.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                for worker in workers:
-                    worker.kill()
-                raise
-    finally:  # the system ends a process with the thread that started it, so none is left to who asks a worker next
-        for worker in workers:
-            worker.__exit__()
+            for done in as_completed([pool.submit(work, worker) for worker in workers]):
+                done.result()
+        except BaseException:
+            ended.set()
+            for worker in workers:
+                worker.kill()
+            raise
     return [outcomes[number] for number in range(len(names))]
 
 
