@@ -65,7 +65,7 @@ class Child:
         try:
             self._process = subprocess.Popen(
                 [*command, str(theirs)], stdin=subprocess.PIPE, stdout=self._log, stderr=subprocess.STDOUT,
-                pass_fds=(theirs,), env={**(environment or {}), **child_environment()}, start_new_session=True)
+                pass_fds=(theirs,), env=child_environment(environment), start_new_session=True)
         except OSError as error:
             os.close(self._answers)
             self._log.close()
@@ -162,11 +162,15 @@ def serve(answer: Callable[[Any], Any]) -> None:
             answers.flush()
 
 
-def child_environment() -> dict[str, str]:
-    """Return this process's environment without the launch, and with this project where the child finds it first."""
+def child_environment(defaults: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return this process's environment without the launch, and with this project where the child finds it first.
+
+    Args:
+        defaults: variables that are there unless they are set already.
+    """
     kept = {name: value for name, value in os.environ.items() if not _LAUNCH.fullmatch(name)}
     root = str(Path(__file__).resolve().parents[2])
-    return {**kept, "PYTHONPATH": os.pathsep.join([root, *filter(None, [kept.get("PYTHONPATH")])]),
+    return {**(defaults or {}), **kept, "PYTHONPATH": os.pathsep.join([root, *filter(None, [kept.get("PYTHONPATH")])]),
             "PYTHONFAULTHANDLER": "1"}  # a crash in native code prints where Python was
 
 

@@ -35,9 +35,15 @@ def _threads() -> str:
     return os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip() or str(len(_processors()))
 
 
-def divided(jobs: int) -> str:
-    """Return how many threads each of ``jobs`` processes side by side should have, as OMP_NUM_THREADS takes it."""
-    return str(max(1, len(_processors()) // jobs))
+def share(jobs: int, *variables: str) -> dict[str, str]:
+    """Return what gives each of ``jobs`` processes side by side its share of the threads; for one alone nothing.
+
+    Args:
+        jobs: how many.
+        variables: of the environment, beside OpenMP's, that say how many threads something has.
+    """
+    count = str(max(1, len(_processors()) // jobs))
+    return dict.fromkeys(("OMP_NUM_THREADS", *variables), count) if jobs > 1 else {}
 
 
 def _processors() -> set[int]:

@@ -16,7 +16,7 @@ from mutor_img.common.cli import Parser, run
 from mutor_img.common.errors import UserError, check_range
 from mutor_img.common.files import write_atomic
 from mutor_img.common.locks import claim, file_lock
-from mutor_img.common.threads import divided
+from mutor_img.common.threads import share
 from mutor_img.gpu_report.checks import all_checks, measurements
 from mutor_img.gpu_report.report import Outcome, Worker, run_checks, to_markdown
 
@@ -27,8 +27,7 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         UserError: there is no CUDA device.
     """
-    parser = Parser(prog="python -m mutor_img.gpu_report",
-                    description="Check everything that only a GPU can check, and print a report to paste into a bug "
+    parser = Parser(description="Check everything that only a GPU can check, and print a report to paste into a bug "
                                 "report: versions, each check's result and errors, tokens per second and peak memory.",
                     example="python -m mutor_img.gpu_report --jobs 8 --out report.md")
     parser.add_argument("--quick", action="store_true", help="fewer masks: those of the paper's image rows")
@@ -56,18 +55,14 @@ def main(argv: Sequence[str]) -> None:
                 write_atomic(args.out, lambda path: path.write_text(report))
 
         write([])
-        workers = [Worker(question, environment=side_by_side(args.jobs)) for _ in range(args.jobs)]
+        threads = share(args.jobs, "TORCHINDUCTOR_COMPILE_THREADS")
+        workers = [Worker(question, environment=threads) for _ in range(args.jobs)]
         outcomes = run_checks([name for name in names if name not in measured], workers, write)
         outcomes += run_checks([name for name in names if name in measured], [Worker(question)],
                                lambda more: write(outcomes + more))
     print(to_markdown(facts, outcomes, len(names)))
     if not all(outcome.passed for outcome in outcomes):
         sys.exit(1)
-
-
-def side_by_side(jobs: int) -> dict[str, str]:
-    """Return the variables of a process that has so many beside it: its share of the threads of torch and compilers."""
-    return {name: divided(jobs) for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")} if jobs > 1 else {}
 
 
 if __name__ == "__main__":

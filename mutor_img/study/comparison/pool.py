@@ -6,13 +6,13 @@ import re
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mutor_img.common.child import child_environment, die_with_parent
 from mutor_img.common.files import read_json, write_json
-from mutor_img.common.threads import divided
+from mutor_img.common.threads import share
 from mutor_img.study.comparison.jobs import Job
 
 POLL = 0.2  # seconds between looks at the processes
@@ -66,20 +66,17 @@ class Work:
     stage: str = ""
     process: subprocess.Popen | None = field(default=None, repr=False)
 
-    def start(self, threads: str | None) -> None:
+    def start(self, threads: Mapping[str, str]) -> None:
         """Start the next stage.
 
         Args:
-            threads: for torch; None: as many as it takes.
+            threads: what :func:`share` returns.
         """
         self.stage, command = self.left.popleft()
-        environment = child_environment()
-        if threads is not None:
-            environment.setdefault("OMP_NUM_THREADS", threads)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with open(self.log, "ab") as output:  # what went on unseen after a kill would own what the next one writes
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                                            env=environment, preexec_fn=die_with_parent)
+                                            env=child_environment(threads), preexec_fn=die_with_parent)
 
 
 @dataclass
@@ -111,7 +108,7 @@ def run_jobs(jobs: Sequence[Job], stages_of: Callable[[Job], Stages], workers: i
         done: called after each job that is done.
     """
     waiting, running, outcome = deque(jobs), [], Outcome()
-    threads = None if workers == 1 else divided(workers)
+    threads = share(workers)
     count, begun = len(waiting), 0
     try:
         while waiting or running:
@@ -141,7 +138,7 @@ def run_jobs(jobs: Sequence[Job], stages_of: Callable[[Job], Stages], workers: i
     return outcome
 
 
-def _next(work: Work, threads: str | None, begin: str = "") -> None:
+def _next(work: Work, threads: Mapping[str, str], begin: str = "") -> None:
     work.start(threads)
     print(f"{begin}{work.job.title}: {work.stage} (log: {work.log})", flush=True)
 
