@@ -104,7 +104,7 @@ def compare(folder: Path, runs: dict[str, Path]) -> Image.Image:
 
 def main(argv: Sequence[str]) -> None:
     """Train, print what was measured, and draw held-out crops."""
-    parser = Parser(description=__doc__.splitlines()[0], prog="python -m benchmarks.tokenizer_sharpness",
+    parser = Parser(description=__doc__.splitlines()[0],
                     example="python -m benchmarks.tokenizer_sharpness --out docs/adversarial.png")
     parser.add_argument("--weights", type=float, nargs="+", default=[0.002, 0.005, 0.02],
                         help="weights of the adversarial term, a run for each")

@@ -72,7 +72,6 @@ def main(argv: Sequence[str]) -> None:
                     "is an error.",
         example="python -m mutor_img.convert --source c2i_B_256.pt --out runs/llamagen_b\n"
                 "python -m mutor_img.convert --source runs/imagenet256/mutor2d_b_80 --out mutor2d_b_80.pt",
-        prog="python -m mutor_img.convert",
     )
     parser.add_argument("--source", required=True, metavar="PATH", help=".pt file, run folder or checkpoint folder")
     parser.add_argument("--out", required=True, metavar="PATH", help="run folder to write, or a path that ends in .pt")

@@ -166,7 +166,6 @@ def build_parser() -> Parser:
         description="Encode labelled images into a code store. To resume, run the same command again.",
         example="torchrun --nproc-per-node 8 -m tokenizer.encode --tokenizer vq_ds16_c2i.pt --images imagenet/train "
                 "--out codes/imagenet256",
-        prog="python -m tokenizer.encode",
     )
     parser.add_argument("--tokenizer", required=True, help="tokenizer run folder, or LlamaGen's released .pt")
     parser.add_argument("--images", required=True, help="folder with one sub-folder of images per class, or with "

@@ -53,7 +53,6 @@ def main(argv: Sequence[str]) -> None:
     parser = Parser(
         description="Show what a code store holds: print its facts, and draw a grid of decoded codes with class names.",
         example="python -m tokenizer.inspect --codes codes/imagenet256 --out grid.png --verify",
-        prog="python -m tokenizer.inspect",
     )
     parser.add_argument("--codes", required=True, help="code store made by tokenizer.encode")
     parser.add_argument("--tokenizer", help="tokenizer that made the codes (default: the one that the store names)")

@@ -165,7 +165,6 @@ def _parser() -> Parser:
         description="Encode and decode images: PSNR, SSIM, rFID, LPIPS, code usage, and a before/after picture.",
         example="python -m tokenizer.reconstruct --tokenizer runs/mnist/tokenizer --images data/mnist/val "
                 "--out reconstructions.png",
-        prog="python -m tokenizer.reconstruct",
     )
     add = parser.add_argument
     add("--tokenizer", required=True, help="tokenizer run folder, or LlamaGen's released .pt")

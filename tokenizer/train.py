@@ -201,8 +201,7 @@ def main(argv: Sequence[str]) -> None:
         argv, TokenizerConfig, plan_tokenizer,
         description="Train a VQ tokenizer on a folder of images (one sub-folder per class). To resume, run the same "
                     "command again.",
-        example="python -m tokenizer.train --config configs/mnist/tokenizer.yaml optim.lr=1e-3",
-        prog="python -m tokenizer.train")
+        example="python -m tokenizer.train --config configs/mnist/tokenizer.yaml optim.lr=1e-3")
     if config is not None:
         run_task(TokenizerTask, config)
 

@@ -27,7 +27,6 @@ def _parser() -> Parser:
                     "changed on the page.",
         example="python -m mutor_img.app --checkpoint runs/mnist/mutor2d\n"
                 "python -m mutor_img.app --checkpoint runs/mnist/mutor2d --compare runs/mnist/ntp",
-        prog="python -m mutor_img.app",
     )
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="PATH", help="run folder, checkpoint folder, or LlamaGen .pt")

@@ -31,9 +31,9 @@ class Parser(argparse.ArgumentParser):
     place, also after ``--flag=``, where shells leave it.
     """
 
-    def __init__(self, *, description: str, example: str, prog: str | None = None, **kwargs):
+    def __init__(self, *, description: str, example: str, **kwargs):
         super().__init__(
-            prog=prog or _as_started(),
+            prog=_as_started(),
             description=description,
             epilog="example:\n  " + example.strip().replace("\n", "\n  "),
             formatter_class=_HelpFormatter,

@@ -34,5 +34,6 @@ def kind_of(path: str | os.PathLike) -> str | None:
 
 def _is_text(start: bytes) -> bool:
     """Tell whether bytes are printable text; a character may be cut off at their end."""
-    return start.decode("utf-8", errors="ignore").translate(dict.fromkeys(map(ord, "\t\n\r"))).isprintable() and (
-        len(start) - len(start.decode("utf-8", errors="ignore").encode()) < 4)
+    text = start.decode(errors="ignore")
+    lost = len(start) - len(text.encode())
+    return lost < 4 and text.translate(str.maketrans("", "", "\t\n\r")).isprintable()

@@ -49,7 +49,6 @@ def main(argv: Sequence[str]) -> None:
                     "with every seed (docs/study.md).",
         example="python -m mutor_img.study --config configs/mnist/study.yaml compare=true\n"
                 "python -m mutor_img.study --config configs/imagenet256/study.yaml --print-commands sbatch",
-        prog="python -m mutor_img.study",
     )
     add_flags(parser)
     arguments = parser.parse_intermixed_args(argv)

@@ -35,7 +35,6 @@ _REPEATED = ("checkpoint", "tokenizer", "grid_size", "resize", "weights", "class
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="python -m mutor_img.sweep",
         description="Score a checkpoint at several guidance scales, schedules and temperatures, with few samples per "
                     "point. To continue a killed sweep, run the same command again. Further values are added to the "
                     "finished ones.",

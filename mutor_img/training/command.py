@@ -24,22 +24,22 @@ from mutor_img.training.trainer import Trainer
 
 
 def parse_training(argv: Sequence[str], schema: type, plan: Callable[[Any], dict[str, Any]], *, description: str,
-                   example: str, prog: str | None = None) -> Any | None:
+                   example: str) -> Any | None:
     """Parse a training command line; returns the config, or None after ``--dry-run`` has printed it and its plan.
 
     Args:
         argv: the arguments.
         schema: the config's dataclass.
         plan: returns from a config what the dry run prints beside it.
-        description, example, prog: for ``--help``; prog where the command is not a file of that name.
+        description, example: for ``--help``.
     """
-    parser = training_parser(description=description, example=example, prog=prog)
+    parser = training_parser(description=description, example=example)
     return read_training(parser.parse_intermixed_args(argv), schema, plan)
 
 
-def training_parser(*, description: str, example: str, prog: str | None = None) -> Parser:
+def training_parser(*, description: str, example: str) -> Parser:
     """Return the parser of a training command line, for commands that have further flags."""
-    parser = Parser(description=description, example=example, prog=prog)
+    parser = Parser(description=description, example=example)
     parser.add_argument("--config", required=True, metavar="FILE",
                         help="YAML config, or the name of a shipped one, such as mnist/mutor2d")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and a plan, then stop")
@@ -51,15 +51,14 @@ def training_parser(*, description: str, example: str, prog: str | None = None) 
 def read_training(arguments: argparse.Namespace, schema: type, plan: Callable[[Any], dict[str, Any]]) -> Any | None:
     """Do what :func:`parse_training` does once the arguments are parsed."""
     config = load_config(schema, arguments.config, arguments.overrides)
-    if hasattr(config, "train"):  # before anything is planned, recorded or compared
-        here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        config.train.precision = precision_on(here, config.train.precision)
     run_dir = Path(config.run_dir)
     keep_apart({"run_dir": [run_dir, run_dir / "config.yaml"]},
                {"--config": written_by_hand(schema, arguments.config), **config.inputs()},
                removed={"run_dir": run_dir / "checkpoints"})
     if hasattr(config, "train"):
         refuse_strange_folder("run_dir", run_dir, RUN_SIGNS, "run")
+        here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        config.train.precision = precision_on(here, config.train.precision)  # before a plan or a record
     if not arguments.dry_run:
         return config
     print(to_yaml(config))

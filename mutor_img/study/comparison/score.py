@@ -25,7 +25,6 @@ def main(argv: Sequence[str]) -> None:
         UserError: a mistake in the flags or in the files they name.
     """
     parser = Parser(
-        prog="python -m mutor_img.study.comparison.score",
         description="Score the checkpoints of one run of a study, after it is trained. python -m mutor_img.study "
                     "starts this itself, or prints it with --print-commands.",
         example="torchrun --nproc-per-node 8 -m mutor_img.study.comparison.score --config "
