@@ -9,11 +9,13 @@ and GPUs do alike. Everything is vectorised and stays on the device of the keys.
 from __future__ import annotations
 
 from enum import IntEnum
+from functools import reduce
 
 import torch
 from torch import Tensor
 
-_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
+_WORD = 2**64
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer, as tensors want it
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
@@ -35,13 +37,39 @@ class Stream(IntEnum):
     NOISE = 12
 
 
+def _mixed(*keys: int | Tensor) -> int | Tensor:
+    """Return the 64 bits of all keys: an unsigned Python integer, or an int64 tensor if one of them is a tensor."""
+    return reduce(_mix, (key if isinstance(key, Tensor) else int(key) for key in keys), 0)
+
+
+def _mix(x: int | Tensor, key: int | Tensor) -> int | Tensor:
+    """Return the bits after one more key."""
+    if isinstance(x, int) and isinstance(key, int):
+        x = ((x ^ (key % _WORD)) + _GOLDEN) % _WORD
+        x = ((x ^ (x >> 30)) * _MIX_1) % _WORD
+        x = ((x ^ (x >> 27)) * _MIX_2) % _WORD
+        return x ^ (x >> 31)
+    x, key = (k if isinstance(k, Tensor) else _signed(k) for k in (x, key))
+    x = (x ^ key) + _GOLDEN
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     """Logical (zero-filling) right shift of int64, which torch only has as an arithmetic shift."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
+def _signed(value: int) -> int:
+    """Wrap a Python integer into the signed 64-bit range."""
+    return (int(value) + 2**63) % _WORD - 2**63
+
+
 def bits(seed: int, stream: Stream, *keys: int | Tensor, device: torch.device | str | None = None) -> Tensor:
     """Return 64 random bits for each combination of keys, as int64; keys broadcast against each other.
+
+    Integers before the first tensor are mixed in Python: on a GPU each operation spared is a kernel spared.
 
     Args:
         seed: the run's seed, any 64-bit integer.
@@ -49,20 +77,8 @@ def bits(seed: int, stream: Stream, *keys: int | Tensor, device: torch.device | 
         keys: integers or int64 tensors (step, sample number, position, ...).
         device: where to draw when no key is a tensor.
     """
-    tensors = [k for k in keys if isinstance(k, Tensor)]
-    device = tensors[0].device if tensors else device
-    x = torch.zeros((), dtype=torch.int64, device=device)
-    for key in (_signed(seed), int(stream), *keys):
-        x = (x ^ (key if isinstance(key, Tensor) else _signed(key))) + _GOLDEN
-        x = (x ^ _shift_right(x, 30)) * _MIX_1
-        x = (x ^ _shift_right(x, 27)) * _MIX_2
-        x = x ^ _shift_right(x, 31)
-    return x
-
-
-def _signed(value: int) -> int:
-    """Wrap a Python integer into the signed 64-bit range."""
-    return (int(value) + 2**63) % 2**64 - 2**63
+    x = _mixed(seed, stream, *keys)
+    return x if isinstance(x, Tensor) else torch.full((), _signed(x), dtype=torch.int64, device=device)
 
 
 def uniform(seed: int, stream: Stream, *keys: int | Tensor, device: torch.device | str | None = None) -> Tensor:
@@ -77,4 +93,4 @@ def integers(high: int, seed: int, stream: Stream, *keys: int | Tensor, device=N
 
 def generator_seed(seed: int, stream: Stream, *keys: int) -> int:
     """Return a Python integer in [0, 2**63) to seed a ``torch.Generator`` with (permutations, dropout)."""
-    return int(_shift_right(bits(seed, stream, *keys), 1))
+    return _mixed(seed, stream, *keys) >> 1
