@@ -1,6 +1,11 @@
-"""The head's cross-entropy without its logits: as many rows at a time as there is memory for."""
+"""What a model reads out of its residual stream: the last norm, the head and the cross-entropy.
+
+In chunks, the logits are never there as a whole: as many rows at a time as there is memory for.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,21 +14,28 @@ from torch.autograd.function import once_differentiable
 from mutor_img.registers import IGNORE, cross_entropy_sum
 
 
-def head_loss(hidden: Tensor, head: nn.Linear, targets: Tensor, rows: int = 0) -> Tensor:
-    """Return the cross-entropy, summed, of what an output head reads in ``hidden``.
+def read_out_losses(x: Tensor, norm: nn.Module, head: nn.Linear, targets: Sequence[Tensor], rows: int = 0
+                    ) -> list[Tensor]:
+    """Return the cross-entropy, summed, of what an output head reads in each part of a residual stream.
+
+    Training on GPUs compiles this as one function. For each logit it then keeps the logit alone (2 bytes in bf16) for
+    the backward pass, where autograd keeps a log-probability in fp32, and writes and reads about 12 bytes, not 42.
 
     Args:
-        hidden: (B, S, dim), past the last norm.
+        x: (B, S_1 + S_2 + .., dim), before the last norm.
+        norm: (B, S, dim) to the same.
         head: dim to V, without a bias.
-        targets: (B, S) int64, ``IGNORE`` where there is none; or (B, S, K), K of each row.
-        rows: the most rows of logits at a time; 0: all of them.
+        targets: for each part (B, S_i) int64, ``IGNORE`` where there is none; or (B, S_i, K), K of each row.
+        rows: the most rows of logits at a time; 0: all of a part. Each part has logits of its own: slices of logits
+            would be copied, forward and backward, and logits are large.
 
     Returns:
-        A scalar fp32 tensor.
+        For each part a scalar fp32 tensor.
     """
+    parts = norm(x).split([part.shape[1] for part in targets], dim=1)  # (B, S_i, dim) each
     if rows:
-        return chunked_cross_entropy_sum(hidden, head.weight, targets, rows)
-    return cross_entropy_sum(head(hidden), targets)
+        return [chunked_cross_entropy_sum(part, head.weight, wanted, rows) for part, wanted in zip(parts, targets)]
+    return [cross_entropy_sum(head(part), wanted) for part, wanted in zip(parts, targets)]
 
 
 def chunked_cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from mutor_img.blocks import ModelConfig
-from mutor_img.chunked_loss import head_loss
 from mutor_img.objectives.objective import Batch, Objective
 from mutor_img.registers import RegisterLaw, count_targets, register_targets
 from mutor_img.transformer import Transformer
@@ -28,11 +27,9 @@ class Mutor(Objective):
 
     def forward(self, model: Transformer, batch: Batch, rows: int = 0) -> dict[str, Tensor]:
         run = model.run(batch.labels, batch.codes, batch.anchors, batch.offsets)
-        sizes = [batch.targets.shape[1], batch.anchors.shape[1]]
-        regular, register = model.norm(run.states[self.config.layers]).split(sizes, dim=1)  # (B, N, dim), (B, R, dim)
-        wanted = register_targets(batch.targets, batch.anchors, batch.offsets)
-        return {"next_token": head_loss(regular, model.output, batch.targets, rows),
-                "register": head_loss(register, model.output, wanted, rows)}
+        wanted = [batch.targets, register_targets(batch.targets, batch.anchors, batch.offsets)]  # (B, N), (B, R)
+        regular, register = self.read_out(run.states[self.config.layers], model.norm, model.output, wanted, rows)
+        return {"next_token": regular, "register": register}
 
     def terms(self, seed: int, step: int, samples: Tensor) -> dict[str, int | Tensor]:
         if self.law.count is not None:  # anchors are drawn among those with a target

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from mutor_img.blocks import ModelConfig
-from mutor_img.chunked_loss import head_loss
+from mutor_img.chunked_loss import read_out_losses
 from mutor_img.transformer import Run, Transformer
 
 
@@ -49,6 +49,8 @@ class Objective(nn.Module):
         config: the model's sizes.
         code_dim: how many numbers each of the tokenizer's vectors of the codes has, where the objective reads these;
             the run hands them to :meth:`take_codebook`. None: it does not.
+        read_out: what makes losses of a residual stream, :func:`~mutor_img.chunked_loss.read_out_losses`; training on
+            GPUs replaces it by a compiled one.
         teacher_taps: after which blocks the averaged model's states are wanted; () where no such model is needed.
         read_outs: how often N rows of logits are made beside those of the next tokens and of registers, for the plan
             of memory.
@@ -57,6 +59,7 @@ class Objective(nn.Module):
     """
 
     code_dim: int | None = None
+    read_out = staticmethod(read_out_losses)
     teacher_taps: tuple[int, ...] = ()
     read_outs = 0
     kept_numbers = 0
@@ -94,7 +97,8 @@ class Objective(nn.Module):
 
     def next_token(self, model: Transformer, run: Run, batch: Batch, rows: int) -> Tensor:
         """Return the loss of a run without registers, whose rows predict what follows: a sum over B N terms."""
-        return head_loss(model.norm(run.states[self.config.layers]), model.output, batch.targets, rows)
+        [loss] = self.read_out(run.states[self.config.layers], model.norm, model.output, [batch.targets], rows)
+        return loss
 
     def terms(self, seed: int, step: int, samples: Tensor) -> dict[str, int | Tensor]:
         """Return how many terms each sum of :meth:`forward` has, from shapes and draws alone.

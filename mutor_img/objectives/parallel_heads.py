@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from mutor_img.blocks import Block, ModelConfig, block_flops, draw_weights
-from mutor_img.chunked_loss import head_loss
 from mutor_img.common.errors import check_range
 from mutor_img.objectives.objective import Batch, Objective
 from mutor_img.registers import check_offsets
@@ -70,9 +69,10 @@ class ParallelHeads(Objective):
             x = run.states[self.tap]  # (B, N, dim)
             for block in head.blocks:
                 x = block(x, run.rope, run.attend)
-            x = model.norm(x[:, :self.config.length - offset + 1])  # (B, N - d + 1, dim): the rest has no target
+            x = x[:, :self.config.length - offset + 1]  # (B, N - d + 1, dim): the rest has no target
             output = model.output if head.output is None else head.output
-            sums[f"head_{offset}"] = head_loss(x, output, batch.targets[:, offset - 1:], rows)
+            wanted = batch.targets[:, offset - 1:]  # (B, N - d + 1)
+            [sums[f"head_{offset}"]] = self.read_out(x, model.norm, output, [wanted], rows)
         return sums
 
     def terms(self, seed: int, step: int, samples: Tensor) -> dict[str, int | Tensor]:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from mutor_img.blocks import Block, ModelConfig, RMSNorm, block_flops, draw_weights
-from mutor_img.chunked_loss import head_loss
 from mutor_img.common.errors import check_range
 from mutor_img.objectives.objective import Batch, Objective
 from mutor_img.transformer import Transformer
@@ -71,7 +70,8 @@ class SequentialHeads(Objective):
             ids = (row + k).clamp(max=n - 1)  # (N,) the position id t + k, and in 1 .. N the place of x_{t+k}
             token = model.tok_embeddings(batch.targets[:, ids - 1])  # (B, N, dim)
             state = depth.block(depth.join(state, token), model.rope(ids)[None], run.attend)  # (B, N, dim)
-            sums[f"depth_{k}"] = head_loss(depth.norm(state[:, :n - k]), model.output, batch.targets[:, k:], rows)
+            wanted = batch.targets[:, k:]  # (B, N - k)
+            [sums[f"depth_{k}"]] = self.read_out(state[:, :n - k], depth.norm, model.output, [wanted], rows)
         return sums
 
     def terms(self, seed: int, step: int, samples: Tensor) -> dict[str, int | Tensor]:

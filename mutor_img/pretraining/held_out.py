@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mutor_img.blocks import ModelConfig
-from mutor_img.chunked_loss import head_loss
+from mutor_img.chunked_loss import read_out_losses
 from mutor_img.data.store import Codes
 from mutor_img.objectives.objective import Batch, Objective
 from mutor_img.registers import IGNORE, RegisterLaw, register_targets
@@ -85,8 +85,8 @@ def target_losses(model: Transformer, law: RegisterLaw, codes: Codes, count: int
             ahead = torch.full_like(here, offset)
             wanted = register_targets(tokens, here, ahead).masked_fill(law.runs_over(here, ahead), IGNORE)
             states = model.run(labels, tokens[:, :-1], here, ahead).states[model.config.layers]
-            registers = model.norm(states[:, law.length:])  # (B, N - 1, dim)
-            loss = head_loss(registers, model.output, wanted, rows)
+            registers = states[:, law.length:]  # (B, N - 1, dim)
+            [loss] = read_out_losses(registers, model.norm, model.output, [wanted], rows)
             sums += torch.stack([loss.double(), (wanted != IGNORE).sum().double()])
         total, terms = runtime.sum(sums).tolist()
         if terms:

@@ -1,9 +1,10 @@
 """Memory of a generator's training step on one GPU, by category, from shapes alone.
 
 Counted are the bytes that autograd keeps for the backward pass, as torch 2.14 keeps them: eager operation by operation;
-compiled as the partitioner of torch.compile cuts a block (it computes cheap things again). A token is an input of the
-transformer, regular or register. Symbols: d the model's width, h the feed-forward's, H heads, V codes, w the bytes of
-a number where matrix products are made (2 in bf16, 4 in fp32). The residual stream is fp32 in both precisions.
+compiled as the partitioner of torch.compile cuts a block, or a read-out (it computes cheap things again). A token is an
+input of the transformer, regular or register. Symbols: d the model's width, h the feed-forward's, H heads, V codes, w
+the bytes of a number where matrix products are made (2 in bf16, 4 in fp32). The residual stream is fp32 in both
+precisions.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Step:
         sequences: sequences of one forward pass on the device.
         registers: R, registers per sequence.
         precision: ``"bf16"`` or ``"fp32"``.
-        compiled: blocks are compiled.
+        compiled: blocks are compiled, and read-outs whose logits are whole.
         checkpointing: only a block's input is kept, and its activations are computed again.
         flex: registers attend by FlexAttention, not by scaled_dot_product_attention with a mask.
         loss_chunk: rows of logits at a time; 0: all.
@@ -65,7 +66,7 @@ class Memory:
     ema: float
     copies: float  # weights in bf16; of sharded weights, what is gathered at a time
     activations: float
-    logits: float  # with loss and gradients of the logits
+    logits: float  # with what read-outs keep, loss and gradients of the logits
     working: float  # gradients of a block's activations; with checkpointing its activations, too
 
     @property
@@ -87,9 +88,8 @@ def step_memory(config: ModelConfig, parameters: int, step: Step) -> Memory:
         weights=state, gradients=state + whole, optimiser=2 * state, ema=state if step.ema else 0.0,
         copies=copied_weight_bytes(config, parameters, step),
         activations=tokens * ((config.layers + step.blocks) * kept + outer_bytes(config, step)
-                              + step.read_outs * read_out_bytes(config, step)
                               + step.width * step.kept_numbers),
-        logits=logit_bytes(config, step),
+        logits=logit_bytes(config, step) + tokens * (1 + step.read_outs) * read_out_bytes(config, step),
         working=tokens * (working + (block if step.checkpointing else 0)),
     )
 
@@ -121,36 +121,40 @@ def attention_bytes(config: ModelConfig, step: Step) -> float:
 
 
 def outer_bytes(config: ModelConfig, step: Step) -> float:
-    """Return the bytes per token kept outside of the blocks.
-
-    The first dropout's mask; the last norm's input and what it normalised; the head's input, or with a chunked loss its
-    gradient; the turns of the rotary positions, which all blocks share.
-    """
+    """Return the bytes per token kept from before the blocks: the first dropout's mask, and the turns of positions."""
     d = config.dim
     mask = d if config.dropout > 0 else 0
     turns = FP32 * d // config.heads if step.registers else FP32 * d // config.heads / step.sequences
-    return mask + turns + read_out_bytes(config, step)
+    return mask + turns
 
 
 def read_out_bytes(config: ModelConfig, step: Step) -> float:
-    """Return the bytes per token that a read-out keeps: the norm's input, what it normalised, the head's input."""
-    return 2 * FP32 * config.dim + step.width * config.dim
+    """Return the bytes per token that a read-out keeps beside logits: the norm's input and the head's.
+
+    Eager also what was normalised. Compiled also the norm's statistic, and two of the cross-entropy's. With a chunked
+    loss the gradient of the head's input stands in that one's place.
+    """
+    whole_and_compiled = step.compiled and not step.loss_chunk
+    return (FP32 + step.width) * config.dim + (3 * FP32 if whole_and_compiled else FP32 * config.dim)
 
 
 def logit_bytes(config: ModelConfig, step: Step) -> float:
     """Return the bytes of logits, loss and their gradients at their worst moment.
 
-    Whole: log-probabilities of all rows in fp32, and for the regular rows or the registers', whose losses are made one
-    after the other, two gradients in fp32. Chunked: logits and log-probabilities of a chunk in fp32, the head's
-    gradient in fp32, once for each read-out, and the head in bf16.
+    Whole: of all rows log-probabilities in fp32, and for the regular rows or the registers', whose losses are made one
+    after the other, two gradients in fp32. Whole and compiled: of all rows logits as the product makes them, and for
+    the regular rows or the registers' their gradient. Chunked: logits and log-probabilities of a chunk in fp32, the
+    head's gradient in fp32, once for each read-out, and the head in bf16.
     """
     head = config.vocabulary * config.dim
     if step.loss_chunk:
         rows = min(step.loss_chunk, step.sequences * config.length)
         copies = FP32 * ((2 if step.registers else 1) + step.read_outs) + (step.width if step.width < FP32 else 0)
         return 2 * FP32 * config.vocabulary * rows + head * copies
-    rows = max(3 * config.length, config.length + 3 * step.registers) + step.read_outs * config.length
-    return FP32 * config.vocabulary * step.sequences * rows
+    n, r, others = config.length, step.registers, step.read_outs * config.length
+    if step.compiled:
+        return step.width * config.vocabulary * step.sequences * (n + r + max(n, r) + others)
+    return FP32 * config.vocabulary * step.sequences * (max(3 * n, n + 3 * r) + others)
 
 
 def copied_weight_bytes(config: ModelConfig, parameters: int, step: Step) -> float:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from mutor_img.checkpoints.folder import load_strict
 from mutor_img.checkpoints.loading import load_run
+from mutor_img.chunked_loss import read_out_losses
 from mutor_img.common.config import to_dict
 from mutor_img.common.errors import UserError
 from mutor_img.common.streams import Stream, generator_seed, uniform
@@ -23,6 +24,7 @@ from mutor_img.pretraining.plan import training_flops, trunk_flops
 from mutor_img.pretraining.preflight import Preflight, preflight
 from mutor_img.pretraining.scores import RunScores
 from mutor_img.sampling.pictures import PUT_BACK, verified_tokenizer
+from mutor_img.training.compiling import compile_whole
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.task import Task
 from mutor_img.transformer import Transformer
@@ -60,6 +62,8 @@ class GeneratorTask(Task):
         self.model.objective = objective = config.build_objective()
         if codebook is not None:
             objective.take_codebook(codebook)
+        if config.train.compile and runtime.device.type == "cuda" and not config.model.loss_chunk:
+            objective.read_out = compile_whole(read_out_losses)
         steps = config.train.steps
         self.headline = tuple(dict.fromkeys(  # losses of the first update, and of the last
             ("loss", *objective.weights(0, steps), *objective.weights(steps - 1, steps), "val_next_token")))

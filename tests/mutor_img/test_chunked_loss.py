@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mutor_img.blocks import ModelConfig
-from mutor_img.chunked_loss import chunked_cross_entropy_sum, head_loss
+from mutor_img.chunked_loss import chunked_cross_entropy_sum, read_out_losses
 from mutor_img.objectives.mutor import Mutor
 from mutor_img.objectives.objective import Batch, Objective
 from mutor_img.registers import IGNORE, RegisterLaw, cross_entropy_sum
@@ -63,7 +63,7 @@ def test_several_targets_of_a_row_count_like_as_many_rows(rows):
     several = torch.stack([targets, targets.roll(1, 0), targets, targets.roll(2, 1)], dim=2)  # (B, S, 4), one twice
     head = torch.nn.Linear(DIM, VOCABULARY, bias=False)
     head.weight = torch.nn.Parameter(weight.detach())
-    loss = head_loss(hidden, head, several, rows)
+    [loss] = read_out_losses(hidden, torch.nn.Identity(), head, [several], rows)
     loss.backward()
     expected = [by_hand(hidden, weight, several[..., k]) for k in range(4)]
     assert loss.item() == pytest.approx(sum(loss for loss, _, _ in expected), rel=2e-6)

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from mutor_img.attention import SdpaAttention
 from mutor_img.blocks import ModelConfig, RotaryTable
 from mutor_img.common.config import load_config
-from mutor_img.objectives import objective as interface
 from mutor_img.objectives.next_patch import NextPatch
 from mutor_img.objectives.objective import Batch, Objective
 from mutor_img.pretraining.config import GeneratorConfig
@@ -74,8 +73,8 @@ def test_patches_of_equal_codes_are_the_codes_of_a_smaller_grid(model, random_mo
 def test_a_row_has_read_the_patches_before_its_own_and_no_more_rows_than_patches_reach_the_head(model, codes,
                                                                                                  monkeypatch):
     read = []
-    monkeypatch.setattr(interface, "head_loss",
-                        lambda x, head, targets, rows: read.append(head(x)) or F.relu(x).sum())
+    monkeypatch.setattr(model.objective, "read_out",
+                        lambda x, norm, head, targets, rows: read.append(head(norm(x))) or [F.relu(x).sum()])
     changed = codes.clone()
     changed[:, 2] = (changed[:, 2] + 1) % V  # a code of the patch after the first one
     for each in (codes, changed):

@@ -55,14 +55,14 @@ def test_each_loss_is_that_of_a_loop_over_its_rows(model, batch, rows):
 
 def test_a_row_has_read_the_token_before_its_target_and_none_after(model, batch, monkeypatch):
     read = []
-    monkeypatch.setattr("mutor_img.objectives.sequential_heads.head_loss",
-                        lambda x, head, targets, rows: read.append(head(x)) or head(x).sum())
+    monkeypatch.setattr(model.objective, "read_out",
+                        lambda x, norm, head, targets, rows: read.append(head(norm(x))) or [read[-1].sum()])
     changed = batch.targets.clone()
     changed[:, 9] = (changed[:, 9] + 1) % 11  # x_10
     for codes in (batch.targets, changed):
         model.objective(model, Batch(batch.labels, codes[:, :-1], codes))
     for k in (1, 2, 3):
-        moved = (read[k - 1] - read[3 + k - 1]).abs().amax(dim=(0, 2))  # (N - k,) by row t, which reads up to x_{t+k}
+        moved = (read[k] - read[4 + k]).abs().amax(dim=(0, 2))  # (N - k,) by row t, which reads up to x_{t+k}
         assert moved[:10 - k].max() == 0 and moved[10 - k] > 1e-4
 
 

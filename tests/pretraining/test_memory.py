@@ -5,11 +5,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from mutor_img.blocks import Block, ModelConfig
+from mutor_img.blocks import Block, ModelConfig, RMSNorm
+from mutor_img.chunked_loss import read_out_losses
 from mutor_img.objectives.mutor import Mutor
 from mutor_img.objectives.objective import Batch
-from mutor_img.pretraining.memory import Step, block_bytes, step_memory
-from mutor_img.registers import RegisterLaw, register_ids
+from mutor_img.pretraining.memory import Step, block_bytes, logit_bytes, read_out_bytes, step_memory
+from mutor_img.registers import IGNORE, RegisterLaw, register_ids
 from mutor_img.training.saved_bytes import SavedBytes, autocast_as_trained, fake_gpu
 from mutor_img.transformer import Transformer
 
@@ -113,6 +114,39 @@ def test_a_compiled_block_keeps_the_bytes_of_the_formula(precision, dropout, att
         block(x, rope, attend).sum().backward()
     step = Step(5, registers, precision, compiled=True)
     assert saved_bytes(saved, model) == pytest.approx(5 * (32 + registers) * block_bytes(config, step), rel=0.05)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_compiled_read_out_keeps_the_bytes_of_the_formula_and_of_each_logit_the_logit_alone(precision):
+    config = ModelConfig(1, 2, 64, grid=(4, 8), vocabulary=2048, classes=5)
+    norm, head = RMSNorm(64), torch.nn.Linear(64, 2048, bias=False)
+    x = torch.randn(5, 32, 64, requires_grad=True)
+    targets = torch.randint(2048, (5, 32))
+    compiled = torch.compile(read_out_losses, backend=partitioned, dynamic=False, fullgraph=True)
+    step = Step(5, 0, precision)
+    with autocast_as_trained("cpu", precision), SavedBytes([norm.weight, head.weight, targets]) as saved:
+        [loss] = compiled(x, norm, head, [targets])
+    logits = 160 * 2048 * step.width
+    kept = sum(x.untyped_storage().nbytes() for x in saved.tensors if tuple(x.shape) not in ((2048, 64), (64, 2048)))
+    assert loss.dtype == torch.float32
+    assert kept - logits == pytest.approx(160 * read_out_bytes(config, step), rel=0.01)
+    assert logit_bytes(config, step) == 2 * logits  # and in the backward pass as much again, for their gradient
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_compiled_read_out_has_the_loss_and_the_gradients_of_the_eager_one(precision):
+    torch.manual_seed(0)
+    norm, head = RMSNorm(64), torch.nn.Linear(64, 300, bias=False)
+    x, targets = torch.randn(4, 9, 64), torch.randint(300, (4, 9))
+    targets[1, 3] = IGNORE
+    compiled, found = torch.compile(read_out_losses, backend=partitioned, dynamic=False, fullgraph=True), []
+    for function in (read_out_losses, compiled):
+        leaves = [x.clone().requires_grad_(), *norm.parameters(), *head.parameters()]
+        with autocast_as_trained("cpu", precision):
+            losses = function(leaves[0], norm, head, list(targets.split([5, 4], dim=1)))
+        found.append((*losses, *torch.autograd.grad(sum(losses), leaves)))
+    for mine, its in zip(*found):
+        assert (mine - its).norm() <= {"bf16": 2e-2, "fp32": 1e-6}[precision] * its.norm()
 
 
 def plain_causal(q, k, v):
