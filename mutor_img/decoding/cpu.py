@@ -195,7 +195,6 @@ class PackedTransformer:
 
     def __init__(self, model: Transformer):
         self.config = model.config
-        self.labels = model.cls_embedding.embedding_table.weight.detach()
         self.codes = model.tok_embeddings.weight.detach()
         self.layers = [_Layer(block) for block in model.layers]
         self.norm, self.output = model.norm.weight.detach(), Packed(model.output.weight)
@@ -257,9 +256,9 @@ class PackedDecoder:
         self.cache = fitting
         finalize(self, _put_back, weights.spare, fitting)
 
-    def first(self, labels: Tensor) -> Tensor:
-        """Start sequences: labels (R,) int64 in 0 .. classes (the null class) -> logits (R, V) of the first code."""
-        return self.step(self.weights.labels[labels], 0)
+    def first(self, classes: Tensor) -> Tensor:
+        """Start sequences: class embeddings (R, dim) -> logits (R, V) of the first code."""
+        return self.step(classes, 0)
 
     def next(self, codes: Tensor, position: int) -> Tensor:
         """Go on: codes x_t (R,) int64 at position t -> logits (R, V) of x_{t+1}."""
