@@ -178,12 +178,17 @@ class _Layer:
         self.heads = attention.heads
         self.attention_norm, self.ffn_norm = block.attention_norm.weight.detach(), block.ffn_norm.weight.detach()
         self.qkv, self.out = Packed(attention.wqkv.weight), Packed(attention.wo.weight)
+        self.head_norms = ([head_norm.weight.detach() for head_norm in (attention.q_norm, attention.k_norm)]
+                           if attention.q_norm is not None else [])  # of q and k
         self.gate, self.up, self.down = (Packed(linear.weight)
                                          for linear in (feed_forward.w1, feed_forward.w3, feed_forward.w2))
 
     def forward(self, x: Tensor, rope: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the block's output (R, dim) for x (R, dim)."""
-        qkv = self.qkv(norm(x, self.attention_norm)).float().unflatten(-1, (3, self.heads, -1))  # (R, 3, H, head dim)
+        qkv = self.qkv(norm(x, self.attention_norm)).unflatten(-1, (3, self.heads, -1))  # (R, 3, H, head dim)
+        for place, weight in enumerate(self.head_norms):
+            qkv[:, place] = norm(qkv[:, place], weight)
+        qkv = qkv.float()
         torch.view_as_complex(qkv[:, :2].unflatten(-1, (-1, 2))).mul_(rope)  # pairs turn in place
         x = self.out.plus(attend(qkv).flatten(-2).type_as(x), x)
         y = norm(x, self.ffn_norm)

@@ -99,6 +99,8 @@ def _run(trainer: Trainer, log: RunLog | None, stop: StopRequest) -> None:
         trainer.seconds += time.perf_counter() - begun
         step, done = trainer.step, trainer.step == train.steps
         bar.update()
+        if log and (doubt := task.doubt(step, values)):
+            bar.write(f"warning: {doubt}")
         if log and (done or step % train.log_every == 0 or step == 1):
             elapsed = max(1e-9, trainer.seconds - mark_seconds)
             rate = (step - mark_step) * train.global_batch / elapsed  # samples per second

@@ -37,9 +37,9 @@ def cached_logits(decoder, model, labels, codes):
 
 
 @pytest.mark.parametrize("build", [packed_decoder, partial(StaticDecoder, eager=True)], ids=["packed", "static"])
-@pytest.mark.parametrize("heads", [1, 2, 4])
-def test_cached_logits_equal_those_of_whole_forward_passes(random_model, heads, build):
-    model = random_model(heads=heads)
+@pytest.mark.parametrize(("heads", "qk_norm"), [(1, False), (2, False), (4, False), (2, True)])
+def test_cached_logits_equal_those_of_whole_forward_passes(random_model, heads, qk_norm, build):
+    model = random_model(heads=heads, qk_norm=qk_norm)
     codes = torch.randint(11, (5, 20), generator=torch.Generator().manual_seed(1))
     labels = torch.tensor([0, 1, 2, 3, 0])  # 3: the null class
     with torch.no_grad():
