@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mutor_img.common.config import to_yaml
+from mutor_img.common.config import record
 from mutor_img.common.files import write_atomic
 from mutor_img.training.compiling import compile_settings
 from mutor_img.training.hardware import peak_flops
@@ -74,7 +74,7 @@ def _record(trainer: Trainer) -> None:
               + "".join(f"; {change}" for change in trainer.changes))
     if trainer.changes and path.is_file():
         os.replace(path, path.with_name(f"config_until_{trainer.step:08d}.yaml"))
-    write_atomic(path, lambda aside: aside.write_text(to_yaml(trainer.config)))
+    write_atomic(path, lambda aside: aside.write_text(record(trainer.config)))
 
 
 def _run(trainer: Trainer, log: RunLog | None, stop: StopRequest) -> None:
