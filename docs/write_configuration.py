@@ -30,8 +30,9 @@ HEAD = """# Configuration
 A config is a YAML file with the keys below. A key that is left out has its default. `extends: other.yaml` starts from
 another file. `key=value` after `--config FILE` overrides both, as in `optim.lr=1e-4 registers.count=null`. An unknown
 key is an error that names the nearest key. A value of another type is an error, and so is a key that is in a file
-twice. If `run_dir` is not given, it is the path of the config with `runs/` instead of `configs/`. `--dry-run` prints
-the whole config and what it costs.
+twice. `format: mutor_img config 1` may stand in a file; runs write it into theirs ([formats.md](formats.md)). If
+`run_dir` is not given, it is the path of the config with `runs/` instead of `configs/`. `--dry-run` prints the whole
+config and what it costs.
 
 You can call the shipped configs by name, from any folder and after any kind of install:
 `--config imagenet256/mutor2d_b_80`, `extends: imagenet256/ntp_b`. A `configs/` in the current folder comes first. The

@@ -40,6 +40,8 @@ class ModelConfig:
         dropout: on the embedded sequence, and after attention and feed-forward.
         drop_path: stochastic depth of the last block, growing linearly; > 0 switches the latter two dropouts off.
         register_offsets: None: no registers. (): one embedding for all. Else one embedding for each of these offsets.
+        qk_norm: each head's queries and keys are normalised before they are turned (arXiv 2302.05442, there with
+            LayerNorm). LlamaGen's weights have no such norms.
     """
 
     layers: int
@@ -51,6 +53,7 @@ class ModelConfig:
     dropout: float = 0.1
     drop_path: float = 0.0
     register_offsets: tuple[int, ...] | None = None
+    qk_norm: bool = False
 
     def __post_init__(self):
         if self.dim % self.heads or (self.dim // self.heads) % 4:
@@ -149,6 +152,9 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(config.dim, 3 * config.dim, bias=False)  # rows: q, k, v
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
         self.dropout = nn.Dropout(dropout)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (RMSNorm(config.dim // config.heads) for _ in range(2))
 
     def forward(self, x: Tensor, rope: Tensor, attend: Attend) -> Tensor:
         """Return what attention adds to x.
@@ -162,7 +168,10 @@ class Attention(nn.Module):
             (B, S, dim).
         """
         qkv = rearrange(self.wqkv(x), "b s (three h d) -> b s three h d", three=3, h=self.heads)
-        q, k = rotate(qkv[:, :, :2], rope).transpose(1, 3).unbind(2)  # (B, H, S, head_dim) each
+        turning = qkv[:, :, :2]  # (B, S, 2, H, head_dim)
+        if self.q_norm is not None:
+            turning = torch.stack([self.q_norm(turning[:, :, 0]), self.k_norm(turning[:, :, 1])], 2).type_as(qkv)
+        q, k = rotate(turning, rope).transpose(1, 3).unbind(2)  # (B, H, S, head_dim) each
         out = attend(q, k, qkv[:, :, 2].transpose(1, 2))  # (B, H, S, head_dim)
         return self.dropout(self.wo(rearrange(out, "b h s d -> b s (h d)")))
 

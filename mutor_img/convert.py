@@ -90,6 +90,9 @@ def main(argv: Sequence[str]) -> None:
             raise UserError(f"{out} exists already; give another --out or remove it")
         weights, meta = read_any(Path(args.source), choices[args.weights], grid)
         if out.suffix == ".pt":
+            if meta["model"].get("qk_norm"):
+                raise UserError(f"{args.source}: has QK-norm (model.qk_norm), which a .pt in LlamaGen's layout cannot "
+                                "hold; give an --out that does not end in .pt")
             table = rotary_table(meta) if meta["kind"] == "generator" else {}
             write_atomic(out, lambda aside: torch.save({"model": {**weights, **table}}, aside))
         else:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 from mutor_img.checkpoints.folder import write_checkpoint
 from mutor_img.sampling import main
@@ -32,6 +34,16 @@ def write_generator(folder: Path, model: Transformer, vq: VQModel, **codes) -> s
     write_checkpoint(folder, 3, {"model": model.state_dict()},
                      {"kind": "generator", "model": model.config.to_json(), "codes": about}, 1)
     return str(folder)
+
+
+def edit_flags(folder: Path, rows: slice = slice(3, 6)) -> list[str]:
+    """Write an image of 8 pixels, and a mask that is white in some rows; returns the flags that name them."""
+    pixels = np.random.default_rng(7).integers(0, 256, (8, 8), dtype=np.uint8)
+    mask = np.zeros((8, 8), np.uint8)
+    mask[rows, 5] = 255
+    for name, array in (("photo", pixels), ("mask", mask)):
+        Image.fromarray(array).save(folder / f"{name}.png")
+    return ["--keep", str(folder / "photo.png"), "--mask", str(folder / "mask.png")]
 
 
 def sample(run: str, out: Path, *flags: str, count: int = 150) -> Path:

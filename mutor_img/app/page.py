@@ -70,7 +70,20 @@ def _controls(side: Side) -> list[gr.components.Component]:
                                 elem_id="temperature", min_width=90)
         top_k = gr.Number(settings.top_k, label="Top-k", info="0: all", elem_id="top_k", min_width=90)
         top_p = gr.Number(settings.top_p, label="Top-p", info="1: all", step=0.05, elem_id="top_p", min_width=90)
-    return [classes, labels, count, cfg_scale, temperature, top_k, top_p, seed]
+    return [classes, labels, count, cfg_scale, temperature, top_k, top_p, seed, *_editing(side)]
+
+
+def _editing(side: Side) -> list[gr.components.Component]:
+    """Return the components of editing, in the order of :class:`Controls`' last fields."""
+    with gr.Accordion("Edit", open=False, elem_id="edit"):
+        mix_with = gr.Dropdown(markup.class_choices(side.source.names), value=[], multiselect=True, max_choices=1,
+                               label="Mix with", info="a class that every class is mixed with", elem_id="mix_with")
+        mix_share = gr.Slider(0.0, 1.0, value=0.5, step=0.05, label="Its share", elem_id="mix_share")
+        with gr.Row():
+            keep, mask = (gr.Image(type="filepath", image_mode=None, sources=["upload"], label=label, height=140,
+                                   elem_id=name)
+                          for name, label in (("keep", "Image to keep"), ("mask", "Mask: white is made anew")))
+    return [mix_with, mix_share, keep, mask]
 
 
 def serve(page: gr.Blocks, listener: socket.socket) -> None:

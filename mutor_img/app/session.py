@@ -13,6 +13,7 @@ import numpy as np
 from mutor_img.app import markup
 from mutor_img.common.errors import UserError, check_range
 from mutor_img.decoding.sampler import CHUNK
+from mutor_img.sampling.editing import edit
 from mutor_img.sampling.labels import class_words
 from mutor_img.sampling.source import GeneratedImages, SampleSource
 
@@ -52,6 +53,8 @@ class Controls:
         labels: rule of the labels.
         count: images of each checkpoint.
         cfg_scale, temperature, top_k, top_p, seed: see :class:`~mutor_img.decoding.sampler.SamplingSettings`.
+        mix_with, mix_share: a list of the class that each label is mixed with, or of none; and its share.
+        keep, mask: files of an image whose codes are kept, and of its mask; None: none.
     """
 
     classes: list[int]
@@ -62,6 +65,10 @@ class Controls:
     top_k: float | None
     top_p: float | None
     seed: float | None
+    mix_with: Sequence[int] = ()
+    mix_share: float | None = 0.5
+    keep: str | None = None
+    mask: str | None = None
 
     def read_count(self) -> int:
         """Return the number of images.
@@ -87,8 +94,10 @@ class Controls:
             source.settings, cfg_scale=_number("guidance scale", self.cfg_scale),
             temperature=_number("temperature", self.temperature), top_k=_whole("top-k", self.top_k),
             top_p=_number("top-p", self.top_p), seed=seed)
-        settings.validate(source.loaded.model.config.vocabulary)
-        return dataclasses.replace(source, settings=settings, rule=self.labels, classes=list(self.classes) or None)
+        settings.validate(source.loaded.model.config)
+        source = dataclasses.replace(source, settings=settings, rule=self.labels, classes=list(self.classes) or None)
+        mix = (self.mix_with[0], _number("share", self.mix_share)) if self.mix_with else (None, None)
+        return edit(source, self.keep, self.mask, *mix)
 
 
 def _number(name: str, value: float | None) -> float:
@@ -135,12 +144,18 @@ def sample_in_turn(sources: Sequence[SampleSource], count: int) -> Iterator[tupl
 
 def command_line(side: Side, source: SampleSource, count: int, out: str) -> str:
     """Return the ``sample.py`` command that writes the images of this source to ``out``."""
+    settings = dataclasses.asdict(source.settings)
+    keep, mask = source.kept_from or (None, None)
+    mix_with = settings.pop("mix_with")
+    del settings["kept"]  # the codes; the flags name the files
     flags = {"checkpoint": side.path, "tokenizer": side.tokenizer, "weights": source.loaded.which,
              "dtype": source.dtype,
              "classes": class_words(source.classes, source.names, source.run_names) if source.classes else None,
              **({} if source.loaded.meta else {"grid-size": "x".join(map(str, source.loaded.model.config.grid))}),
              "resize": source.resize, "labels": source.rule, "num-samples": count,
-             **dataclasses.asdict(source.settings), "out": out}
+             **settings, "keep": keep, "mask": mask,
+             "mix-with": None if mix_with is None else class_words([mix_with], source.names, source.run_names),
+             "out": out}
     words = ["python", "sample.py"]
     for name, value in flags.items():
         if value is not None:

@@ -23,7 +23,16 @@ from torch import Tensor
 
 from mutor_img.checkpoints.tensor_files import Files, Slice, TensorGroup, flush, write_groups
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import clear, discard, read_json, remove, wait_until_seen, write_atomic, write_json
+from mutor_img.common.files import (
+    check_format,
+    clear,
+    discard,
+    read_json,
+    remove,
+    wait_until_seen,
+    write_atomic,
+    write_json,
+)
 
 FORMAT = "mutor_img checkpoint 1"
 
@@ -147,8 +156,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         UserError: it is of another format or version.
     """
     meta = read_json(folder / "checkpoint.json")
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise UserError(f"{folder / 'checkpoint.json'}: not a checkpoint of this project's format ({FORMAT})")
+    check_format(meta.get("format") if isinstance(meta, dict) else None, FORMAT, folder / "checkpoint.json")
     return meta
 
 

@@ -1,7 +1,8 @@
 """Typed configuration: a YAML file, what it extends, dotted overrides, and errors that suggest.
 
 OmegaConf does the merging and the type checks. A file may begin with ``extends: other.yaml`` (relative to
-itself, or a shipped config's name), so that shared values stand once. Words become numbers by the type of their field
+itself, or a shipped config's name), so that shared values stand once, and ``format: mutor_img config 1`` says which
+version of this format it is in. Words become numbers by the type of their field
 and not by how they look: what is given to a text field stays as it was typed. The sections here are shared by every
 training command.
 """
@@ -22,10 +23,12 @@ from omegaconf import BooleanNode, FloatNode, IntegerNode, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from mutor_img.common.errors import UserError, check_range, suggest
+from mutor_img.common.files import check_format
 from mutor_img.common.plain_yaml import Null, is_null, parse
 from mutor_img.common.shipped import PACKAGED, find_config
 
 C = TypeVar("C")
+FORMAT = "mutor_img config 1"  # what a file may say of itself under the key format
 _FORMS = {dict: "a mapping of keys to values", list: "a list", str: "one value"}
 _NUMBERS = {int: (IntegerNode, "a whole number, as in 1000"), float: (FloatNode, "a number, as in 1e-4"),
             bool: (BooleanNode, "true or false")}
@@ -139,7 +142,7 @@ def config_files(path: str | Path, seen: tuple[Path, ...] = ()) -> list[tuple[Pa
     """Return the files of a config, from the root of ``extends`` to ``path`` itself, and what each says.
 
     Raises:
-        UserError: one is missing, is no YAML mapping, or extends itself.
+        UserError: one is missing, is no YAML mapping, of a later format, or extends itself.
     """
     path = find_config(os.path.expanduser(path))
     if path.resolve() in seen:
@@ -152,6 +155,7 @@ def config_files(path: str | Path, seen: tuple[Path, ...] = ()) -> list[tuple[Pa
     if not isinstance(layer, dict):
         kind = "a list" if isinstance(layer, list) else "one value"
         raise UserError(f"{path}: a config is a mapping of keys to values, not {kind}")
+    check_format(layer.pop("format", FORMAT), FORMAT, path)
     parent = layer.pop("extends", "")
     if not isinstance(parent, str):
         raise UserError(f"{path}: extends is {parent!r}; give the path of one YAML file")
@@ -197,6 +201,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 def to_yaml(config: Any) -> str:
     """Return the resolved config as YAML text."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def record(config: Any) -> str:
+    """Return what a run writes down of its config: the resolved config as YAML text, and its format."""
+    return f"format: {FORMAT}\n{to_yaml(config)}"
 
 
 def field_names(schema: type, prefix: str = "") -> list[str]:

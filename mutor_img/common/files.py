@@ -55,6 +55,21 @@ def read_json(path: str | os.PathLike) -> Any:
         raise UserError(f"{path}: not valid JSON ({error})") from None
 
 
+def check_format(found: object, wanted: str, path: str | os.PathLike) -> None:
+    """Check what a file says of its format, a name and a whole number, as in ``mutor_img checkpoint 1``.
+
+    Raises:
+        UserError: it is another format, or one of a later version of this project.
+    """
+    if found == wanted:
+        return
+    (name, _, number), (other, _, later) = (str(each).rpartition(" ") for each in (wanted, found))
+    if other == name and later.isdecimal() and int(later) > int(number):
+        raise UserError(f"{path}: has the format {found!r}, and this version of mutor_img reads {wanted!r}; update "
+                        "mutor_img")
+    raise UserError(f"{path}: its format is {found!r}, not {wanted!r}; check the path")
+
+
 def append_line(path: str | os.PathLike, line: str) -> None:
     """Append a line to a file, whole or not at all, also where several processes do so at once.
 

@@ -178,12 +178,17 @@ class _Layer:
         self.heads = attention.heads
         self.attention_norm, self.ffn_norm = block.attention_norm.weight.detach(), block.ffn_norm.weight.detach()
         self.qkv, self.out = Packed(attention.wqkv.weight), Packed(attention.wo.weight)
+        self.head_norms = ([head_norm.weight.detach() for head_norm in (attention.q_norm, attention.k_norm)]
+                           if attention.q_norm is not None else [])  # of q and k
         self.gate, self.up, self.down = (Packed(linear.weight)
                                          for linear in (feed_forward.w1, feed_forward.w3, feed_forward.w2))
 
     def forward(self, x: Tensor, rope: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the block's output (R, dim) for x (R, dim)."""
-        qkv = self.qkv(norm(x, self.attention_norm)).float().unflatten(-1, (3, self.heads, -1))  # (R, 3, H, head dim)
+        qkv = self.qkv(norm(x, self.attention_norm)).unflatten(-1, (3, self.heads, -1))  # (R, 3, H, head dim)
+        for place, weight in enumerate(self.head_norms):
+            qkv[:, place] = norm(qkv[:, place], weight)
+        qkv = qkv.float()
         torch.view_as_complex(qkv[:, :2].unflatten(-1, (-1, 2))).mul_(rope)  # pairs turn in place
         x = self.out.plus(attend(qkv).flatten(-2).type_as(x), x)
         y = norm(x, self.ffn_norm)
@@ -195,7 +200,6 @@ class PackedTransformer:
 
     def __init__(self, model: Transformer):
         self.config = model.config
-        self.labels = model.cls_embedding.embedding_table.weight.detach()
         self.codes = model.tok_embeddings.weight.detach()
         self.layers = [_Layer(block) for block in model.layers]
         self.norm, self.output = model.norm.weight.detach(), Packed(model.output.weight)
@@ -257,9 +261,9 @@ class PackedDecoder:
         self.cache = fitting
         finalize(self, _put_back, weights.spare, fitting)
 
-    def first(self, labels: Tensor) -> Tensor:
-        """Start sequences: labels (R,) int64 in 0 .. classes (the null class) -> logits (R, V) of the first code."""
-        return self.step(self.weights.labels[labels], 0)
+    def first(self, classes: Tensor) -> Tensor:
+        """Start sequences: class embeddings (R, dim) -> logits (R, V) of the first code."""
+        return self.step(classes, 0)
 
     def next(self, codes: Tensor, position: int) -> Tensor:
         """Go on: codes x_t (R,) int64 at position t -> logits (R, V) of x_{t+1}."""

@@ -173,7 +173,7 @@ class Drafts:
         passes: (B,) int64, the passes that each image has taken.
     """
 
-    def __init__(self, guesses: Tensor, rows: int, width: int, repeat: bool):
+    def __init__(self, guesses: Tensor, rows: int, width: int, repeat: bool, kept: Tensor):
         """Begin with no certain code.
 
         Args:
@@ -181,9 +181,11 @@ class Drafts:
             rows: S, the rows of an image per pass.
             width: W, those of them that are regular inputs.
             repeat: places behind a window take its last draw, not their guess.
+            kept: (N,) int64, codes that no draw decides; -1: one does.
         """
         self.length, self.width, self.repeat = guesses.shape[1], width, repeat
-        self.codes = F.pad(guesses, (0, rows))
+        self.kept = F.pad(kept, (0, rows), value=-1)  # (N + S,)
+        self.codes = self._keep(F.pad(guesses, (0, rows)), self.kept)
         self.start = torch.zeros(len(guesses), dtype=torch.int64, device=guesses.device)
         self.passes = torch.zeros_like(self.start)
         self.window = torch.arange(rows, device=guesses.device)
@@ -210,15 +212,21 @@ class Drafts:
 
     def take(self, places: Tensor, drawn: Tensor) -> None:
         """Go on with what a pass has drawn, (B, S) int64 at :attr:`places`."""
+        drawn = self._keep(drawn, self.kept[places])
         # A row's draw is certain if the drafts of all places before its own were right.
         right = (self.codes.gather(1, places) == drawn)[:, : self.width - 1]  # (B, W - 1)
         certain = 1 + right.cumprod(1).sum(1)
         if self.repeat:
             last = slice(self.width - 1, self.width)
-            self.codes = torch.where(self.all_places > places[:, last], drawn[:, last], self.codes)  # (B, N + S)
+            behind = torch.where(self.all_places > places[:, last], drawn[:, last], self.codes)  # (B, N + S)
+            self.codes = self._keep(behind, self.kept)
         self.codes.scatter_(1, places, drawn)
         self.passes += self.start < self.length
         self.start = (self.start + certain).clamp(max=self.length)
+
+    @staticmethod
+    def _keep(codes: Tensor, kept: Tensor) -> Tensor:
+        return torch.where(kept < 0, codes, kept)
 
 
 class Drafter:
@@ -230,7 +238,7 @@ class Drafter:
     """
 
     def __init__(self, model: Transformer, draft: Draft, scales: Sequence[float], seed: int,
-                 draw: Callable[[Tensor, Tensor], Tensor]):
+                 draw: Callable[[Tensor, Tensor], Tensor], beginnings: Tensor, kept: Tensor):
         """Prepare.
 
         Args:
@@ -239,12 +247,15 @@ class Drafter:
             scales: the guidance scale of each of the N codes.
             seed: the random streams'.
             draw: from logits (R, V) and numbers (R,) to codes (R,), -1 where logits are not finite.
+            beginnings: (classes + 1, dim), the first input of a sequence by its class.
+            kept: (N,) int64, codes that no draw decides; -1: one does.
 
         Raises:
             UserError: a draft that the model cannot have.
         """
         draft.validate(model.config)
         self.model, self.draft, self.seed, self.draw = model, draft, seed, draw
+        self.beginnings, self.kept = beginnings, kept
         self.scales = torch.tensor(scales, dtype=torch.float32, device=model.output.weight.device)  # (N,)
         self.halves = 2 if max(scales) > 1 else 1
         self.certain = 0
@@ -283,7 +294,7 @@ class Drafter:
         every = torch.arange(length + rows, device=labels.device)
         numbers = uniform(self.seed, Stream.TOKEN, samples[:, None], every)  # (count, N + S)
         scales = F.pad(self.scales, (0, rows), value=1.0)  # (N + S,)
-        drafts = Drafts(self._guess(numbers[:, :length]), rows, width, repeat=self.seen is None)
+        drafts = Drafts(self._guess(numbers[:, :length]), rows, width, self.seen is None, self.kept)
         drafts.start[real:] = length
         begin, registers = self._rows(labels, rows - width)
         while not drafts.finished:
@@ -312,7 +323,7 @@ class Drafter:
         offsets = torch.arange(2, registers + 2, device=labels.device)  # offset 1 is the last input's own target
         rows = (model.register_embedding(embedding_rows(offsets, model.config.register_offsets)) if registers
                 else model.tok_embeddings.weight[:0])
-        return model.cls_embedding(halves), rows
+        return self.beginnings[halves], rows
 
     def _embed(self, drafts: Drafts, places: Tensor, begin: Tensor, registers: Tensor) -> Tensor:
         """Return the inputs (Q, S, dim) of a pass at places (count, S); see :meth:`_rows`.

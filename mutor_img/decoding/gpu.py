@@ -67,7 +67,7 @@ class StaticDecoder(nn.Module):
         super().__init__()
         config, like = model.config, model.output.weight
         self.rows = rows
-        self.cls_embedding, self.tok_embeddings, self.rope = model.cls_embedding, model.tok_embeddings, model.rope
+        self.tok_embeddings, self.rope = model.tok_embeddings, model.rope
         self.layers, self.norm, self.output = model.layers, model.norm, model.output
         slots = config.length + spare
         self.caches = nn.ModuleList(
@@ -80,10 +80,10 @@ class StaticDecoder(nn.Module):
         """Return logits (rows, V) of x_{t+1} for codes x_t (rows,) int64 at position t (1,) int64: what is compiled."""
         return self._one(self.tok_embeddings(codes), position)
 
-    def first(self, labels: Tensor) -> Tensor:
-        """Start sequences: labels (R,) int64 in 0 .. classes (the null class) -> logits (R, V) of the first code."""
-        x = self.cls_embedding(self._pad(labels))  # (rows, dim)
-        return self._one(x, self.position.zero_())[: len(labels)]  # once per image: not worth a graph
+    def first(self, classes: Tensor) -> Tensor:
+        """Start sequences: class embeddings (R, dim) -> logits (R, V) of the first code."""
+        x = self._pad(classes)  # (rows, dim)
+        return self._one(x, self.position.zero_())[: len(classes)]  # once per image: not worth a graph
 
     def next(self, codes: Tensor, position: int) -> Tensor:
         """Go on: codes x_t (R,) int64 at position t -> logits (R, V) of x_{t+1}, overwritten by the next call."""

@@ -11,12 +11,14 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mutor_img.blocks import ModelConfig
 from mutor_img.common.errors import UserError, check_range
 from mutor_img.common.streams import Stream, uniform
 from mutor_img.decoding.cpu import CHUNK, PackedDecoder, PackedTransformer, PrefixCache, pack
@@ -37,6 +39,9 @@ class SamplingSettings:
         top_k: the k most likely codes only; 0: all.
         top_p: after top_k, the smallest set of codes whose mass is at least this; 1: all.
         seed: the random streams'.
+        mix_with, mix_share: a class that every label is mixed with, and its share in [0, 1] of the class embedding;
+            None: each label is itself.
+        kept: (N) the codes that every image has already, -1 where one is sampled; None: all are sampled.
     """
 
     cfg_scale: float = 2.0
@@ -46,14 +51,32 @@ class SamplingSettings:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    mix_with: int | None = None
+    mix_share: float | None = None
+    kept: tuple[int, ...] | None = None
 
-    def validate(self, vocabulary: int) -> None:
-        """Raise :class:`UserError` for a value out of range."""
+    def validate(self, config: ModelConfig) -> None:
+        """Raise :class:`UserError` for a value that is out of range for a model."""
         check_range("cfg_scale", self.cfg_scale, 1.0, 1e6)
         check_range("temperature", self.temperature, 0.0, 1e6, low_open=True)
-        check_range("top_k", self.top_k, 0, vocabulary)
+        check_range("top_k", self.top_k, 0, config.vocabulary)
         check_range("top_p", self.top_p, 0.0, 1.0, low_open=True)
         guidance_scales(self.cfg_schedule, self.cfg_scale, self.cfg_parameter, 1)
+        if (self.mix_with is None) != (self.mix_share is None):
+            raise UserError("mix_with and mix_share do nothing without each other; give a class and its share")
+        if self.mix_with is not None:
+            check_range("mix_with", self.mix_with, 0, config.classes - 1)
+            check_range("mix_share", self.mix_share, 0.0, 1.0)
+        if self.kept is not None:
+            if len(self.kept) != config.length or -1 not in self.kept:
+                raise UserError(f"kept holds {len(self.kept)} codes, {self.kept.count(-1)} of them -1; give the "
+                                f"model's {config.length}, with -1 for each that is to be sampled")
+            check_range("the largest code of kept", max(self.kept), -1, config.vocabulary - 1)
+            check_range("the smallest code of kept", min(self.kept), -1, -1)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all of them as JSON values."""
+        return {**asdict(self), "kept": None if self.kept is None else list(self.kept)}
 
 
 def generate(model: Transformer, labels: Tensor | Sequence[int], cfg_scale: float = 2.0, temperature: float = 1.0,
@@ -120,7 +143,7 @@ class Sampler:
             UserError: settings out of range, or a draft that the model cannot have.
         """
         config, weight = model.config, model.output.weight
-        settings.validate(config.vocabulary)
+        settings.validate(config)
         self.model, self.config, self.settings, self.device = model, config, settings, weight.device
         self.static = _replays(weight.device)
         self.fixed = not self.static and weight.dtype == torch.float32
@@ -131,7 +154,13 @@ class Sampler:
         most = MOST_ROWS // self.halves if self.static else batch
         self.count = CHUNK if self.fixed else min(batch, most)
         self.keep, self.draft = keep, draft
-        self.drafter = Drafter(model, draft, self.scales, settings.seed, partial(draw, settings=settings))
+        self.beginnings = class_inputs(model, settings)
+        kept = settings.kept or [-1] * config.length
+        self.kept = torch.tensor(kept, device=self.device)  # (N,)
+        self.drawn = [code < 0 for code in kept]  # by place; known here, so that no step waits for a device
+        self.end = config.length - self.drawn[::-1].index(True)  # behind the last place that is drawn
+        self.drafter = Drafter(model, draft, self.scales, settings.seed, partial(draw, settings=settings),
+                               self.beginnings, self.kept)
         self.trials: dict[int, Trial] = {}  # of ``auto``, by the number of images at a time
         with torch.no_grad():
             self.packed = None if self.static else pack(model) if keep else PackedTransformer(model)
@@ -247,13 +276,14 @@ class Sampler:
         """
         places = torch.arange(self.config.length, device=self.device)
         numbers = uniform(self.settings.seed, Stream.TOKEN, samples[:, None], places).T.contiguous()  # (N, count)
-        codes = torch.empty(len(places), self.count, dtype=torch.int64, device=self.device)
+        codes = self.kept[:, None].repeat(1, self.count)  # (N, count)
         codes[: begun.shape[1]] = begun.T
         nulls = [torch.full_like(labels, self.config.classes)] if self.halves == 2 else []
-        for position in range(begun.shape[1], len(places)):
+        for position in range(begun.shape[1], self.end):
             logits = (self._decode(decoder, codes[position - 1], position) if position
-                      else decoder.first(torch.cat([labels, *nulls])))  # (2 count or count, V)
-            codes[position] = self._draw(logits, numbers[position], position)
+                      else decoder.first(self.beginnings[torch.cat([labels, *nulls])]))  # (2 count or count, V)
+            if self.drawn[position]:
+                codes[position] = self._draw(logits, numbers[position], position)
         return torch.where((codes < 0).any(0), -1, codes).T
 
     def _draw(self, logits: Tensor, numbers: Tensor, position: int) -> Tensor:
@@ -266,6 +296,19 @@ class Sampler:
         codes = codes.clamp(min=0)  # not finite: go on with anything, and say so at the end
         halves = self.halves if self.static or position < self.guided_until else 1
         return decoder.next(codes.repeat(halves), position)
+
+
+def class_inputs(model: Transformer, settings: SamplingSettings) -> Tensor:
+    """Return the first input of a sequence by its class, (classes + 1, dim): the class embedding, or a mix of two.
+
+    The null class of guidance, the last one, is never mixed.
+    """
+    table = model.cls_embedding.embedding_table.weight.detach()  # (classes + 1, dim)
+    if settings.mix_with is None:
+        return table
+    mixed = torch.lerp(table, table[settings.mix_with], settings.mix_share)
+    mixed[-1] = table[-1]
+    return mixed
 
 
 def _replays(device: torch.device) -> bool:

@@ -15,6 +15,8 @@ from mutor_img.metrics.requirements import check_names
 from mutor_img.objectives.config import ObjectiveConfig, build_objective
 from mutor_img.objectives.objective import Objective
 from mutor_img.registers import RegisterLaw
+from mutor_img.training.optimizer import freeze
+from mutor_img.transformer import Transformer
 
 
 @dataclass
@@ -43,6 +45,7 @@ class ModelSection:
     dropout: float = 0.1  # dropout rate of the embedded sequence, the attention output and the feed-forward
     drop_path: float = 0.0  # drop-path rate; above 0 it switches the latter two dropouts off
     class_dropout: float = 0.1  # share of samples trained with the null class
+    qk_norm: bool = False  # normalise queries and keys: steadier, but may cost FID; not for released weights
     attention: str = "auto"  # for registers in training: auto (FlexAttention on CUDA if compiled, else SDPA) or sdpa
     loss_chunk: int = 0  # rows of logits that the training loss holds at a time; saves memory; 0: all rows
 
@@ -142,6 +145,8 @@ class GeneratorConfig:
     run_dir: str = ""  # folder of the run; empty: the config's path, with runs/ instead of configs/
     seed: int = 0  # seed of the weights, data order, views, registers, class drops and dropout
     init_from: str | None = None  # weights to start from: a run, a checkpoint, or a released LlamaGen .pt
+    freeze: list[str] = field(default_factory=list)  # names of weights to leave as they are; * matches anything
+    expected_loss: list[float] = field(default_factory=list)  # [low, high] of next_token at step 200, else a warning
     data: CodesConfig = field(default_factory=CodesConfig)
     model: ModelSection = field(default_factory=ModelSection)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -155,8 +160,15 @@ class GeneratorConfig:
     def validate(self) -> None:
         """Raise :class:`UserError` for sections that do not fit each other; each section has checked itself before."""
         self.data.folders()
+        if self.expected_loss and (len(self.expected_loss) != 2 or not self.expected_loss[0] < self.expected_loss[1]):
+            raise UserError(f"expected_loss is {list(self.expected_loss)}; give the lowest and the highest next-token "
+                            "loss, as in [7.0,9.6], or [] for no warning")
         with torch.device("meta"):
             objective = self.build_objective()  # raises for registers, a preset or settings that cannot be
+            if self.freeze:
+                model = Transformer(self.model_config())
+                model.objective = objective
+                freeze(model, self.freeze)  # raises for a pattern that cannot be meant
         if objective.teacher_taps and not self.train.ema:
             raise UserError(f"objective.kind={self.objective.kind} learns from averaged weights, but train.ema is 0.0; "
                             "give a decay, as in train.ema=0.9999")
@@ -182,4 +194,5 @@ class GeneratorConfig:
         if self.registers.kind != "none":
             offsets = self.law().offsets if self.registers.embedding == "per_offset" else ()
         return ModelConfig.preset(m.preset, grid=tuple(m.grid), vocabulary=m.vocabulary, classes=m.classes,
-                                  dropout=m.dropout, drop_path=m.drop_path, register_offsets=offsets)
+                                  dropout=m.dropout, drop_path=m.drop_path, register_offsets=offsets,
+                                  qk_norm=m.qk_norm)

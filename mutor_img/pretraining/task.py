@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,13 @@ from mutor_img.pretraining.preflight import Preflight, preflight
 from mutor_img.pretraining.scores import RunScores
 from mutor_img.sampling.pictures import PUT_BACK, verified_tokenizer
 from mutor_img.training.compiling import compile_whole
+from mutor_img.training.optimizer import freeze
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.task import Task
 from mutor_img.transformer import Transformer
+
+DOUBTED = 200  # the update after which the loss is compared with ``expected_loss``
+CLASS_TABLE = "cls_embedding.embedding_table.weight"
 
 
 class GeneratorTask(Task):
@@ -60,6 +65,7 @@ class GeneratorTask(Task):
             taken = start_from(self.model, config.init_from, names)
             runtime.agree({f"the content of init_from={config.init_from}": taken})
         self.model.objective = objective = config.build_objective()
+        freeze(self.model, config.freeze)
         if codebook is not None:
             objective.take_codebook(codebook)
         if config.train.compile and runtime.device.type == "cuda" and not config.model.loss_chunk:
@@ -135,6 +141,18 @@ class GeneratorTask(Task):
         loss = next_token_loss(model, self.model.config, self.val_codes, size, self.runtime, chunk)
         return {"val_next_token": loss}
 
+    def doubt(self, step: int, values: Mapping[str, float | Tensor]) -> str | None:
+        loss = values.get("next_token")
+        if step != DOUBTED or not self.config.expected_loss or self.config.init_from or loss is None:
+            return None
+        low, high = self.config.expected_loss
+        if low <= loss <= high:
+            return None
+        hint = ("it learns little: look at optim.lr, gradient_norm and data.codes" if loss > high else
+                "something may tell it the answers, or the codes are too plain: look at them with tokenizer.inspect")
+        return (f"next_token is {float(loss):.3f} after {step} updates, and expected_loss is {low:g} to {high:g}; "
+                f"{hint} (docs/imagenet.md, 'What loss should I see?')")
+
     def score(self, model: nn.Module, step: int) -> dict[str, float]:
         try:
             return self.scores(model)
@@ -164,19 +182,31 @@ class GeneratorTask(Task):
 
 
 def start_from(model: Transformer, path: str, class_names: list[str] | None = None) -> str:
-    """Take a checkpoint's weights; a register embedding that it lacks stays as drawn. Returns the weights' hash.
+    """Take a checkpoint's weights; returns their hash.
 
-    Where its classes have other names than ``class_names``, a line says so: another data set may be meant.
+    A register embedding that it lacks stays as drawn, and so does the table of classes where it has another number of
+    them. Where its classes have other names than ``class_names``, a line says so: another data set may be meant.
 
     Args:
         model: takes the weights; every other name and shape must fit.
         path: run folder, checkpoint folder (averaged weights where it has any), or LlamaGen ``.pt``.
+        class_names: those of the run's classes, where this process speaks; None: nothing is said.
 
     Raises:
         UserError: nothing readable is there, or a weight does not fit.
     """
     loaded = load_run(path, grid=model.config.grid)
-    weights = loaded.model.state_dict()
+    found, wanted, weights = loaded.model.config, model.config, loaded.model.state_dict()
+    if found.qk_norm != wanted.qk_norm:
+        raise UserError(f"init_from={path}: was trained with{'' if found.qk_norm else 'out'} QK-norm, but "
+                        f"model.qk_norm is {str(wanted.qk_norm).lower()}; give "
+                        f"model.qk_norm={str(found.qk_norm).lower()}")
+    if found.classes != wanted.classes:
+        weights[CLASS_TABLE] = model.get_parameter(CLASS_TABLE).detach()
+        if class_names is not None:
+            print(f"note: init_from={path} has {found.classes} classes, and data.codes {wanted.classes}: the table of "
+                  "classes is drawn anew", file=sys.stderr)
+        class_names = None
     for label, (theirs, ours) in enumerate(zip(loaded.codes.get("class_names") or (), class_names or ())):
         if theirs != ours:
             print(f"note: class {label} is {theirs!r} in init_from={path}, and {ours!r} in data.codes: its weights "

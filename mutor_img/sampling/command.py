@@ -24,6 +24,8 @@ from mutor_img.common.outputs import keep_apart
 from mutor_img.decoding.drafting import NO_DRAFT, Draft
 from mutor_img.decoding.sampler import Sampler, SamplingSettings
 from mutor_img.sampling.archive import FORMAT, SampleArchive, open_archive
+from mutor_img.sampling.editing import check_edit, edit
+from mutor_img.sampling.labels import parse_classes
 from mutor_img.sampling.options import add_sampling_flags, check_sampling_flags, open_source
 from mutor_img.sampling.pictures import class_grid, decode_images, steps_strip
 from mutor_img.sampling.source import SampleSource
@@ -40,7 +42,9 @@ def _parser() -> Parser:
                     "grid, or a strip that shows one image as it is generated. To continue a killed run, run the same "
                     "command again.",
         example="sample.py --checkpoint runs/mnist/mutor2d --num-samples 1000 --out samples.npz\n"
-                "sample.py --checkpoint runs/imagenet256/mutor2d_b_80 --classes 207,360,387 --grid grid.png",
+                "sample.py --checkpoint runs/imagenet256/mutor2d_b_80 --classes 207,360,387 --grid grid.png\n"
+                "sample.py --checkpoint runs/imagenet256/mutor2d_b_80 --classes otter --keep photo.png --mask mask.png "
+                "--grid grid.png",
     )
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="PATH", help="run folder, checkpoint folder, or LlamaGen .pt")
@@ -51,6 +55,10 @@ def _parser() -> Parser:
     add("--num-samples", type=int, help="number of images in --out (default: 50000); with --grid alone, number of "
                                         "images in the grid, rounded up to full rows (default: 8 per class)")
     add_sampling_flags(parser)
+    add("--keep", metavar="IMAGE", help="image file whose codes are kept where --mask is black")
+    add("--mask", metavar="IMAGE", help="image file of the same size: white where the image of --keep is made anew")
+    add("--mix-with", metavar="CLASS", help="mix the embedding of every class with that of this one")
+    add("--mix-share", type=float, help="share of --mix-with in the mix, from 0 to 1 (default: 0.5)")
     add("--batch-size", type=int, default=64, help="images at a time on each device; changes memory use, not "
                                                          "results")
     add("--device", default="auto", metavar="NAME", help="cpu, cuda, or auto: CUDA if available")
@@ -66,7 +74,7 @@ def main(argv: Sequence[str]) -> Path:
     parser = _parser()
     args = parser.parse_args(argv)
     _check(args, _given(parser, argv))
-    _keep_apart(args, {"--checkpoint": args.checkpoint, "--tokenizer": args.tokenizer})
+    _keep_apart(args, {f"--{name}": getattr(args, name) for name in ("checkpoint", "tokenizer", "keep", "mask")})
     runtime = _runtime(args.device)
     outputs = file_lock(args.out, keeps=True), file_lock(args.grid), file_lock(args.show_steps)
     with runtime.one_voice(), runtime.claim(*outputs):
@@ -75,7 +83,7 @@ def main(argv: Sequence[str]) -> Path:
 
 def _write(args: argparse.Namespace, runtime: Runtime) -> Path:
     """Write all that the flags ask for; returns what ``--out`` names, or else a picture."""
-    source = open_source(args, runtime)
+    source = _edited(args, open_source(args, runtime))
     _keep_apart(args, {"the tokenizer": source.tokenizer.path})
     count = 50_000 if args.num_samples is None else args.num_samples
     if args.grid and runtime.is_main:
@@ -87,7 +95,7 @@ def _write(args: argparse.Namespace, runtime: Runtime) -> Path:
     archive = open_archive(args.out, {"format": FORMAT, **source.identity(count)})
     loaded = source.loaded
     about = {"checkpoint": str(loaded.path), "step": loaded.meta.get("step"), "tokenizer": source.tokenizer.path,
-             "grid": list(loaded.model.config.grid), **source.draft.to_json(),
+             "grid": list(loaded.model.config.grid), **source.draft.to_json(), "keep": args.keep, "mask": args.mask,
              "class_names": source.names, "versions": {name: version(name) for name in ("mutor_img", "torch", "numpy")}}
     write_samples(archive, loaded, source.tokenizer, source.labels(count), source.settings, about, runtime,
                   args.batch_size, source.resize, source.draft)
@@ -117,12 +125,23 @@ def _check(args: argparse.Namespace, given: set[str]) -> None:
     if args.resize is not None and not args.out:
         raise UserError("--resize does nothing without --out: pictures show images as they are made; leave it out")
     check_sampling_flags(args)
+    check_edit(args.keep, args.mask, args.mix_with, args.mix_share)
     check_choice("--device", args.device, ("auto", "cpu", "cuda"))
     check_range("--batch-size", args.batch_size, 1, 100_000)
     if args.num_samples is not None:
         check_range("--num-samples", args.num_samples, 1, 10**9)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no CUDA device here; leave --device out")
+
+
+def _edited(args: argparse.Namespace, source: SampleSource) -> SampleSource:
+    """Return the source with what the flags of editing ask for."""
+    label = None
+    if args.mix_with is not None:
+        label, *more = parse_classes(args.mix_with, source.names, source.run_names, "--mix-with")
+        if more:
+            raise UserError(f"--mix-with is {args.mix_with!r}; give one class")
+    return edit(source, args.keep, args.mask, label, args.mix_share)
 
 
 def _keep_apart(args: argparse.Namespace, inputs: dict[str, str | None]) -> None:

@@ -50,7 +50,8 @@ def readable_names(class_names: Sequence[str] | None, classes: int) -> list[str]
     return source.class_names(list(class_names))
 
 
-def parse_classes(text: str, names: Sequence[str], class_names: Sequence[str] | None = None) -> list[int]:
+def parse_classes(text: str, names: Sequence[str], class_names: Sequence[str] | None = None,
+                  flag: str = "--classes") -> list[int]:
     """Return the labels in a comma-separated list of names, WordNet ids and numbers.
 
     Args:
@@ -59,15 +60,16 @@ def parse_classes(text: str, names: Sequence[str], class_names: Sequence[str] | 
             space do not matter. ImageNet's classes answer to all of their synonyms.
         names: a readable name for each class.
         class_names: as the run calls them, where that differs.
+        flag: what messages call the list.
 
     Raises:
         UserError: an unknown class (the nearest is named), a word for several, a class given twice.
     """
     aliases = _aliases(names, class_names)
-    labels = [_find(word.strip(), names, aliases) for word in text.split(",")]
+    labels = [_find(word.strip(), names, aliases, flag) for word in text.split(",")]
     for label in labels:
         if labels.count(label) > 1:
-            raise UserError(f"--classes: class {label} is given twice")
+            raise UserError(f"{flag}: class {label} is given twice")
     return labels
 
 
@@ -80,7 +82,7 @@ def class_words(labels: Sequence[int], names: Sequence[str], class_names: Sequen
     return ",".join(f"{'' if called.get(label, {label}) == {label} else 'label:'}{label}" for label in labels)
 
 
-def _find(word: str, names: Sequence[str], aliases: Sequence[set[str]]) -> int:
+def _find(word: str, names: Sequence[str], aliases: Sequence[set[str]], flag: str) -> int:
     """Return the one class that a word means."""
     way, colon, rest = word.partition(":")
     if not colon or way not in ("name", "label") or _called(word, names, aliases):
@@ -90,14 +92,14 @@ def _find(word: str, names: Sequence[str], aliases: Sequence[set[str]]) -> int:
     if rest[:1] == "0" and len(rest) > 1 and _called(rest, names, aliases):
         numbered = []  # 010 is how nobody writes a number, and just how that class is called
     if len(named) > 1:
-        raise UserError(f"--classes: {word!r} is the name of classes {', '.join(map(str, named))}; give a number, "
+        raise UserError(f"{flag}: {word!r} is the name of classes {', '.join(map(str, named))}; give a number, "
                         f"label:{named[0]}")
     found = {*named, *numbered}
     if len(found) > 1:
-        raise UserError(f"--classes: {word!r} is the name of class {named[0]} and the number of class {numbered[0]} "
+        raise UserError(f"{flag}: {word!r} is the name of class {named[0]} and the number of class {numbered[0]} "
                         f"({names[numbered[0]]!r}); give name:{rest} or label:{rest}")
     if not found:
-        raise UserError(f"--classes: unknown class {word!r}{_hint(rest, names, aliases)}")
+        raise UserError(f"{flag}: unknown class {word!r}{_hint(rest, names, aliases)}")
     return found.pop()
 
 

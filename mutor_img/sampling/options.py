@@ -98,7 +98,7 @@ def open_source(args: argparse.Namespace, runtime: Runtime) -> SampleSource:
         print(guess_of(loaded), file=sys.stderr)
     settings = SamplingSettings(args.cfg_scale, args.cfg_schedule, args.cfg_parameter, args.temperature, args.top_k,
                                 args.top_p, args.seed)
-    settings.validate(loaded.model.config.vocabulary)
+    settings.validate(loaded.model.config)
     draft = Draft.parse(args.draft, args.draft_source)
     draft.validate(loaded.model.config)
     unknown = sorted(set(draft.offsets) - set(loaded.trained_offsets or draft.offsets))

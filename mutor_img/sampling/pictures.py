@@ -124,6 +124,8 @@ def steps_strip(model: Transformer, tokenizer: VQModel, label: int, name: str, s
     codes = generate_samples(model, torch.tensor([label]), torch.tensor([0]), settings, draft)  # (1, N)
     known = torch.tensor(sorted({-(-length * (frame + 1) // FRAMES) for frame in range(FRAMES)}), device=codes.device)
     arrived = torch.arange(length, device=codes.device) < known[:, None]  # (frames, N)
+    if settings.kept is not None:
+        arrived |= torch.tensor(settings.kept, device=codes.device) >= 0
     images = decode_images(tokenizer, torch.where(arrived, codes, codes[0, known - 1][:, None]), (rows, columns))
     cells = arrived.view(-1, rows, columns).cpu().numpy()
     height, width = images.shape[1] // rows, images.shape[2] // columns

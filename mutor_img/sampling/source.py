@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,6 +34,7 @@ class SampleSource:
         dtype: the generator's, "fp32" or "bf16".
         resize: pixels per side that images are shrunk to before they are rounded; None: as they are decoded.
         draft: how codes are drafted, which changes no image.
+        kept_from: the files of the image whose codes ``settings.kept`` holds, and of its mask; None: none are kept.
     """
 
     loaded: Loaded
@@ -46,6 +46,7 @@ class SampleSource:
     dtype: str
     resize: int | None = None
     draft: Draft = NO_DRAFT
+    kept_from: tuple[str, str] | None = None
 
     @property
     def run_names(self) -> list[str] | None:
@@ -65,10 +66,10 @@ class SampleSource:
     def identity(self, count: int) -> dict[str, Any]:
         """Return everything that decides the bytes of the first ``count`` images, as JSON values."""
         return {"weights": self.loaded.which, "weights_hash": self.loaded.weights_hash,
-                "tokenizer_hash": self.tokenizer.hash, **dataclasses.asdict(self.settings), "labels": self.rule,
+                "tokenizer_hash": self.tokenizer.hash, **self.settings.to_json(), "labels": self.rule,
                 "classes": self.classes, "num_samples": count, "dtype": self.dtype, "device": self.device.type,
                 **({} if self.loaded.meta else {"grid": list(self.loaded.model.config.grid)}),  # a .pt may not say it
-                **({} if self.resize is None else {"resize": self.resize, "resize_rule": RESIZE_RULE})}
+                "resize": self.resize, **({} if self.resize is None else {"resize_rule": RESIZE_RULE})}
 
 
 RESIZE_RULE = "bicubic, not antialiased, before rounding"  # of common.images.shrink

@@ -75,7 +75,7 @@ def sweep(source: SampleSource, points: Sequence[SweepPoint], count: int, refere
         UserError: settings out of range, ``out`` holds rows of something else, or the scores cannot be computed.
     """
     for point in points:
-        _at(source, point).settings.validate(source.loaded.model.config.vocabulary)
+        _at(source, point).settings.validate(source.loaded.model.config)
     check_range("--num-samples", count, 2, 10**9)
     metrics = resolve(metrics, reference, network)
     if "fid" not in metrics:

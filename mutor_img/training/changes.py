@@ -11,12 +11,13 @@ from mutor_img.common.errors import UserError
 
 # Other ones make another run.
 IDENTITY = ("seed", "model.", "objective.", "registers.", "train.global_batch", "data.image_size")
-EARLIER = {"objective.kind": "mutor"}  # what a checkpoint did that is older than the key
+# What a checkpoint did that is older than the key.
+EARLIER = {"objective.kind": "mutor", "model.qk_norm": False, "freeze": []}
 SILENT = (  # change where, how fast or how long a run trains and what it shows, not what an update computes
     "run_dir", "init_from", "data.codes", "data.val_codes", "model.attention", "model.loss_chunk", "pictures.", "plan.",
-    "eval.", "train.steps", "train.micro_batch", "train.compile", "train.parallel", "train.activation_checkpointing",
-    "train.log_every", "train.checkpoint_every", "train.keep", "train.milestones", "train.validate_every",
-    "train.picture_every", "train.timeout_minutes",
+    "expected_loss", "eval.", "train.steps", "train.micro_batch", "train.compile", "train.parallel",
+    "train.activation_checkpointing", "train.log_every", "train.checkpoint_every", "train.keep", "train.milestones",
+    "train.validate_every", "train.picture_every", "train.timeout_minutes",
 )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mutor_img.common.cli import Parser
-from mutor_img.common.config import config_files, load_config, to_yaml
+from mutor_img.common.config import config_files, load_config, record, to_yaml
 from mutor_img.common.locks import folder_lock
 from mutor_img.common.outputs import RUN_SIGNS, keep_apart, refuse_strange_folder
 from mutor_img.training.hardware import computes_in_bf16, precision_on
@@ -73,7 +73,8 @@ def read_training(arguments: argparse.Namespace, schema: type, plan: Callable[[A
 
 def written_by_hand(schema: type, config: str) -> list[Path]:
     """Return those files of a config that a run did not write itself: its own record it may write again."""
-    return [path for path, _ in config_files(config) if path.read_text() != to_yaml(load_config(schema, path))]
+    own = {path: load_config(schema, path) for path, _ in config_files(config)}
+    return [path for path, found in own.items() if path.read_text() not in (record(found), to_yaml(found))]
 
 
 def _readable(value: Any) -> str:

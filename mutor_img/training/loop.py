@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mutor_img.common.config import to_yaml
+from mutor_img.common.config import record
 from mutor_img.common.files import write_atomic
 from mutor_img.training.compiling import compile_settings
 from mutor_img.training.hardware import peak_flops
@@ -74,7 +74,7 @@ def _record(trainer: Trainer) -> None:
               + "".join(f"; {change}" for change in trainer.changes))
     if trainer.changes and path.is_file():
         os.replace(path, path.with_name(f"config_until_{trainer.step:08d}.yaml"))
-    write_atomic(path, lambda aside: aside.write_text(to_yaml(trainer.config)))
+    write_atomic(path, lambda aside: aside.write_text(record(trainer.config)))
 
 
 def _run(trainer: Trainer, log: RunLog | None, stop: StopRequest) -> None:
@@ -99,6 +99,8 @@ def _run(trainer: Trainer, log: RunLog | None, stop: StopRequest) -> None:
         trainer.seconds += time.perf_counter() - begun
         step, done = trainer.step, trainer.step == train.steps
         bar.update()
+        if log and (doubt := task.doubt(step, values)):
+            bar.write(f"warning: {doubt}")
         if log and (done or step % train.log_every == 0 or step == 1):
             elapsed = max(1e-9, trainer.seconds - mark_seconds)
             rate = (step - mark_step) * train.global_batch / elapsed  # samples per second

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +25,29 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), fused=True)
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Keep every weight as it is whose name matches one of the patterns: it gets no gradient and no weight decay.
+
+    Args:
+        model: the model, before it is wrapped.
+        patterns: names, with ``*`` for anything, dots included, as the shell matches file names.
+
+    Raises:
+        UserError: a pattern that matches no weight, or nothing left to train.
+    """
+    weights = dict(model.named_parameters())
+    for pattern in patterns:
+        named = [weight for name, weight in weights.items() if fnmatchcase(name, pattern)]
+        if not named:
+            part = pattern.strip("*.")  # a * may have been forgotten
+            [nearest] = [name for name in weights if part in name][:1] or get_close_matches(pattern, weights, 1, 0.0)
+            raise UserError(f"freeze: {pattern!r} matches no weight of the model; the nearest name is {nearest!r}")
+        for weight in named:
+            weight.requires_grad_(False)
+    if not any(weight.requires_grad for weight in weights.values()):
+        raise UserError(f"freeze: {', '.join(patterns)} leaves no weight to train; leave a pattern out")
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:

@@ -62,6 +62,10 @@ class Task:
     def draw_pictures(self, model: nn.Module, folder: Path, step: int) -> None:
         """Write pictures of what ``model`` can do by now into ``folder``; runs on rank 0."""
 
+    def doubt(self, step: int, values: Mapping[str, float | Tensor]) -> str | None:
+        """Return what looks wrong after ``step`` updates, for a warning; ``values`` are what the last one logs."""
+        return None
+
     def before_update(self, step: int) -> dict[str, Tensor]:
         """Make the gradients of what the task trains beside the model (e.g. a discriminator), before any weight moves.
 

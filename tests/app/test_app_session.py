@@ -6,6 +6,7 @@ import shlex
 
 import numpy as np
 import pytest
+from tiny_runs import edit_flags
 
 from mutor_img import sampling
 from mutor_img.app.session import MAX_IMAGES, Controls, answer, command_line, sample_in_turn
@@ -13,7 +14,7 @@ from mutor_img.app.session import MAX_IMAGES, Controls, answer, command_line, sa
 PLAIN = Controls(classes=[2, 0], labels="balanced", count=19, cfg_scale=2.0, temperature=1.0, top_k=0, top_p=1.0,
                  seed=5)
 CHANGES = [{"classes": [1]}, {"labels": "random"}, {"cfg_scale": 4.5}, {"temperature": 0.3}, {"top_k": 2},
-           {"top_p": 0.3}, {"seed": 6.0}]
+           {"top_p": 0.3}, {"seed": 6.0}, {"mix_with": [1]}, {"mix_with": [1], "mix_share": 0.9}]
 
 
 def collect(sources, count):
@@ -28,10 +29,12 @@ def sides(served, two_runs):
     return served("--checkpoint", two_runs[0], "--compare", two_runs[1]).sides
 
 
-@pytest.mark.parametrize("change", [{}, {"classes": []}, {"labels": "random", "classes": []}, {"seed": -3, "top_k": 4}],
+@pytest.mark.parametrize("change", [{}, {"classes": []}, {"labels": "random", "classes": []}, {"seed": -3, "top_k": 4},
+                                    {"mix_with": [2], "mix_share": 0.8, "keep": "photo.png", "mask": "mask.png"}],
                          ids=str)
 def test_the_images_are_those_of_the_sample_command_that_is_shown(sides, tmp_path, monkeypatch, change):
     monkeypatch.chdir(tmp_path)
+    edit_flags(tmp_path)
     controls = dataclasses.replace(PLAIN, **change)
     sources = [controls.apply(side.source) for side in sides]
     shown = collect(sources, controls.read_count())
@@ -65,6 +68,15 @@ def test_every_control_changes_the_images(sides, change):
     assert plain.shape == changed.shape == (19, 8, 8, 3) and not np.array_equal(plain, changed)
 
 
+@pytest.mark.app
+def test_the_page_s_controls_stand_in_the_order_in_which_they_are_read(sides):
+    pytest.importorskip("gradio", reason="Gradio not installed; make test-app installs it")
+    from mutor_img.app.page import build_page
+
+    [generate] = [event for event in build_page(sides[:1]).fns.values() if event.inputs]
+    assert [each.elem_id for each in generate.inputs] == [field.name for field in dataclasses.fields(Controls)]
+
+
 def test_the_sides_take_turns_with_the_same_labels(sides):
     sources = [PLAIN.apply(side.source) for side in sides]
     assert [place for place, _ in sample_in_turn(sources, 19)] == [0, 1, 0, 1, 0, 1]
@@ -89,7 +101,9 @@ def test_the_answer_fills_both_grids_and_ends_with_the_time(sides):
     ({"count": MAX_IMAGES + 1}, f"images is {MAX_IMAGES + 1}; give a value in [1, {MAX_IMAGES}]"),
     ({"count": float("inf")}, "number of images is inf"), ({"temperature": float("nan")}, "temperature is nan"),
     ({"count": None}, "number of images is empty"), ({"labels": "rnd"}, "labels is &#x27;rnd&#x27;"),
-    ({"classes": [3]}, "class is 3; give a value in [0, 2]"),
+    ({"classes": [3]}, "class is 3; give a value in [0, 2]"), ({"mix_with": [3]}, "mix_with is 3"),
+    ({"mix_with": [1], "mix_share": None}, "share is empty"), ({"keep": "photo.png"}, "nothing without --mask"),
+    ({"keep": "absent.png", "mask": "absent.png"}, "absent.png: no such image file"),
 ], ids=str)
 def test_a_value_that_cannot_be_meant_becomes_a_message(sides, change, words):
     view = list(answer(sides, dataclasses.replace(PLAIN, **change)))[-1]

@@ -222,6 +222,22 @@ def test_llamagen_b_is_llamagens_own_recipe():
     assert 300 * 1_281_167 <= images < 300 * 1_281_167 + c.train.global_batch
 
 
+LLAMAGEN_384 = {  # preset, images per update, learning rate: those of its authors
+    "llamagen_b": ("B", 256, 1e-4), "llamagen_l": ("L", 256, 1e-4), "llamagen_xl": ("XL", 256, 2e-4),
+    "llamagen_xxl": ("XXL", 512, 2e-4),
+}
+
+
+def test_every_config_for_384_pixels_is_300_epochs_of_llamagens_recipe():
+    assert {path.stem for path in (CONFIGS / "imagenet384").glob("*.yaml")} == set(LLAMAGEN_384)
+    for name, recipe in LLAMAGEN_384.items():
+        c = load_config(GeneratorConfig, CONFIGS / "imagenet384" / f"{name}.yaml")
+        assert (c.model.preset, c.train.global_batch, c.optim.lr) == recipe
+        assert (tuple(c.model.grid), c.registers.kind, len(c.data.folders())) == ((24, 24), "none", 2)
+        images = c.train.steps * c.train.global_batch
+        assert 300 * 1_281_167 <= images < 300 * 1_281_167 + c.train.global_batch
+
+
 def test_only_3b_is_sharded_and_its_plan_is_for_that_many_devices():
     for name in PAPER:
         c = load_config(GeneratorConfig, CONFIGS / "imagenet256" / f"{name}.yaml")

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from mutor_img.common.config import load_config
 from mutor_img.common.errors import UserError
@@ -108,6 +109,23 @@ def test_a_start_from_other_classes_is_said(run_training, make_codes, tmp_path, 
         run_training(f"data.codes={other}", "data.val_codes=null", f"init_from={tmp_path}/runs/run",
                      f"run_dir={tmp_path}/{said}", "train.steps=1")
         assert ("class 1 is 'b' in init_from" in capsys.readouterr().err) == said
+
+
+def test_a_start_from_another_number_of_classes_draws_their_table_anew_and_nothing_else(run_training, make_codes,
+                                                                                       tmp_path, capsys):
+    first = run_training("train.steps=1").model.state_dict()
+    other = make_codes(tmp_path / "other")
+    info = json.loads((other / "codes.json").read_text())
+    (other / "codes.json").write_text(json.dumps({**info, "class_names": ["boot", "b", "c", "bag"]}))
+    flags = (f"data.codes={other}", "data.val_codes=null", "model.classes=4", "optim.lr=1e-30", "train.steps=1")
+    fresh = run_training(f"run_dir={tmp_path}/fresh", *flags).model.state_dict()
+    start = run_training(f"run_dir={tmp_path}/start", f"init_from={tmp_path}/runs/run", *flags).model.state_dict()
+    said = capsys.readouterr().err
+    assert said.count("note:") == 1
+    assert "runs/run has 3 classes, and data.codes 4: the table of classes is drawn anew" in said
+    for name, weight in start.items():
+        expected = (fresh if name.startswith("cls_embedding") else first)[name]
+        assert torch.allclose(weight, expected, rtol=0, atol=1e-20), name
 
 
 def test_a_run_over_several_stores_names_them_all(run_training, make_codes, codes_folder, tmp_path):

@@ -24,6 +24,8 @@ LABELS = torch.tensor([2, 0, 1, 1, 0])
 GUIDANCE = [{"cfg_scale": 1.0}, {"cfg_scale": 2.0}, {"cfg_scale": 4.0, "cfg_schedule": "linear"},
             {"cfg_scale": 4.0, "cfg_schedule": "interval", "cfg_parameter": 3},
             {"cfg_scale": 4.0, "cfg_schedule": "power-cosine", "cfg_parameter": 2.0}]
+EDITS = [{"kept": (3, 7, -1, -1, 2, -1, -1, -1, -1, 9, 1, 4, 4, 0, -1, -1, 5, -1, 10, 6)},
+         {"cfg_scale": 1.0, "kept": (-1,) * 9 + (8,) * 11}, {"mix_with": 1, "mix_share": 0.3}]
 FILTERS = [{"temperature": 0.7, "top_k": 4}, {"top_p": 0.8}, {"temperature": 1.3, "top_k": 6, "top_p": 0.6}]
 
 
@@ -41,11 +43,11 @@ def sampled_as_on_a_gpu(model, settings, window, source):
 
 
 @pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("settings", GUIDANCE + FILTERS, ids=str)
+@pytest.mark.parametrize("settings", GUIDANCE + FILTERS + EDITS, ids=str)
 def test_no_draft_changes_a_code(random_model, settings, source):
     model = random_model()
     _, expected = sampled(model, settings, 0)
-    for window in (1, 2, 4, 20):
+    for window in (1, 2, 4, 20, "auto"):
         assert torch.equal(sampled(model, settings, window, source)[1], expected), window
 
 
@@ -87,7 +89,7 @@ def test_images_of_one_batch_go_on_at_their_own_pace(random_model):
 @pytest.mark.parametrize("source", SOURCES)
 def test_the_gpu_path_gives_the_codes_of_the_cpu_path(random_model, source):
     model = random_model()
-    for settings in ({}, {"cfg_scale": 1.0}, GUIDANCE[3]):
+    for settings in ({}, {"cfg_scale": 1.0}, GUIDANCE[3], *EDITS):
         sampler, codes = sampled_as_on_a_gpu(model, settings, 3, source)
         assert torch.equal(codes, sampled(model, settings, 0)[1]) and isinstance(sampler.decoder(3), StaticWindow)
 
@@ -112,9 +114,15 @@ def test_drafts_save_passes_and_a_window_of_one_saves_none(random_model):
         assert sampled(model, {"temperature": 0.3}, 4, source)[0].drafter.passes.max() < 20
 
 
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_kept_code_is_a_draft_that_is_never_wrong(random_model, source):
+    drafter = sampled(random_model(), {"kept": (4, 9, 1, 0, 7) * 3 + (4, 9, 1, 0, -1)}, 4, source)[0].drafter
+    assert drafter.passes.tolist() == [5] * 5
+
+
 def replay(truth, guesses, window):
     """Run drafts against known codes (B, N): a row draws the right code if all drafts before it are right."""
-    drafts = Drafts(guesses, window, window, repeat=False)
+    drafts = Drafts(guesses, window, window, False, torch.full((truth.shape[1],), -1))
     padded = torch.nn.functional.pad(truth, (0, window), value=-7)
     for _ in range(truth.shape[1]):
         if drafts.finished:
@@ -174,7 +182,7 @@ def test_a_window_gives_the_logits_of_a_whole_forward_pass_with_those_registers(
     decoder = PackedDecoder(pack(model), 2)
     with torch.no_grad():
         regular, registers = model(LABELS[:2], codes[:, :-1], anchors, *inputs)
-        decoder.first(LABELS[:2])
+        decoder.first(model.cls_embedding(LABELS[:2]))
         for place in range(1, 11):
             decoder.next(codes[:, place - 1], place)
         places = start[:, None] + torch.arange(width)

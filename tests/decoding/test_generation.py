@@ -29,20 +29,21 @@ def packed_decoder(model, rows):
     return PackedDecoder(pack(model), rows)
 
 
-def cached_logits(decoder, labels, codes):
+def cached_logits(decoder, model, labels, codes):
     """Logits (B, N, V) of every position, one step at a time."""
-    steps = [decoder.first(labels), *(decoder.next(codes[:, t - 1], t).clone() for t in range(1, codes.shape[1]))]
+    steps = [decoder.first(model.cls_embedding(labels)),
+             *(decoder.next(codes[:, t - 1], t).clone() for t in range(1, codes.shape[1]))]
     return torch.stack(steps, 1)
 
 
 @pytest.mark.parametrize("build", [packed_decoder, partial(StaticDecoder, eager=True)], ids=["packed", "static"])
-@pytest.mark.parametrize("heads", [1, 2, 4])
-def test_cached_logits_equal_those_of_whole_forward_passes(random_model, heads, build):
-    model = random_model(heads=heads)
+@pytest.mark.parametrize(("heads", "qk_norm"), [(1, False), (2, False), (4, False), (2, True)])
+def test_cached_logits_equal_those_of_whole_forward_passes(random_model, heads, qk_norm, build):
+    model = random_model(heads=heads, qk_norm=qk_norm)
     codes = torch.randint(11, (5, 20), generator=torch.Generator().manual_seed(1))
     labels = torch.tensor([0, 1, 2, 3, 0])  # 3: the null class
     with torch.no_grad():
-        ours = cached_logits(build(model, 5), labels, codes)
+        ours = cached_logits(build(model, 5), model, labels, codes)
         torch.testing.assert_close(ours, model(labels, codes[:, :-1]), rtol=0, atol=1e-5)
 
 
@@ -58,7 +59,7 @@ def test_cached_logits_in_other_dtypes_are_within_their_rounding(random_model, d
     model = random_model(dtype=dtype)
     codes = torch.randint(11, (5, 20), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        ours, whole = cached_logits(packed_decoder(model, 5), LABELS, codes), model(LABELS, codes[:, :-1])
+        ours, whole = cached_logits(packed_decoder(model, 5), model, LABELS, codes), model(LABELS, codes[:, :-1])
     tolerance = 0.1 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(ours, whole, rtol=0, atol=tolerance)
 
@@ -80,10 +81,11 @@ def test_the_compiled_attention_of_bf16_is_the_eager_one_and_that_of_fp32_is_not
 def test_without_a_compiler_bf16_attends_by_products(random_model, monkeypatch):
     model, codes = random_model(dtype=torch.bfloat16), torch.arange(20).remainder(11).repeat(5, 1)
     with torch.inference_mode():
-        fused = cached_logits(packed_decoder(model, 5), LABELS, codes)
+        fused = cached_logits(packed_decoder(model, 5), model, LABELS, codes)
         monkeypatch.setattr(decoder_module.shutil, "which", lambda name: None)
         monkeypatch.setattr(decoder_module, "_compiled_attention", None)
-        torch.testing.assert_close(cached_logits(packed_decoder(model, 5), LABELS, codes), fused, rtol=0, atol=0.1)
+        products = cached_logits(packed_decoder(model, 5), model, LABELS, codes)
+        torch.testing.assert_close(products, fused, rtol=0, atol=0.1)
 
 
 @pytest.mark.parametrize("settings", [
@@ -91,6 +93,7 @@ def test_without_a_compiler_bf16_attends_by_products(random_model, monkeypatch):
     {"cfg_scale": 1.5, "top_p": 0.8}, {"cfg_scale": 2.0, "temperature": 1.3, "top_k": 6, "top_p": 0.6},
     *({"cfg_scale": 4.0, "cfg_schedule": s, "cfg_parameter": p}
       for s, p in (("interval", 3), ("interval", 0), ("linear", None), ("power-cosine", 2.0))),
+    {"cfg_scale": 2.0, "kept": (3, 7, -1, -1, 2, -1, -1, -1, -1, 9, 1, 4, 4, 0, -1, -1, 5, -1, 10, 6)},
 ], ids=str)
 def test_samples_equal_an_uncached_loop_in_numpy(random_model, settings):
     model = random_model()
@@ -287,9 +290,9 @@ def test_the_step_for_gpus_is_one_graph_for_all_positions_over_static_weights_an
     decoder.compile_step(backend=graphs)
     codes = torch.randint(11, (5, 20), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        ours = cached_logits(decoder, LABELS, codes)
+        ours = cached_logits(decoder, model, LABELS, codes)
         torch.testing.assert_close(ours, model(LABELS, codes[:, :-1]), rtol=0, atol=1e-5)
-        cached_logits(decoder, LABELS, codes)
+        cached_logits(decoder, model, LABELS, codes)
     assert len(graphs.static) == 1  # fullgraph: one graph, and no other for any position or batch
     # Everything but the codes and the position: 7 weights per layer and 3 (not the labels' embedding), the rotary
     # table, the places, and two caches per layer.
@@ -303,7 +306,7 @@ def test_blocks_that_training_has_compiled_are_decoded_without_that(random_model
         for block in model.layers:
             block.forward = None  # what compile_blocks replaces
         for decoder in (packed_decoder(model, 5), StaticDecoder(model, 5, eager=True)):
-            torch.testing.assert_close(cached_logits(decoder, LABELS, codes), expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(cached_logits(decoder, model, LABELS, codes), expected, rtol=0, atol=1e-5)
 
 
 def test_the_gpu_path_gives_the_codes_of_the_cpu_path(random_model):

@@ -94,6 +94,20 @@ def test_a_start_whose_file_says_another_grid_is_refused(run_training, random_mo
         run_training(f"init_from={tmp_path}/c2i.pt")
 
 
+def test_qk_norm_is_neither_started_from_weights_without_it_nor_written_in_llamagens_layout(
+        run_training, random_model, tmp_path):
+    model = random_model((4, 5), dim=16, vocabulary=16, register_offsets=None)
+    torch.save({"model": model.state_dict()}, tmp_path / "c2i.pt")
+    with pytest.raises(UserError, match=r"c2i\.pt: was trained without QK-norm, but model\.qk_norm is true; give "
+                                        r"model\.qk_norm=false"):
+        run_training(f"init_from={tmp_path}/c2i.pt", "model.qk_norm=true")
+    run = run_training("model.qk_norm=true", "train.steps=1").run_dir
+    with pytest.raises(UserError, match=r"has QK-norm .* give an --out that does not end in \.pt"):
+        main(["--source", str(run), "--out", str(tmp_path / "back.pt")])
+    main(["--source", str(run), "--out", str(tmp_path / "copy")])
+    assert load_checkpoint(tmp_path / "copy").config.qk_norm and not (tmp_path / "back.pt").exists()
+
+
 def test_weights_of_another_model_are_no_start(run_training, tmp_path):
     run_training(f"run_dir={tmp_path}/plain", "model.preset=B")
     with pytest.raises(UserError, match="weight"):

@@ -45,6 +45,14 @@ def test_several_registers_at_one_anchor_and_none_at_others_equal_the_reference(
     assert difference(model, anchors, offsets) < TIGHT
 
 
+def test_queries_and_keys_that_are_normalised_equal_the_reference(random_model):
+    model = random_model(qk_norm=True, dtype=torch.float64)
+    registers = registers_of(model, mixed=True)
+    assert difference(model, *registers) < TIGHT
+    model.layers[1].attention.q_norm = torch.nn.Identity()  # as if q_norm and k_norm were not read
+    assert difference(model, *registers) > BROKEN
+
+
 def test_single_precision_equals_the_reference_to_single_precision(random_model):
     model = random_model()
     assert difference(model, *registers_of(model, mixed=True)) < 1e-4

@@ -104,6 +104,8 @@ def attend(x, weights, prefix, heads, factors, mask):
     size, dim = x.shape
     projected = x @ weights[f"{prefix}.wqkv.weight"].T
     q, k, v = (projected[:, i * dim : (i + 1) * dim].reshape(size, heads, dim // heads) for i in range(3))
+    if f"{prefix}.q_norm.weight" in weights:
+        q, k = rms_norm(q, weights[f"{prefix}.q_norm.weight"]), rms_norm(k, weights[f"{prefix}.k_norm.weight"])
     q, k = rotate(q, factors), rotate(k, factors)
     mixed = [masked_attention(q[:, h], k[:, h], v[:, h], mask) for h in range(heads)]
     return torch.cat(mixed, dim=-1) @ weights[f"{prefix}.wo.weight"].T

@@ -48,10 +48,16 @@ def filtered(logits, temperature=1.0, top_k=0, top_p=1.0):
     return mass / mass.sum()
 
 
-def sample(model, label, number, seed=0, schedule="constant", cfg_scale=1.0, parameter=None, **filters):
-    """One image's codes, and how near each random number came to the edge of its code's share."""
+def sample(model, label, number, seed=0, schedule="constant", cfg_scale=1.0, parameter=None, kept=(), **filters):
+    """One image's codes, and how near each random number came to the edge of its code's share.
+
+    ``kept`` are codes by place that are not drawn; those below 0 are.
+    """
     length, codes, margins = model.config.length, [], []
     for token in range(length):
+        if token < len(kept) and kept[token] >= 0:
+            codes.append(kept[token])
+            continue
         scale = scale_at(schedule, cfg_scale, parameter, token, length)
         edges = np.concatenate([[0.0], np.cumsum(next_distribution(model, label, codes, scale, **filters))])
         draw = float(uniform(seed, Stream.TOKEN, torch.tensor(number), torch.tensor(token)))

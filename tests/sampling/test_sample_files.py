@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 from launching import start_sampling
 from PIL import Image
-from tiny_runs import NAMES, sample
+from tiny_runs import NAMES, edit_flags, sample
 
 from mutor_img.common import files
 from mutor_img.common.errors import UserError
@@ -85,11 +85,14 @@ def rank(index, world, port, flags):
     main(flags)
 
 
-@pytest.mark.parametrize(("world", "drafts"), [
-    (2, ()), (3, ()), (2, ("--draft", "4", "--draft-source", "registers")), (3, ("--draft", "auto"))], ids=str)
-def test_the_bytes_do_not_depend_on_batch_size_number_of_processes_or_drafts(run_of, tmp_path, world, drafts):
+@pytest.mark.parametrize(("world", "drafts", "edited"), [
+    (2, (), False), (3, (), False), (2, ("--draft", "4", "--draft-source", "registers"), False),
+    (3, ("--draft", "auto"), False), (2, ("--draft", "4"), True)], ids=str)
+def test_the_bytes_do_not_depend_on_batch_size_number_of_processes_or_drafts(run_of, tmp_path, world, drafts, edited):
     run = run_of()
-    expected = sample(run, tmp_path / "one.npz", count=200).read_bytes()  # 4 parts, the last of 8 images
+    edits = [*edit_flags(tmp_path), "--mix-with", "dog"] if edited else []
+    expected = sample(run, tmp_path / "one.npz", *edits, count=200).read_bytes()  # 4 parts, the last of 8 images
+    drafts = [*drafts, *edits]
     for size in (1, 50 * world, 1000):
         out = tmp_path / f"{size}.npz"
         assert sample(run, out, "--batch-size", str(size), *drafts, count=200).read_bytes() == expected

@@ -47,6 +47,7 @@ SCENARIOS = [  # run folder, overrides; one run folder after the other, by both 
     ("checkpointing", (FSDP, "train.activation_checkpointing=true")),
     ("ddp_chunked", ("model.loss_chunk=7",)), ("fsdp_chunked", (FSDP, "model.loss_chunk=7")),
     ("chunked_bf16", (FSDP, "model.loss_chunk=7", "train.precision=bf16")),
+    ("ddp_frozen", ("freeze=['layers.0.*']",)), ("fsdp_frozen", (FSDP, "freeze=['layers.0.*']")),
     ("ddp_bf16", ("train.precision=bf16",)), ("fsdp_bf16", (FSDP, "train.precision=bf16")),
 ]
 
@@ -138,6 +139,7 @@ def root(tmp_path_factory, make_codes, processes) -> Path:
     root = tmp_path_factory.mktemp("parallel")
     (root / "run.yaml").write_text(RUN.format(codes=make_codes(root / "codes")))
     train_small(root, "one", ())
+    train_small(root, "frozen", ("freeze=['layers.0.*']",))
     train_small(root, "one_two_one", ("train.steps=2",))
     (root / "status").write_text(json.dumps(launch(processes, 2, work, root)))
     launch(processes, 3, three, root)
@@ -158,10 +160,11 @@ def saved(root: Path, name: str, group: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", [
-    "ddp", "fsdp", "mixed", "one_two_one", "checkpointing", "ddp_chunked", "fsdp_chunked"])
+    "ddp", "fsdp", "mixed", "one_two_one", "checkpointing", "ddp_chunked", "fsdp_chunked", "ddp_frozen", "fsdp_frozen"])
 def test_the_curve_is_that_of_one_process(root, name):
-    assert len(curve(root, name)) == 6 and curve(root, name) == pytest.approx(curve(root, "one"), abs=2e-5)
-    one, other = (saved(root, run_name, "ema") for run_name in ("one", name))
+    alone = "frozen" if name.endswith("frozen") else "one"
+    assert len(curve(root, name)) == 6 and curve(root, name) == pytest.approx(curve(root, alone), abs=2e-5)
+    one, other = (saved(root, run_name, "ema") for run_name in (alone, name))
     assert one.keys() == other.keys() and all(torch.allclose(one[k], other[k], atol=1e-4) for k in one)
 
 

@@ -1,0 +1,88 @@
+"""What a user sets the project up with: the lock file, images, conda, Slurm, citation. Nothing is installed here."""
+
+import os
+import re
+import subprocess
+import tomllib
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PINS = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")]
+LOCKED = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in PINS)}
+OTHERS = {"setuptools"}  # comes with a virtual environment
+NOT_LOCKED = ("app", "test-app")  # extras
+
+
+def test_every_direct_dependency_is_pinned_within_its_bounds():
+    extras = [text for name, texts in PROJECT["optional-dependencies"].items() if name not in NOT_LOCKED
+              for text in texts]
+    for text in (*PROJECT["dependencies"], *extras):
+        wanted = Requirement(text)
+        if wanted.name not in OTHERS:
+            assert wanted.specifier.contains(LOCKED[canonicalize_name(wanted.name)]), text
+
+
+def test_the_lock_is_sorted_pinned_and_holds_what_its_packages_need():
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9a-z.]*", line) for line in PINS)
+    assert len(LOCKED) == len(PINS) and sorted(PINS, key=lambda line: line.partition("==")[0].lower()) == PINS
+    for name, version in LOCKED.items():
+        try:
+            here = distribution(name)
+        except PackageNotFoundError:  # of another processor
+            continue
+        for text in (here.requires or []) if here.version == version else []:
+            needed = Requirement(text)
+            if needed.marker is None or needed.marker.evaluate({"extra": ""}):
+                assert canonicalize_name(needed.name) in LOCKED.keys() | OTHERS, f"{name} needs {needed.name}"
+
+
+def test_both_images_install_the_lock_and_that_for_cpus_no_cuda():
+    text = (ROOT / "Dockerfile").read_text()
+    stages = dict(re.findall(r"^FROM \S+ AS (\w+)$(.*?)(?=^FROM|\Z)", text, re.MULTILINE | re.DOTALL))
+    assert set(stages) == {"base", "cpu", "cuda"} and "COPY requirements.lock" in stages["base"]
+    assert "-r requirements.lock" in stages["cuda"] and "whl/cpu -r cpu.lock" in stages["cpu"]
+    left_out = re.search(r"grep -Ev '(.*)' requirements.lock", stages["cpu"]).group(1)
+    kept = {line.partition("==")[0] for line in PINS if not re.search(left_out, line)}
+    assert {"torch", "torchvision", "numpy", "scipy"} <= kept and not any("nvidia" in name for name in kept)
+
+
+def test_conda_and_the_images_have_a_python_that_the_project_takes():
+    found = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    [python] = [item.removeprefix("python=") for item in found if str(item).startswith("python=")]
+    assert SpecifierSet(PROJECT["requires-python"]).contains(python)
+    assert f"FROM python:{python}-slim" in (ROOT / "Dockerfile").read_text()
+    assert found[-1] == {"pip": ["-r requirements.lock", "-e ."]}
+
+
+def test_the_slurm_script_starts_torchrun_with_the_arguments_it_was_given(tmp_path):
+    for name, body in (("srun", 'exec "$@"'), ("scontrol", "echo node7"), ("torchrun", 'printf "%s\\n" "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(["bash", str(ROOT / "examples" / "train.slurm"), "--config", "a b.yaml", "seed=1"], text=True,
+                          capture_output=True, check=True,
+                          env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n[7-9]",
+                               "SLURM_NNODES": "3", "SLURM_NODEID": "2"})
+    words = done.stdout.splitlines()
+    assert words[:8] == ["--nnodes", "3", "--nproc-per-node", "8", "--node-rank", "2", "--master-addr", "node7"]
+    assert words[-4:] == ["train.py", "--config", "a b.yaml", "seed=1"]
+
+
+def test_citation_and_changelog_name_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (citation["cff-version"], citation["version"], citation["license"]) == ("1.2.0", PROJECT["version"], "MIT")
+    assert citation["title"] == PROJECT["name"] and f"## {PROJECT['version']}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "CHANGELOG.md", "README.md", *(
+    f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
+def test_a_page_links_to_files_that_are_there(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", (ROOT / page).read_text())
+    assert not [link for link in links if not (ROOT / page).parent.joinpath(link).exists()]
