@@ -92,7 +92,7 @@ def open_source(args: argparse.Namespace, runtime: Runtime) -> SampleSource:
     name = ("bf16" if runtime.device.type == "cuda" else "fp32") if args.dtype == "auto" else args.dtype
     grid = None if args.grid_size is None else parse_grid(args.grid_size, "--grid-size")
     # Of a run that trains on the newest checkpoint changes while processes look.
-    path = runtime.from_main(lambda: str(newest_of(args.checkpoint)))
+    path = runtime.from_main(lambda: newest_of(args.checkpoint))
     loaded = load_run(path, ema=WEIGHTS[args.weights], device=runtime.device, dtype=DTYPES[name], grid=grid)
     if loaded.guessed_grid and runtime.is_main:
         print(guess_of(loaded), file=sys.stderr)
