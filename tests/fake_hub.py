@@ -95,7 +95,8 @@ class _Answer(BaseHTTPRequestHandler):
         files = {line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines
                  if line["key"] == "file"}
         commit = self.server.add(repo, files)
-        return self._json({"success": True, "commitOid": commit, "commitUrl": f"{self.server.url}/{repo}/commit/{commit}"})
+        return self._json({"success": True, "commitOid": commit,
+                           "commitUrl": f"{self.server.url}/{repo}/commit/{commit}"})
 
     def _json(self, value: object) -> None:
         self._send(200, {"Content-Type": "application/json"}, json.dumps(value).encode())

@@ -21,12 +21,17 @@ from mutor_img.common.files import read_json
 MAJOR = 2  # of huggingface_hub, as in pyproject.toml
 FORM = "hf://org/name, or hf://org/name@revision"
 PACKED = "tokenizer"  # folder of a generator's repository that holds its tokenizer
-_NAME = re.compile(r"hf:/{1,2}([\w.-]+/[\w.-]+)(?:@([^\s@]+))?")  # a Path makes one slash of two
+_NAME = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([^\s@]+))?")
 
 
 def is_hub_name(path: str | Path) -> bool:
     """Tell whether a path is meant as a name on the Hub."""
     return str(path).startswith("hf:")
+
+
+def as_typed(name: str | Path) -> str:
+    """Return a name with its two slashes, of which a ``Path`` makes one."""
+    return re.sub("^hf:/+", "hf://", str(name))
 
 
 def hub_folder(name: str | Path) -> Path:
@@ -73,9 +78,9 @@ def hub_path(name: str | Path, revision: str | None = None) -> str:
 
 def _parse(name: str | Path) -> tuple[str, str | None]:
     """Return repository and revision (None: the default branch) of a Hub name."""
-    found = _NAME.fullmatch(str(name))
+    found = _NAME.fullmatch(as_typed(name))
     if found is None:
-        raise UserError(f"{name}: not the name of a model on the Hub; give {FORM}")
+        raise UserError(f"{as_typed(name)}: not the name of a model on the Hub; give {FORM}")
     return found[1], found[2]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mutor_img.common.errors import UserError
-from mutor_img.common.hub import is_hub_name
+from mutor_img.common.hub import as_typed, is_hub_name
 
 Paths = str | os.PathLike | None | Sequence[str | os.PathLike]
 # Folders of the project's own formats: what is not among these names may be written beside them.
@@ -38,7 +38,8 @@ def keep_apart(outputs: Mapping[str, Paths], inputs: Mapping[str, Paths], remove
     written = [*_each(outputs), *_each(removed)]
     for flag, out in written:
         if is_hub_name(out):
-            raise UserError(f"{flag} {out}: a name on the Hugging Face Hub, from which commands only read; give a path")
+            raise UserError(f"{flag} {as_typed(out)}: a name on the Hugging Face Hub, from which commands only read; give "
+                            "a path")
         for source, path in _each(inputs):
             _compare(flag, out, source, path)
     for flag, folder in _each(removed):

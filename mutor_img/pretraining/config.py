@@ -141,7 +141,7 @@ class GeneratorConfig:
 
     run_dir: str = ""  # folder of the run; empty: the config's path, with runs/ instead of configs/
     seed: int = 0  # seed of the weights, data order, views, registers, class drops and dropout
-    init_from: str | None = None  # weights to start from: a run, a checkpoint, or a released LlamaGen .pt
+    init_from: str | None = None  # weights to start from: a run, a checkpoint, hf://org/name, or a LlamaGen .pt
     data: CodesConfig = field(default_factory=CodesConfig)
     model: ModelSection = field(default_factory=ModelSection)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -42,7 +42,8 @@ def _parser() -> Parser:
         example="torchrun --nproc-per-node 8 -m mutor_img.sweep --checkpoint runs/imagenet256/mutor2d_b_80 "
                 "--cfg-scales 1.5,1.75,2,2.25 --reference VIRTUAL_imagenet256_labeled.npz --num-samples 5000")
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="PATH", help="run folder, checkpoint folder, or LlamaGen .pt")
+    add("--checkpoint", required=True, metavar="PATH", help="run folder, checkpoint folder, hf://org/name or "
+                                                             "LlamaGen .pt")
     add("--reference", required=True, metavar="PATH", help="what evaluate_fid.py --reference takes")
     add("--cfg-scales", default="1,1.5,2,2.5,3", metavar="LIST", help="guidance scales, comma-separated")
     add("--temperatures", default="1", metavar="LIST", help="temperatures, comma-separated")
