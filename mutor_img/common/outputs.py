@@ -38,8 +38,8 @@ def keep_apart(outputs: Mapping[str, Paths], inputs: Mapping[str, Paths], remove
     written = [*_each(outputs), *_each(removed)]
     for flag, out in written:
         if is_hub_name(out):
-            raise UserError(f"{flag} {as_typed(out)}: a name on the Hugging Face Hub, from which commands only read; give "
-                            "a path")
+            raise UserError(f"{flag} {as_typed(out)}: a name on the Hugging Face Hub, from which commands only read; "
+                            "give a path")
         for source, path in _each(inputs):
             _compare(flag, out, source, path)
     for flag, folder in _each(removed):
