@@ -15,8 +15,8 @@ EARLIER = {"objective.kind": "mutor"}  # what a checkpoint did that is older tha
 SILENT = (  # change where, how fast or how long a run trains and what it shows, not what an update computes
     "run_dir", "init_from", "data.codes", "data.val_codes", "model.attention", "model.loss_chunk", "pictures.", "plan.",
     "eval.", "train.steps", "train.micro_batch", "train.compile", "train.parallel", "train.activation_checkpointing",
-    "train.log_every", "train.checkpoint_every", "train.keep", "train.milestones", "train.validate_every",
-    "train.picture_every", "train.timeout_minutes",
+    "train.log_every", "train.trackers", "train.checkpoint_every", "train.keep", "train.milestones",
+    "train.validate_every", "train.picture_every", "train.timeout_minutes",
 )
 
 
