@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mutor_img.checkpoints.loading import load_checkpoint
+    from mutor_img.checkpoints.publishing import push_to_hub, save_pretrained
     from mutor_img.decoding.sampler import generate
     from mutor_img.registers import draw_registers, mutor_loss
+    from mutor_img.transformer import Transformer
 
-__all__ = ["draw_registers", "generate", "load_checkpoint", "mutor_loss"]
+__all__ = ["Transformer", "draw_registers", "generate", "load_checkpoint", "mutor_loss", "push_to_hub",
+           "save_pretrained"]
 
 _HOMES = {"draw_registers": "registers", "mutor_loss": "registers", "generate": "decoding.sampler",
-          "load_checkpoint": "checkpoints.loading"}
+          "load_checkpoint": "checkpoints.loading", "Transformer": "transformer",
+          "push_to_hub": "checkpoints.publishing", "save_pretrained": "checkpoints.publishing"}
 
 
 def __getattr__(name: str) -> Any:

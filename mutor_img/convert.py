@@ -73,7 +73,8 @@ def main(argv: Sequence[str]) -> None:
         example="python -m mutor_img.convert --source c2i_B_256.pt --out runs/llamagen_b\n"
                 "python -m mutor_img.convert --source runs/imagenet256/mutor2d_b_80 --out mutor2d_b_80.pt",
     )
-    parser.add_argument("--source", required=True, metavar="PATH", help=".pt file, run folder or checkpoint folder")
+    parser.add_argument("--source", required=True, metavar="PATH", help=".pt file, run folder, checkpoint folder, or "
+                                                                        "hf://org/name")
     parser.add_argument("--out", required=True, metavar="PATH", help="run folder to write, or a path that ends in .pt")
     parser.add_argument("--weights", default="auto", metavar="WHICH", help="ema, raw, or auto: ema if there are any")
     parser.add_argument("--grid-size", "--grid", metavar="HxW", help="rows x columns of a .pt generator's codes, if "

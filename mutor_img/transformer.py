@@ -26,6 +26,7 @@ from mutor_img.blocks import (
     draw_weights,
     model_flops,
 )
+from mutor_img.common.hub import HubModel
 from mutor_img.registers import embedding_rows, register_ids
 
 T = TypeVar("T")
@@ -46,7 +47,7 @@ class Run:
     attend: Attend
 
 
-class Transformer(nn.Module):
+class Transformer(HubModel, nn.Module):
     """The generator: labels and codes in, logits of the next codes and of the registers' targets out.
 
     Attributes:
@@ -55,6 +56,8 @@ class Transformer(nn.Module):
         objective: the :class:`~mutor_img.objectives.objective.Objective` that training hangs on, with weights of its
             own or none; None: nothing of the kind.
     """
+
+    loader = "mutor_img.checkpoints.loading", "load_checkpoint"
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokenizer.loading import load_tokenizer
+    from tokenizer.network.vq import VQModel
 
-__all__ = ["load_tokenizer"]
+__all__ = ["VQModel", "load_tokenizer"]
 
 
 def __getattr__(name: str) -> Any:

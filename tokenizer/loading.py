@@ -12,6 +12,7 @@ from mutor_img.checkpoints.llamagen import read_pt
 from mutor_img.checkpoints.tensor_files import group_hash, has_group
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import file_hash
+from mutor_img.common.hub import is_hub_name, pinned
 from tokenizer.network.vq import VQModel, preset
 
 RELEASED = ("vq16", "vq8")  # presets that released files are tried against
@@ -22,18 +23,21 @@ def load_tokenizer(path: str | Path, device: torch.device | str = "cpu") -> VQMo
     """Return a tokenizer ready for use: eval mode, fp32, without gradients.
 
     Args:
-        path: a run folder or checkpoint folder of this project (EMA weights where there are any), or a released
-            LlamaGen ``.pt`` file (VQ-16 or VQ-8, recognised by its weights).
+        path: a run folder or checkpoint folder of this project (EMA weights where there are any), its name on the
+            Hugging Face Hub (``hf://org/name``), or a released LlamaGen ``.pt`` file (VQ-16 or VQ-8, recognised by its
+            weights).
         device: where its weights go.
 
-    The attribute ``path`` is the given path and ``hash`` the sha256 of the weights file itself.
+    The attribute ``path`` is the given path, a Hub name with its commit, and ``hash`` the sha256 of the weights file
+    itself.
 
     Raises:
         UserError: nothing is there, the file is damaged, or it holds another kind of model.
     """
-    path = Path(path)
+    given = pinned(path) if is_hub_name(path) else str(path)
+    path = Path(given)
     vq = _load_file(path) if path.is_file() and path.name != "checkpoint.json" else _load_folder(path)
-    vq.path = str(path)
+    vq.path = given
     return vq.to(device).eval().requires_grad_(False)
 
 
@@ -50,7 +54,7 @@ def _load_folder(path: Path) -> VQModel:
         raise UserError(f"{folder / 'checkpoint.json'}: does not describe a tokenizer ({error})") from None
     load_strict(vq, read_tensors(folder, group), folder / f"{group}.safetensors")
     vq.image_size = meta["image_size"]
-    vq.hash = group_hash(meta["files"], group)
+    vq.hash, vq.origin = group_hash(meta["files"], group), folder
     return vq
 
 

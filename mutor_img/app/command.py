@@ -29,7 +29,8 @@ def _parser() -> Parser:
                 "python -m mutor_img.app --checkpoint runs/mnist/mutor2d --compare runs/mnist/ntp",
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="PATH", help="run folder, checkpoint folder, or LlamaGen .pt")
+    add("--checkpoint", required=True, metavar="PATH", help="run folder, checkpoint folder, hf://org/name or "
+                                                             "LlamaGen .pt")
     add("--compare", metavar="PATH", help="a second checkpoint with the same classes, shown beside the first")
     add("--port", type=int, default=7860, help="port of the page's address")
     add_sampling_flags(parser)

@@ -33,6 +33,7 @@ from mutor_img.common.files import (
     write_atomic,
     write_json,
 )
+from mutor_img.common.hub import hub_folder, is_hub_name, pinned
 
 FORMAT = "mutor_img checkpoint 1"
 
@@ -126,10 +127,13 @@ def _files_of(path: Path) -> Files:
 def find_checkpoint(path: str | Path) -> Path:
     """Return the checkpoint folder that ``path`` means: itself, or the newest complete one of a run folder.
 
+    Args:
+        path: a folder, or a name on the Hugging Face Hub, whose files are fetched where they are not in its cache.
+
     Raises:
         UserError: nothing of ours is there.
     """
-    path = Path(path)
+    path = hub_folder(path) if is_hub_name(path) else Path(path)
     if (path / "checkpoint.json").is_file():
         return path
     found = newest_checkpoint(path)
@@ -139,9 +143,12 @@ def find_checkpoint(path: str | Path) -> Path:
     return found
 
 
-def newest_of(path: str | Path) -> Path:
-    """Return the newest complete checkpoint of a run folder, and any other path as it is."""
-    return newest_checkpoint(path) or Path(path)
+def newest_of(path: str | Path) -> str:
+    """Return the newest complete checkpoint of a run folder, the commit that a Hub name means, any other path as it is.
+
+    What it returns goes on to mean the same weights while a run trains, or a branch on the Hub moves.
+    """
+    return pinned(path) if is_hub_name(path) else str(newest_checkpoint(path) or path)
 
 
 def newest_checkpoint(run_dir: str | Path) -> Path | None:

@@ -19,6 +19,7 @@ from mutor_img.checkpoints.llamagen import read_released
 from mutor_img.checkpoints.tensor_files import group_hash, has_group
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import file_hash
+from mutor_img.common.hub import PACKED
 from mutor_img.registers import RegisterLaw
 from mutor_img.transformer import Transformer, sampled_weights
 
@@ -45,8 +46,12 @@ class Loaded:
 
     @property
     def codes(self) -> dict[str, Any]:
-        """What the run knows of its codes: tokenizer, tokenizer_hash, class_names, image_size; {} for a ``.pt``."""
-        return self.meta.get("codes", {})
+        """What the run knows of its codes: tokenizer, tokenizer_hash, class_names, image_size; {} for a ``.pt``.
+
+        A tokenizer that lies in the checkpoint's folder, as in a repository on the Hub, is the one that it names.
+        """
+        codes, packed = self.meta.get("codes", {}), self.path / PACKED
+        return {**codes, "tokenizer": str(packed)} if (packed / "checkpoint.json").is_file() else codes
 
     @property
     def trained_offsets(self) -> tuple[int, ...] | None:
@@ -74,10 +79,10 @@ def load_checkpoint(path: str | Path, *, ema: bool | None = None, device: torch.
     """Return a generator in eval mode.
 
     Args:
-        path: a run folder (its newest complete checkpoint), a checkpoint folder, or a ``.pt`` in LlamaGen's layout.
-            The latter may hold ``register_embedding.weight``: one row is the vector shared by all registers;
-            d * d - 1 rows are those of the 2D offsets up to d, ascending; any other number K those of the offsets 1
-            to K.
+        path: a run folder (its newest complete checkpoint), a checkpoint folder, its name on the Hugging Face Hub
+            (``hf://org/name``), or a ``.pt`` in LlamaGen's layout. The latter may hold ``register_embedding.weight``:
+            one row is the vector shared by all registers; d * d - 1 rows are those of the 2D offsets up to d,
+            ascending; any other number K those of the offsets 1 to K.
         ema: True: averaged weights; False: raw ones; None: averaged where a run has them, raw for a ``.pt``.
         device: where the weights go.
         dtype: what they are cast to; None: as stored. The rotary table stays fp32.
@@ -125,6 +130,7 @@ def _load_folder(path: Path, ema: bool | None, grid: tuple[int, int] | None, hea
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{origin}: does not describe a generator ({error})") from None
     load_strict(model, sampled_weights(read_tensors(folder, _group(which))), folder / f"{_group(which)}.safetensors")
+    model.origin = folder
     return Loaded(model, folder, which, meta)
 
 

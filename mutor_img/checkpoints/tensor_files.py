@@ -107,16 +107,16 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 def has_group(files: Files, group: str) -> bool:
     """Tell from a checkpoint's files whether it holds a group of tensors."""
-    return bool(_group_files(files, group))
+    return bool(group_files(files, group))
 
 
 def group_hash(files: Files, group: str) -> str:
     """Return the sha256 of a group's file; of a sharded group, that of its files' hashes one after the other."""
-    hashes = [files[name]["sha256"] for name in _group_files(files, group)]
+    hashes = [files[name]["sha256"] for name in group_files(files, group)]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def _group_files(files: Files, group: str) -> list[str]:
+def group_files(files: Files, group: str) -> list[str]:
     """Return the names of a group's files, in the order of their ranks."""
     return sorted(n for n in files if re.fullmatch(rf"{group}(\.\d{{5}}-of-\d{{5}})?\.safetensors", n))
 
@@ -137,7 +137,7 @@ class TensorGroup:
         self.origin = folder / f"{group}.safetensors"
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._parts: dict[str, list[tuple[int, safe_open]]] = {}  # first row, and the file that holds it and more
-        names = _group_files(files, group)
+        names = group_files(files, group)
         if not names:
             raise UserError(f"{self.origin}: no such file in this checkpoint")
         for number, name in enumerate(names):

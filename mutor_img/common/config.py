@@ -82,6 +82,7 @@ class TrainConfig:
     timeout_minutes: float = 30.0  # a process that is silent for this long counts as dead
     ema: float = 0.0  # decay of the averaged weights, with warm-up; 0: no averaging
     log_every: int = 50  # steps between log lines
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])  # beside metrics.jsonl: tensorboard, wandb
     checkpoint_every: int = 5000  # steps between checkpoints; 0: only at the end
     keep: int = 2  # number of newest checkpoints to keep
     milestones: list[int] = field(default_factory=list)  # updates after which a checkpoint is written too, and kept
@@ -98,6 +99,8 @@ class TrainConfig:
             check_range("train.milestones", step, 1, 10**9)
         check_range("train.ema", self.ema, 0.0, 0.999999)
         check_range("train.timeout_minutes", self.timeout_minutes, 0.0, 1e5, low_open=True)
+        for name in self.trackers:
+            check_choice("train.trackers", name, ("tensorboard", "wandb"))
         check_choice("train.precision", self.precision, ("bf16", "fp32", "auto"))
         check_choice("train.parallel", self.parallel, ("ddp", "fsdp"))
 

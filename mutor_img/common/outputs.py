@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mutor_img.common.errors import UserError
+from mutor_img.common.hub import as_typed, is_hub_name
 
 Paths = str | os.PathLike | None | Sequence[str | os.PathLike]
 # Folders of the project's own formats: what is not among these names may be written beside them.
@@ -31,11 +32,14 @@ def keep_apart(outputs: Mapping[str, Paths], inputs: Mapping[str, Paths], remove
         removed: folders of the outputs that are emptied on the way; no input and no other output may lie in them.
 
     Raises:
-        UserError: naming both, and what to do.
+        UserError: naming both, and what to do; or an output is a name on the Hub.
     """
     removed = removed or {}
     written = [*_each(outputs), *_each(removed)]
     for flag, out in written:
+        if is_hub_name(out):
+            raise UserError(f"{flag} {as_typed(out)}: a name on the Hugging Face Hub, from which commands only read; "
+                            "give a path")
         for source, path in _each(inputs):
             _compare(flag, out, source, path)
     for flag, folder in _each(removed):

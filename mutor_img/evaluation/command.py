@@ -38,8 +38,9 @@ def _parser() -> tuple[cli.Parser, list[str]]:
                 "python evaluate_fid.py --make-reference imagenet/train_256_png --role generation --out train.npz")
     add = parser.add_argument
     add("--samples", metavar="PATH", help="npz (arr_0 uint8 NHWC, arr_1 labels) or folder of PNGs")
-    add("--checkpoint", metavar="PATH", help="run folder, checkpoint folder or LlamaGen .pt: generate the images of "
-                                             "sample.py and score them as they come, without storing them")
+    add("--checkpoint", metavar="PATH", help="run folder, checkpoint folder, hf://org/name or LlamaGen .pt: generate "
+                                             "the images of sample.py and score them as they come, without storing "
+                                             "them")
     add("--reference", metavar="PATH", help="ADM npz, statistics npz (ours, or mu and sigma), images npz or PNG folder")
     add("--split", metavar="NAME", help="which split of --reference or --make-reference to use, if that folder holds "
                                         "several")

@@ -47,7 +47,8 @@ def _parser() -> Parser:
                 "--grid grid.png",
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="PATH", help="run folder, checkpoint folder, or LlamaGen .pt")
+    add("--checkpoint", required=True, metavar="PATH", help="run folder, checkpoint folder, hf://org/name or "
+                                                             "LlamaGen .pt")
     add("--out", metavar="PATH", help="x.npz to write, with a JSON manifest beside it; or folder/ of PNGs, with "
                                       "labels.json and manifest.json")
     add("--grid", metavar="FILE", help="PNG to write: one row per class")

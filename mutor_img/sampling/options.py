@@ -40,7 +40,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup
         if flag not in without:
             parser.add_argument(flag, **options)
 
-    add("--tokenizer", metavar="PATH", help="tokenizer folder or LlamaGen .pt (default: the one that the run names)")
+    add("--tokenizer", metavar="PATH", help="tokenizer folder, hf://org/name or LlamaGen .pt (default: the one that "
+                                            "the run names)")
     add("--grid-size", metavar="HxW", help="rows x columns of codes, for a LlamaGen .pt that does not contain them "
                                            "(16x16; 24x24 for its 384-pixel weights)")
     add("--resize", type=int, metavar="PIXELS", help="shrink images to this side length before they are written or "
@@ -92,7 +93,7 @@ def open_source(args: argparse.Namespace, runtime: Runtime) -> SampleSource:
     name = ("bf16" if runtime.device.type == "cuda" else "fp32") if args.dtype == "auto" else args.dtype
     grid = None if args.grid_size is None else parse_grid(args.grid_size, "--grid-size")
     # Of a run that trains on the newest checkpoint changes while processes look.
-    path = runtime.from_main(lambda: str(newest_of(args.checkpoint)))
+    path = runtime.from_main(lambda: newest_of(args.checkpoint))
     loaded = load_run(path, ema=WEIGHTS[args.weights], device=runtime.device, dtype=DTYPES[name], grid=grid)
     if loaded.guessed_grid and runtime.is_main:
         print(guess_of(loaded), file=sys.stderr)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mutor_img.blocks import ModelConfig
 from mutor_img.common.errors import UserError
+from mutor_img.common.hub import is_hub_name
 from mutor_img.common.images import grid_picture, shrink, to_nhwc, write_png
 from mutor_img.decoding.drafting import NO_DRAFT, Draft
 from mutor_img.decoding.sampler import Sampler, SamplingSettings, generate_samples
@@ -90,7 +91,7 @@ def verified_tokenizer(codes: dict[str, Any], device: torch.device | str, model:
     path = codes.get("tokenizer")
     if not path:
         raise UserError(f"{origin}: does not name its tokenizer; {fix}")
-    if not Path(path).exists():
+    if not is_hub_name(path) and not Path(path).exists():
         raise UserError(f"{path}: no such file or folder; {origin} names it as its tokenizer; {fix}")
     vq = open_tokenizer(path, device, model, codes, origin)
     if vq.hash != codes.get("tokenizer_hash"):

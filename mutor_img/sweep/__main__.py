@@ -16,6 +16,7 @@ from typing import Any
 from mutor_img.common.cli import Parser, parse_numbers, run
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import read_json, write_json
+from mutor_img.common.hub import is_hub_name
 from mutor_img.common.locks import folder_lock
 from mutor_img.common.outputs import keep_apart
 from mutor_img.decoding.guidance import parse_schedule
@@ -41,7 +42,8 @@ def _parser() -> Parser:
         example="torchrun --nproc-per-node 8 -m mutor_img.sweep --checkpoint runs/imagenet256/mutor2d_b_80 "
                 "--cfg-scales 1.5,1.75,2,2.25 --reference VIRTUAL_imagenet256_labeled.npz --num-samples 5000")
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="PATH", help="run folder, checkpoint folder, or LlamaGen .pt")
+    add("--checkpoint", required=True, metavar="PATH", help="run folder, checkpoint folder, hf://org/name or "
+                                                             "LlamaGen .pt")
     add("--reference", required=True, metavar="PATH", help="what evaluate_fid.py --reference takes")
     add("--cfg-scales", default="1,1.5,2,2.5,3", metavar="LIST", help="guidance scales, comma-separated")
     add("--temperatures", default="1", metavar="LIST", help="temperatures, comma-separated")
@@ -72,7 +74,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     metrics = None if args.metrics is None else [name.strip() for name in args.metrics.split(",")]
     if metrics is not None:
         check_names(metrics)
-    out = Path(args.out) if args.out else _default_folder(Path(args.checkpoint))
+    out = Path(args.out) if args.out else _default_folder(args.checkpoint)
     keep_apart(_outputs(out), {"--checkpoint": args.checkpoint, "--tokenizer": args.tokenizer,
                                "--reference": args.reference, **network_files(args)})
     runtime = start(args.device)
@@ -130,8 +132,9 @@ def full_command(parser: argparse.ArgumentParser, args: argparse.Namespace, best
     return shlex.join(words)
 
 
-def _default_folder(checkpoint: Path) -> Path:
-    """Return ``sweep`` in a run folder, else a folder beside the checkpoint."""
+def _default_folder(given: str) -> Path:
+    """Return ``sweep`` in a run folder, else a folder beside the checkpoint; of a name on the Hub, in this folder."""
+    checkpoint = Path(Path(given).name if is_hub_name(given) else given)
     if (checkpoint / "checkpoints").is_dir():
         return checkpoint / "sweep"
     return checkpoint.resolve().with_name(f"sweep_{checkpoint.resolve().stem}")

@@ -16,8 +16,8 @@ EARLIER = {"objective.kind": "mutor", "model.qk_norm": False, "freeze": []}
 SILENT = (  # change where, how fast or how long a run trains and what it shows, not what an update computes
     "run_dir", "init_from", "data.codes", "data.val_codes", "model.attention", "model.loss_chunk", "pictures.", "plan.",
     "expected_loss", "eval.", "train.steps", "train.micro_batch", "train.compile", "train.parallel",
-    "train.activation_checkpointing", "train.log_every", "train.checkpoint_every", "train.keep", "train.milestones",
-    "train.validate_every", "train.picture_every", "train.timeout_minutes",
+    "train.activation_checkpointing", "train.log_every", "train.trackers", "train.checkpoint_every", "train.keep",
+    "train.milestones", "train.validate_every", "train.picture_every", "train.timeout_minutes",
 )
 
 

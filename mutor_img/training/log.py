@@ -1,4 +1,4 @@
-"""What a run leaves to look at: metrics as JSON lines, TensorBoard events, a loss-curve picture, log lines."""
+"""What a run leaves to look at: metrics as JSON lines, what its trackers keep, a loss-curve picture, log lines."""
 
 from __future__ import annotations
 
@@ -10,28 +10,49 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mutor_img.common.files import read_lines, write_atomic
 from mutor_img.training.task import Task
+from mutor_img.training.trackers import open_wandb, show_picture
 
 
 class RunLog:
-    """Writes ``metrics.jsonl``, TensorBoard events and ``loss.png`` of one run; used on rank 0 only."""
+    """Writes ``metrics.jsonl``, ``loss.png`` and what ``train.trackers`` asks for; used on rank 0 only."""
 
-    def __init__(self, run_dir: Path, start_step: int):
-        """Open the log, forgetting rows of updates past ``start_step``, which a resumed run will do again."""
+    def __init__(self, config: Any, start_step: int):
+        """Open the log, forgetting rows of updates past ``start_step``, which a resumed run will do again.
+
+        Args:
+            config: has ``run_dir`` and ``train.trackers``.
+            start_step: updates done.
+
+        Raises:
+            UserError: a tracker cannot begin.
+        """
+        self.run_dir = run_dir = Path(config.run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        self.run_dir = run_dir
+        self.wandb = open_wandb(config) if "wandb" in config.train.trackers else None
         self.rows = [row for row in read_metrics(run_dir) if row["step"] <= start_step]
         text = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_atomic(run_dir / "metrics.jsonl", lambda path: path.write_text(text))
         self.file = open(run_dir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (open for the run)
-        self.events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+        self.events = None
+        if "tensorboard" in config.train.trackers:
+            purge = start_step + 1 if start_step else None
+            self.events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Record named numbers of update ``step`` everywhere."""
         row = {"step": step, **values}
         self.rows.append(row)
         self.file.write(json.dumps(row) + "\n")
-        for name, value in values.items():
-            self.events.add_scalar(name, value, step)
+        if self.events:
+            for name, value in values.items():
+                self.events.add_scalar(name, value, step)
+        if self.wandb:  # the last value of each name is in its summary, too
+            self.wandb.log(values, step=step)
+
+    def show(self, folder: Path, step: int) -> None:
+        """Give the trackers that take pictures those that were drawn in ``folder`` after update ``step``."""
+        for path in sorted(folder.glob(f"*_{step:08d}.png")) if self.wandb else ():
+            show_picture(self.wandb, path.stem.removesuffix(f"_{step:08d}"), path, step)
 
     def draw(self, names: tuple[str, ...]) -> Path:
         """Draw the named values over the steps into ``loss.png``; returns its path."""
@@ -50,9 +71,12 @@ class RunLog:
         return write_atomic(self.run_dir / "loss.png", lambda aside: figure.savefig(aside, format="png", dpi=120))
 
     def close(self) -> None:
-        """Flush and close the files."""
+        """Flush and close everything."""
         self.file.close()
-        self.events.close()
+        if self.events:
+            self.events.close()
+        if self.wandb:
+            self.wandb.finish()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

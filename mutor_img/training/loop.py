@@ -53,7 +53,7 @@ def _train(task: Task, config: Any, runtime: Runtime, stop: StopRequest) -> Trai
             print(f"{config.run_dir}: all {trainer.step} updates are done already{more}; nothing to do"
                   + "".join(f"; not applied: {change}" for change in trainer.changes))
         return trainer
-    log = RunLog(trainer.run_dir, trainer.step) if runtime.is_main else None
+    log = RunLog(config, trainer.step) if runtime.is_main else None
     if log:
         _record(trainer)
     try:
@@ -142,6 +142,7 @@ def _evaluate(trainer: Trainer, log: RunLog | None, bar: tqdm) -> None:
             model = trainer.whole_model(everywhere=False)
             if model is not None:
                 task.draw_pictures(model, trainer.run_dir / "pictures", step)
+                log.show(trainer.run_dir / "pictures", step)
     if log and _due(step, train.checkpoint_every, False):
         log.draw(task.headline)
 

@@ -162,6 +162,7 @@ FIELDS = {
     "model.attention": (("train.steps=1", "train.compile=true"), "sdpa", flex_on_gpus),
     "train.ema": ((), "0.9", lambda t: t.ema is not None),
     "train.log_every": ((), "3", lambda t: len(losses(t))),
+    "train.trackers": ((), "[]", lambda t: (t.run_dir / "tensorboard").exists()),
     "train.checkpoint_every": ((), "0", steps_kept),
     "train.keep": ((), "1", steps_kept),
     "train.milestones": (("train.keep=1",), "[1]", steps_kept),

@@ -129,7 +129,7 @@ def work(rank: int, world: int, port: int, root: Path) -> None:
                     patch.setattr(owner, "is_done", lambda *_, view=view: view)
                 patch.setattr(StoreWriter, "finished", lambda *_, view=view: view)
                 patch.setattr(SampleArchive, "is_finished", lambda *_, view=view: view)
-                patch.setattr(options, "newest_of", lambda path: Path(path) / "checkpoints" / "step_00000003")
+                patch.setattr(options, "newest_of", lambda path: f"{path}/checkpoints/step_00000003")
             encode(root, f"codes {name}")
             draw(root, f"{name}.npz")
     score(root, stale)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mutor_img.common.errors import UserError, suggest
 from mutor_img.common.full_precision import full_precision
+from mutor_img.common.hub import HubModel
 from tokenizer.network.layers import Decoder, Encoder
 from tokenizer.network.quantizer import Quantised, Quantizer
 
@@ -30,7 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class VQModel(nn.Module):
+class VQModel(HubModel, nn.Module):
     """Encoder, codebook and decoder.
 
     Args:
@@ -56,6 +57,8 @@ class VQModel(nn.Module):
     Raises:
         UserError: an argument out of range.
     """
+
+    loader = "tokenizer.loading", "load_tokenizer"
 
     def __init__(self, *, image_channels: int = 3, channels: int = 128, multipliers: Sequence[int] = (1, 1, 2, 2, 4),
                  blocks: int = 2, latent_channels: int = 256, code_dim: int = 8, vocabulary: int = 16384,
