@@ -88,7 +88,7 @@ def _files_of(path: Path, root: Path) -> list[str]:
     """Return the files that a checkpoint's JSON lists, by their paths in the repository; [] where it is not there."""
     content = read_json(path) if path.is_file() else {}
     listed = content.get("files", {}) if isinstance(content, dict) else {}  # another format is refused by its reader
-    return [str((path.parent / name).relative_to(root)) for name in listed]
+    return [str((path.parent / name).relative_to(root)) for name in listed if name == Path(name).name]
 
 
 def import_hub(what: str) -> ModuleType:

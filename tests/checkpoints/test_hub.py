@@ -220,7 +220,7 @@ MALFORMED = ["hf://model", "hf:org/model", "hf://org/model/file", "hf://org/mode
     *((name, r"not the name of a model on the Hub.*; give hf://org/name") for name in MALFORMED),
     ("hf://org/model@v9", "no such revision"),
     ("hf://org/foreign", "holds no checkpoint.json"),
-    ("hf://org/another", "not a checkpoint of this project's format"),
+    ("hf://org/another", "its format is None, not 'mutor_img checkpoint 1'"),
     ("hf://org/vq", "a checkpoint of a tokenizer, not of a generator"),
 ])
 def test_a_name_that_means_no_generator_of_ours_is_one_line(hub, run_of, tmp_path, name, line):
