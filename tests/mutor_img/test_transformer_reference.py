@@ -53,6 +53,14 @@ def test_queries_and_keys_that_are_normalised_equal_the_reference(random_model):
     assert difference(model, *registers) > BROKEN
 
 
+def test_normalised_queries_and_keys_have_the_dtype_of_values_under_autocast(random_model):
+    model, seen = random_model(qk_norm=True), []
+    with torch.autocast("cpu", torch.bfloat16):
+        model.layers[0](torch.randn(2, 5, 32), model.rope(torch.arange(5))[None],
+                        lambda q, k, v: seen.append((q.dtype, k.dtype, v.dtype)) or v)
+    assert seen == [(torch.bfloat16,) * 3]  # FlexAttention takes no mixture
+
+
 def test_single_precision_equals_the_reference_to_single_precision(random_model):
     model = random_model()
     assert difference(model, *registers_of(model, mixed=True)) < 1e-4
