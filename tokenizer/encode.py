@@ -28,14 +28,13 @@ from mutor_img.common.errors import UserError, check_range, suggest
 from mutor_img.common.files import wait_until_seen
 from mutor_img.common.locks import folder_lock
 from mutor_img.common.outputs import keep_apart
-from mutor_img.data.store import Codes
+from mutor_img.data.store import Codes, code_dtype
 from mutor_img.training.runtime import Runtime
 from tokenizer.images.crops import CROPS, CropRule, center_rule, crop_rule, to_float
 from tokenizer.images.layouts import open_images
 from tokenizer.images.source import IMAGENET, ImageSource
 from tokenizer.images.squares import Squares, readers
 from tokenizer.loading import load_tokenizer
-from tokenizer.network.quantizer import USED_SLOTS
 from tokenizer.network.vq import VQModel, rows_at_once
 from tokenizer.store import Recipe, StoreWriter
 
@@ -90,8 +89,6 @@ def encode_images(vq: VQModel, source: ImageSource, out: str | Path, *, runtime:
         UserError: images, tokenizer and an existing ``out`` that do not fit, too many unreadable images, or processes
             that see other images or another tokenizer.
     """
-    if vq.vocabulary > USED_SLOTS:
-        raise UserError(f"the tokenizer has {vq.vocabulary} codes; codes are stored as uint16, {USED_SLOTS} at most")
     image_size = image_size or vq.image_size
     if image_size is None:
         raise UserError("the tokenizer does not say its image size; give --image-size")
@@ -120,7 +117,7 @@ def encode_images(vq: VQModel, source: ImageSource, out: str | Path, *, runtime:
 
 def _encode(vq: VQModel, batches: Iterable[tuple[Tensor, Sequence[str]]], runtime: Runtime, views: Sequence[str],
             total: int) -> Iterator[tuple[np.ndarray, str]]:
-    """Yield the (views, N) uint16 codes of one image after another, with its reading error or an empty string."""
+    """Yield the (views, N) codes of one image after another, with its reading error or an empty string."""
     with tqdm(total=total, desc="encode", unit="image", disable=not runtime.is_main, mininterval=1.0) as bar:
         for squares, errors in batches:  # (B, squares, C, H, W) uint8
             pixels = squares.to(runtime.device)
@@ -128,7 +125,7 @@ def _encode(vq: VQModel, batches: Iterable[tuple[Tensor, Sequence[str]]], runtim
             # Whole as bytes and a pass at a time as fp32: a batch may have a thousand views of each image.
             passes = seen.flatten(0, 1).split(rows_at_once(seen.device, *seen.shape[-2:]))
             codes = torch.cat([vq.encode(to_float(part)) for part in passes]).view(*seen.shape[:2], -1)  # (B, views, N)
-            yield from zip(codes.cpu().numpy().astype(np.uint16), errors)
+            yield from zip(codes.cpu().numpy().astype(code_dtype(vq.vocabulary)), errors)
             bar.update(len(squares))
 
 

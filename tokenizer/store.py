@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import clear, read_json, remove, wait_until_seen, write_atomic, write_json
-from mutor_img.data.store import BLOCK, Codes, CodesInfo, block_checksum
+from mutor_img.data.store import BLOCK, Codes, CodesInfo, block_checksum, code_dtype
 from tokenizer.images.source import ImageSource
 
 PART = 1024  # images per part at most: seconds of work on a GPU
@@ -101,7 +101,7 @@ class StoreWriter:
 
         Args:
             part: its number.
-            codes: (images, views, N) uint16 of the part's readable images, in order.
+            codes: (images, views, N), of the vocabulary's dtype, of the part's readable images, in order.
             unreadable: reason by file name of the others.
         """
         meta = {"fingerprint": self._fingerprint(part), "unreadable": json.dumps(unreadable)}
@@ -129,7 +129,7 @@ class StoreWriter:
         shape = (count, len(self.recipe.views), grid[0] * grid[1])
         aside = self.parts / "codes.npy"  # a merge cut short leaves nothing beside the parts
         clear(aside)
-        codes = np.lib.format.open_memmap(aside, mode="w+", dtype=np.uint16, shape=shape)
+        codes = np.lib.format.open_memmap(aside, mode="w+", dtype=code_dtype(vocabulary), shape=shape)
         labels = np.empty(count, np.int64)
         place = 0
         for part in range(self.count()):

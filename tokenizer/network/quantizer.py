@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mutor_img.common.errors import UserError
+from mutor_img.data.store import MOST_CODES
 
-USED_SLOTS = 65536  # length of the released files' codebook_used, and the largest vocabulary that uint16 holds
+USED_SLOTS = 65536  # length of the released files' codebook_used
 USAGE_TEMPERATURE = 0.01  # of the soft choice in the codebook-usage loss (LlamaGen's)
 _SCORES_AT_ONCE = 2**24  # 64 MiB of fp32 scores, whatever the vocabulary
 
@@ -32,24 +33,25 @@ class Quantised(NamedTuple):
 class Quantizer(nn.Module):
     """A codebook of ``vocabulary`` codes of ``code_dim`` numbers.
 
-    The buffer ``codebook_used`` has the name and the size that released files give it. Here entry k counts the
-    updates since code k was last chosen; in a released file it is a list of recent codes, which nothing reads.
+    The buffer ``codebook_used`` has the name that released files give it, and their size unless the vocabulary is
+    larger. Here entry k counts the updates since code k was last chosen; in a released file it is a list of recent
+    codes, which nothing reads.
 
     Attributes:
         with_usage_loss: add the loss ``"entropy"``, :func:`usage_loss`, in training; off at first, for it keeps a
             score of every code for every latent.
 
     Raises:
-        UserError: the vocabulary is not in 2 .. 65536.
+        UserError: the vocabulary is not in 2 .. ``MOST_CODES``.
     """
 
     def __init__(self, vocabulary: int, code_dim: int):
         super().__init__()
-        if not 2 <= vocabulary <= USED_SLOTS:
-            raise UserError(f"vocabulary is {vocabulary}; give 2 to {USED_SLOTS} codes (they are stored as uint16)")
+        if not 2 <= vocabulary <= MOST_CODES:
+            raise UserError(f"vocabulary is {vocabulary}; give 2 to {MOST_CODES} codes")
         self.vocabulary = vocabulary
         self.embedding = nn.Embedding(vocabulary, code_dim)
-        self.register_buffer("codebook_used", torch.zeros(USED_SLOTS))
+        self.register_buffer("codebook_used", torch.zeros(max(USED_SLOTS, vocabulary)))
         self.with_usage_loss = False
 
     def forward(self, latents: Tensor) -> Quantised:

@@ -41,7 +41,7 @@ class VQModel(nn.Module):
         blocks: residual blocks per level in the encoder; the decoder has one more.
         latent_channels: width between the convolutions and the 1x1 convolution to ``code_dim``.
         code_dim: numbers per code.
-        vocabulary: number of codes, up to 65536.
+        vocabulary: number of codes.
         groups: groups of every GroupNorm.
         attention: self-attention at the lowest resolution.
         local: an encoder whose codes depend on their own square of pixels alone, without attention.
