@@ -34,7 +34,7 @@ from tokenizer.images.layouts import open_images
 from tokenizer.images.source import IMAGENET, ImageSource
 from tokenizer.images.squares import Squares, readers
 from tokenizer.loading import load_tokenizer
-from tokenizer.network.vq import VQModel, rows_at_once
+from tokenizer.network.interface import ImageTokenizer, rows_at_once
 from tokenizer.store import Recipe, StoreWriter, write_store
 
 
@@ -58,7 +58,7 @@ def parse_views(text: str | None, rule: CropRule) -> list[str]:
 
 
 @readers()
-def encode_images(vq: VQModel, source: ImageSource, out: str | Path, *, runtime: Runtime,
+def encode_images(vq: ImageTokenizer, source: ImageSource, out: str | Path, *, runtime: Runtime,
                   rule: CropRule | None = None, views: Sequence[str] = tuple(VIEWS), image_size: int | None = None,
                   batch_size: int = 64, workers: int = 0, max_unreadable: int = 0) -> Codes:
     """Encode images into a code store at ``out``, going on from what an earlier run left there.
@@ -92,7 +92,7 @@ def encode_images(vq: VQModel, source: ImageSource, out: str | Path, *, runtime:
     return write_store(writer, rows, runtime, vq.path, grid, vq.vocabulary, max_unreadable)
 
 
-def _encode(vq: VQModel, batches: Iterable[tuple[Tensor, Sequence[str]]], runtime: Runtime, views: Sequence[str],
+def _encode(vq: ImageTokenizer, batches: Iterable[tuple[Tensor, Sequence[str]]], runtime: Runtime, views: Sequence[str],
             total: int) -> Iterator[tuple[np.ndarray, str]]:
     """Yield the (views, N) codes of one image after another, with its reading error or an empty string."""
     with tqdm(total=total, desc="encode", unit="image", disable=not runtime.is_main, mininterval=1.0) as bar:
