@@ -1,4 +1,4 @@
-"""``python -m mutor_img.convert``: weights between LlamaGen's files and this project's checkpoints, both ways."""
+"""``python -m mutor_img.convert``: weights between the authors' files and this project's checkpoints, both ways."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ from mutor_img.common.locks import claim, file_lock
 from mutor_img.common.outputs import keep_apart
 from mutor_img.sampling.options import guess_of
 from tokenizer import load_tokenizer
+from tokenizer.foreign import file_content
 
 
 def is_tokenizer(path: Path) -> bool:
-    """Tell whether a checkpoint or ``.pt`` file holds a tokenizer; else it must be a generator."""
+    """Tell whether a checkpoint or released file holds a tokenizer; else it must be a generator."""
     if path.is_file():
-        return "quantize.embedding.weight" in read_pt(path)
+        return any(name.startswith("quantize.") for name in read_pt(path))
     return read_meta(find_checkpoint(path)).get("kind") == "tokenizer"
 
 
@@ -67,14 +68,14 @@ def rotary_table(meta: dict[str, Any]) -> dict[str, Tensor]:
 def main(argv: Sequence[str]) -> None:
     """Convert one file or folder, and report every weight."""
     parser = Parser(
-        description="Convert released LlamaGen weights (.pt) to a checkpoint of this project, or a checkpoint to a .pt "
-                    "in LlamaGen's layout. Takes generators and tokenizers. Lists every weight; one that does not fit "
-                    "is an error.",
+        description="Convert released weights (.pt, .ckpt, .bin) to a checkpoint of this project, or a checkpoint to a "
+                    ".pt in its authors' layout. Takes LlamaGen's generators and tokenizers, and the tokenizers of "
+                    "taming-transformers and MaskGIT. Lists every weight; one that does not fit is an error.",
         example="python -m mutor_img.convert --source c2i_B_256.pt --out runs/llamagen_b\n"
                 "python -m mutor_img.convert --source runs/imagenet256/mutor2d_b_80 --out mutor2d_b_80.pt",
     )
-    parser.add_argument("--source", required=True, metavar="PATH", help=".pt file, run folder, checkpoint folder, or "
-                                                                        "hf://org/name")
+    parser.add_argument("--source", required=True, metavar="PATH", help="released file, run folder, checkpoint folder, "
+                                                                        "or hf://org/name")
     parser.add_argument("--out", required=True, metavar="PATH", help="run folder to write, or a path that ends in .pt")
     parser.add_argument("--weights", default="auto", metavar="WHICH", help="ema, raw, or auto: ema if there are any")
     parser.add_argument("--grid-size", "--grid", metavar="HxW", help="rows x columns of a .pt generator's codes, if "
@@ -94,8 +95,9 @@ def main(argv: Sequence[str]) -> None:
             if meta["model"].get("qk_norm"):
                 raise UserError(f"{args.source}: has QK-norm (model.qk_norm), which a .pt in LlamaGen's layout cannot "
                                 "hold; give an --out that does not end in .pt")
-            table = rotary_table(meta) if meta["kind"] == "generator" else {}
-            write_atomic(out, lambda aside: torch.save({"model": {**weights, **table}}, aside))
+            content = {"model": {**weights, **rotary_table(meta)}} if meta["kind"] == "generator" else (
+                file_content(meta["model"], weights))
+            write_atomic(out, lambda aside: torch.save(content, aside))
         else:
             write_checkpoint(out, 0, {"model": weights}, {"seconds": 0.0, "samples": 0, **meta}, keep=1)
     for name, tensor in weights.items():

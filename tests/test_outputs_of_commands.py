@@ -14,7 +14,8 @@ CLASSIFIER = "--features mnist --features-weights classifier"
 SAMPLE, SCORE = "mutor_img.sampling", "mutor_img.evaluation.command"
 SWEEP, DIGITS, CONVERT = "mutor_img.sweep.__main__", "mutor_img.metrics.digits", "mutor_img.convert"
 TRAIN, TOKENIZER, STUDY = "mutor_img.pretraining.command", "tokenizer.train", "mutor_img.study.__main__"
-ENCODE, RECONSTRUCT, INSPECT = "tokenizer.encode", "tokenizer.reconstruct", "tokenizer.inspect"
+ENCODE, IMPORT = "tokenizer.encode", "tokenizer.import_codes"
+RECONSTRUCT, INSPECT = "tokenizer.reconstruct", "tokenizer.inspect"
 
 MISTAKES = [
     (SAMPLE, "--checkpoint c2i.npz --out c2i.npz", "--out"),
@@ -53,6 +54,9 @@ MISTAKES = [
     (ENCODE, "--tokenizer vq --images codes/parts/images --out codes", "which --out fills and removes"),
     (ENCODE, "--tokenizer vq --images images --classes val --out val/codes", "--classes"),
     (ENCODE, "--tokenizer vq --images images --out vq", "--tokenizer"),
+    (IMPORT, "--format randar --source images --tokenizer vq --classes val --out images/codes", "--source"),
+    (IMPORT, "--format randar --source codes/parts/a --tokenizer vq --classes val --out codes", "fills and removes"),
+    (IMPORT, "--format randar --source images --tokenizer vq --classes val --out val/codes", "--classes"),
     (RECONSTRUCT, "--tokenizer vq --images images --out images/a/0.png", "--images"),
     (RECONSTRUCT, "--tokenizer vq --images images --json images/scores.json", "--images"),
     (RECONSTRUCT, "--tokenizer vq --images images --out o.png --json o.png", "are both"),

@@ -25,28 +25,17 @@ from tqdm import tqdm
 
 from mutor_img.common.cli import Parser, run
 from mutor_img.common.errors import UserError, check_range, suggest
-from mutor_img.common.files import wait_until_seen
 from mutor_img.common.locks import folder_lock
 from mutor_img.common.outputs import keep_apart
-from mutor_img.data.store import Codes
+from mutor_img.data.store import Codes, code_dtype
 from mutor_img.training.runtime import Runtime
-from tokenizer.images.crops import CROPS, CropRule, center_rule, crop_rule, to_float
+from tokenizer.images.crops import CROPS, VIEWS, CropRule, center_rule, crop_rule, to_float, view_names
 from tokenizer.images.layouts import open_images
 from tokenizer.images.source import IMAGENET, ImageSource
 from tokenizer.images.squares import Squares, readers
 from tokenizer.loading import load_tokenizer
-from tokenizer.network.quantizer import USED_SLOTS
-from tokenizer.network.vq import VQModel, rows_at_once
-from tokenizer.store import Recipe, StoreWriter
-
-VIEWS = {"plain": lambda squares: squares, "mirror": lambda squares: squares.flip(-1)}
-
-
-def view_names(views: Sequence[str], rule: CropRule) -> tuple[str, ...]:
-    """Return a name for each view of an image: every kind of view of every square that the crop rule cuts."""
-    if rule.mirrored:
-        return rule.squares
-    return tuple(f"{view}-{square}" if square else view for view in views for square in rule.squares)
+from tokenizer.network.interface import ImageTokenizer, rows_at_once
+from tokenizer.store import Recipe, StoreWriter, write_store
 
 
 def parse_views(text: str | None, rule: CropRule) -> list[str]:
@@ -69,7 +58,7 @@ def parse_views(text: str | None, rule: CropRule) -> list[str]:
 
 
 @readers()
-def encode_images(vq: VQModel, source: ImageSource, out: str | Path, *, runtime: Runtime,
+def encode_images(vq: ImageTokenizer, source: ImageSource, out: str | Path, *, runtime: Runtime,
                   rule: CropRule | None = None, views: Sequence[str] = tuple(VIEWS), image_size: int | None = None,
                   batch_size: int = 64, workers: int = 0, max_unreadable: int = 0) -> Codes:
     """Encode images into a code store at ``out``, going on from what an earlier run left there.
@@ -90,37 +79,22 @@ def encode_images(vq: VQModel, source: ImageSource, out: str | Path, *, runtime:
         UserError: images, tokenizer and an existing ``out`` that do not fit, too many unreadable images, or processes
             that see other images or another tokenizer.
     """
-    if vq.vocabulary > USED_SLOTS:
-        raise UserError(f"the tokenizer has {vq.vocabulary} codes; codes are stored as uint16, {USED_SLOTS} at most")
     image_size = image_size or vq.image_size
     if image_size is None:
         raise UserError("the tokenizer does not say its image size; give --image-size")
     grid, rule = vq.grid_for(image_size), rule or center_rule()
     writer = StoreWriter(out, source, Recipe(vq.hash, view_names(views, rule), rule.name, image_size))
-    runtime.agree({**writer.manifest, "classes": source.classes})
-    todo = runtime.from_main(writer.missing)
-    if todo is None:
-        if runtime.is_main:
-            print(f"{out}: these {len(source)} images are encoded already; nothing to do")
-        return Codes(out)
-    mine = todo[runtime.rank:: runtime.world]
-    numbers = [i for part in mine for i in writer.range(part)]
-    batches = Squares(source, numbers, vq.image_channels, image_size, rule).batches(batch_size, workers)
-    rows = _encode(vq, batches, runtime, views, len(numbers))
-    for part in mine:
-        _write_part(writer, part, rows)
-    runtime.barrier()
-    runtime.from_main(lambda: _report_unreadable(writer, max_unreadable))
-    if runtime.is_main:
-        writer.merge(vq.path, grid, vq.vocabulary)
-    runtime.barrier()
-    wait_until_seen(lambda: next((p for p in writer.files if not p.is_file()), None), "--out")
-    return Codes(out)
+
+    def rows(numbers: Sequence[int]) -> Iterator[tuple[np.ndarray, str]]:
+        batches = Squares(source, numbers, vq.image_channels, image_size, rule).batches(batch_size, workers)
+        return _encode(vq, batches, runtime, views, len(numbers))
+
+    return write_store(writer, rows, runtime, vq.path, grid, vq.vocabulary, max_unreadable)
 
 
-def _encode(vq: VQModel, batches: Iterable[tuple[Tensor, Sequence[str]]], runtime: Runtime, views: Sequence[str],
+def _encode(vq: ImageTokenizer, batches: Iterable[tuple[Tensor, Sequence[str]]], runtime: Runtime, views: Sequence[str],
             total: int) -> Iterator[tuple[np.ndarray, str]]:
-    """Yield the (views, N) uint16 codes of one image after another, with its reading error or an empty string."""
+    """Yield the (views, N) codes of one image after another, with its reading error or an empty string."""
     with tqdm(total=total, desc="encode", unit="image", disable=not runtime.is_main, mininterval=1.0) as bar:
         for squares, errors in batches:  # (B, squares, C, H, W) uint8
             pixels = squares.to(runtime.device)
@@ -128,36 +102,8 @@ def _encode(vq: VQModel, batches: Iterable[tuple[Tensor, Sequence[str]]], runtim
             # Whole as bytes and a pass at a time as fp32: a batch may have a thousand views of each image.
             passes = seen.flatten(0, 1).split(rows_at_once(seen.device, *seen.shape[-2:]))
             codes = torch.cat([vq.encode(to_float(part)) for part in passes]).view(*seen.shape[:2], -1)  # (B, views, N)
-            yield from zip(codes.cpu().numpy().astype(np.uint16), errors)
+            yield from zip(codes.cpu().numpy().astype(code_dtype(vq.vocabulary)), errors)
             bar.update(len(squares))
-
-
-def _write_part(writer: StoreWriter, part: int, rows: Iterator[tuple[np.ndarray, str]]) -> None:
-    codes, unreadable = [], {}
-    for number in writer.range(part):
-        row, error = next(rows)
-        if error:
-            unreadable[writer.source.files[number]] = error
-        else:
-            codes.append(row)
-    writer.write(part, np.stack(codes) if codes else row[None][:0], unreadable)
-
-
-def _report_unreadable(writer: StoreWriter, limit: int) -> None:
-    """List every unreadable image on stderr and in ``unreadable.txt``; one process calls this, once all parts are done.
-
-    Raises:
-        UserError: there are more than ``limit``.
-    """
-    found = writer.unreadable()
-    if not found:
-        return
-    (writer.out / "unreadable.txt").write_text("".join(f"{name}\n" for name in found))
-    print("\n".join(found.values()), file=sys.stderr)
-    if len(found) > limit:
-        raise UserError(f"{len(found)} of {len(writer.source)} images in {writer.source.root} cannot be read (listed "
-                        f"above and in {writer.out / 'unreadable.txt'}; first: {next(iter(found))}); fix them and run "
-                        f"the same command again, or leave them out with --max-unreadable {len(found)}")
 
 
 def build_parser() -> Parser:

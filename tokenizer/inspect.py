@@ -23,13 +23,13 @@ from mutor_img.data.store import Codes
 from tokenizer.images.source import spread
 from tokenizer.loading import load_tokenizer
 from tokenizer.measures import CodeUse
-from tokenizer.network.vq import VQModel
+from tokenizer.network.interface import ImageTokenizer
 from tokenizer.pictures import magnification
 
 _COLUMNS = 10
 
 
-def check_tokenizer(codes: Codes, vq: VQModel) -> None:
+def check_tokenizer(codes: Codes, vq: ImageTokenizer) -> None:
     """Raise :class:`UserError` unless ``vq`` is the very tokenizer that made ``codes``."""
     info = codes.info
     if vq.hash != info.tokenizer_hash:
@@ -37,7 +37,7 @@ def check_tokenizer(codes: Codes, vq: VQModel) -> None:
                         f"{info.tokenizer_hash[:16]} ({info.tokenizer}); give that one with --tokenizer")
 
 
-def decoded_grid(codes: Codes, vq: VQModel, count: int) -> Image.Image:
+def decoded_grid(codes: Codes, vq: ImageTokenizer, count: int) -> Image.Image:
     """Return ``count`` images spread evenly over the store, first view, decoded, with class names below."""
     numbers = spread(len(codes), count)
     if not len(numbers):

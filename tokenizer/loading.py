@@ -1,4 +1,4 @@
-"""Tokenizers from files: our checkpoints, and LlamaGen's released weights."""
+"""Tokenizers from files: our checkpoints, and the released weights of LlamaGen, taming-transformers and MaskGIT."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from mutor_img.checkpoints.tensor_files import group_hash, has_group
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import file_hash
 from mutor_img.common.hub import is_hub_name, pinned
+from tokenizer.foreign import load_foreign
+from tokenizer.network.interface import ImageTokenizer
+from tokenizer.network.maskgit import MaskGITModel
 from tokenizer.network.vq import VQModel, preset
 
+NETWORKS = {"vq": VQModel, "maskgit": MaskGITModel}  # by what a checkpoint says of its architecture, if it says it
 RELEASED = ("vq16", "vq8")  # presets that released files are tried against
-RELEASED_IMAGE_SIZE = 256  # pixels both were trained at
+RELEASED_IMAGE_SIZE = 256  # pixels that all released ones were trained at
 
 
-def load_tokenizer(path: str | Path, device: torch.device | str = "cpu") -> VQModel:
+def load_tokenizer(path: str | Path, device: torch.device | str = "cpu") -> ImageTokenizer:
     """Return a tokenizer ready for use: eval mode, fp32, without gradients.
 
     Args:
         path: a run folder or checkpoint folder of this project (EMA weights where there are any), its name on the
-            Hugging Face Hub (``hf://org/name``), or a released LlamaGen ``.pt`` file (VQ-16 or VQ-8, recognised by its
-            weights).
+            Hugging Face Hub (``hf://org/name``), or a released file, recognised by its weights: LlamaGen's VQ-16 or
+            VQ-8, a VQGAN of taming-transformers, or MaskGIT's VQ in PyTorch.
         device: where its weights go.
 
     The attribute ``path`` is the given path, a Hub name with its commit, and ``hash`` the sha256 of the weights file
@@ -41,7 +45,7 @@ def load_tokenizer(path: str | Path, device: torch.device | str = "cpu") -> VQMo
     return vq.to(device).eval().requires_grad_(False)
 
 
-def _load_folder(path: Path) -> VQModel:
+def _load_folder(path: Path) -> ImageTokenizer:
     folder = find_checkpoint(path)
     meta = read_meta(folder)
     if meta.get("kind") != "tokenizer":
@@ -58,15 +62,17 @@ def _load_folder(path: Path) -> VQModel:
     return vq
 
 
-def _load_file(path: Path) -> VQModel:
+def _load_file(path: Path) -> ImageTokenizer:
     weights = read_pt(path)
     if "tok_embeddings.weight" in weights:
         raise UserError(f"{path}: weights of a generator, not of a tokenizer; give the tokenizer's file")
     name = next((name for name in RELEASED if _fits(name, weights)), None)
-    if name is None:
-        raise UserError(f"{path}: weights of no known tokenizer (tried {', '.join(RELEASED)})")
-    vq = _empty(preset(name))
-    load_strict(vq, weights, path)
+    vq = load_foreign(weights, path) if name is None else _empty(preset(name))
+    if vq is None:
+        raise UserError(f"{path}: weights of no known tokenizer (tried {', '.join(RELEASED)}, taming-transformers, "
+                        "MaskGIT)")
+    if name is not None:
+        load_strict(vq, weights, path)
     vq.image_size = RELEASED_IMAGE_SIZE
     vq.hash = file_hash(path)
     return vq
@@ -78,8 +84,9 @@ def _fits(name: str, weights: dict[str, Tensor]) -> bool:
     return {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in weights.items()}
 
 
-def _empty(options: dict) -> VQModel:
+def _empty(options: dict) -> ImageTokenizer:
     """Build a model whose every weight is yet to be loaded, without a draw from the global random generator."""
+    sizes = {name: value for name, value in options.items() if name != "architecture"}
     with torch.device("meta"):
-        vq = VQModel(**options)
+        vq = NETWORKS[options.get("architecture", "vq")](**sizes)
     return vq.to_empty(device="cpu")

@@ -28,7 +28,7 @@ from tokenizer.images.layouts import open_unlabelled
 from tokenizer.images.source import ImageSource, spread
 from tokenizer.images.squares import Squares, readers
 from tokenizer.loading import load_tokenizer
-from tokenizer.network.vq import VQModel
+from tokenizer.network.interface import ImageTokenizer
 from tokenizer.pictures import before_after
 from tokenizer.scores import METRICS, ReconstructionScores
 
@@ -36,7 +36,7 @@ _PICTURES = 20
 
 
 @readers()
-def reconstruct_folder(vq: VQModel, images: str | Path, *, split: str | None = None, num_images: int = 0,
+def reconstruct_folder(vq: ImageTokenizer, images: str | Path, *, split: str | None = None, num_images: int = 0,
                        image_size: int | None = None, batch_size: int = 32, workers: int = 0,
                        picture: str | Path | None = None, samples: str | Path | None = None,
                        metrics: Sequence[str] | None = None,
@@ -69,7 +69,7 @@ def reconstruct_folder(vq: VQModel, images: str | Path, *, split: str | None = N
     if image_size is None:
         raise UserError("the tokenizer does not say its image size; give --image-size")
     vq.grid_for(image_size)
-    device = vq.quant_conv.weight.device
+    device = vq.device
     folder = open_unlabelled(images, split=split)
     numbers = folder.spread(num_images)
     written = Folder(samples, folder) if samples else None

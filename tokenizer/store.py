@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,8 +21,9 @@ from safetensors.numpy import save_file
 
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import clear, read_json, remove, wait_until_seen, write_atomic, write_json
-from mutor_img.data.store import BLOCK, Codes, CodesInfo, block_checksum
-from tokenizer.images.source import ImageSource
+from mutor_img.data.store import BLOCK, Codes, CodesInfo, block_checksum, code_dtype
+from mutor_img.training.runtime import Runtime
+from tokenizer.images.source import Labelled
 
 PART = 1024  # images per part at most: seconds of work on a GPU
 SMALLEST, PARTS = 8, 64  # few images are cut into more and smaller parts, so that every process has some
@@ -37,13 +40,16 @@ class Recipe:
 
 
 class StoreWriter:
-    """The parts of one code store under ``out``, for images of ``source`` made by ``recipe``."""
+    """The parts of one code store under ``out``, for images of ``source`` made by ``recipe``.
 
-    def __init__(self, out: str | Path, source: ImageSource, recipe: Recipe):
+    ``maker`` is the command that makes it, as ``encode.json`` says.
+    """
+
+    def __init__(self, out: str | Path, source: Labelled, recipe: Recipe, maker: str = "encode"):
         self.out, self.source, self.recipe = Path(out), source, recipe
         self.parts = self.out / "parts"
         self.files = [self.out / name for name in ("codes.npy", "labels.npy", "codes.json")]
-        self.manifest = {"format": "mutor_img encode 1", **asdict(recipe), "views": list(recipe.views),
+        self.manifest = {"format": f"mutor_img {maker} 1", **asdict(recipe), "views": list(recipe.views),
                          "images": len(source), "files_hash": files_hash(source)}
 
     def finished(self) -> bool:
@@ -101,7 +107,7 @@ class StoreWriter:
 
         Args:
             part: its number.
-            codes: (images, views, N) uint16 of the part's readable images, in order.
+            codes: (images, views, N), of the vocabulary's dtype, of the part's readable images, in order.
             unreadable: reason by file name of the others.
         """
         meta = {"fingerprint": self._fingerprint(part), "unreadable": json.dumps(unreadable)}
@@ -129,7 +135,7 @@ class StoreWriter:
         shape = (count, len(self.recipe.views), grid[0] * grid[1])
         aside = self.parts / "codes.npy"  # a merge cut short leaves nothing beside the parts
         clear(aside)
-        codes = np.lib.format.open_memmap(aside, mode="w+", dtype=np.uint16, shape=shape)
+        codes = np.lib.format.open_memmap(aside, mode="w+", dtype=code_dtype(vocabulary), shape=shape)
         labels = np.empty(count, np.int64)
         place = 0
         for part in range(self.count()):
@@ -159,12 +165,78 @@ class StoreWriter:
         return _digest([asdict(self.recipe), _listing(self.source, slice(images.start, images.stop))])
 
 
-def files_hash(source: ImageSource) -> str:
+def write_store(writer: StoreWriter, rows: Callable[[Sequence[int]], Iterator[tuple[np.ndarray, str]]],
+                runtime: Runtime, tokenizer: str, grid: tuple[int, int], vocabulary: int,
+                max_unreadable: int = 0) -> Codes:
+    """Fill a code store, going on from what an earlier run left there; all processes call this with the same arguments.
+
+    Args:
+        writer: the store.
+        rows: from image numbers to the (views, N) codes of one image after another, each with its reading error or an
+            empty string.
+        runtime: this process among all.
+        tokenizer: path of the tokenizer.
+        grid: rows and columns of codes.
+        vocabulary: number of codes.
+        max_unreadable: images that may be left out because they cannot be read.
+
+    Raises:
+        UserError: an existing store that is another one, too many unreadable images, or processes that see other
+            images or another tokenizer.
+    """
+    runtime.agree({**writer.manifest, "classes": writer.source.classes})
+    todo = runtime.from_main(writer.missing)
+    if todo is None:
+        if runtime.is_main:
+            print(f"{writer.out}: these {len(writer.source)} images are there already; nothing to do")
+        return Codes(writer.out)
+    mine = todo[runtime.rank:: runtime.world]
+    made = rows([number for part in mine for number in writer.range(part)])
+    for part in mine:
+        _write_part(writer, part, made)
+    runtime.barrier()
+    runtime.from_main(lambda: _report_unreadable(writer, max_unreadable))
+    if runtime.is_main:
+        writer.merge(tokenizer, grid, vocabulary)
+    runtime.barrier()
+    wait_until_seen(lambda: next((p for p in writer.files if not p.is_file()), None), "--out")
+    return Codes(writer.out)
+
+
+def _write_part(writer: StoreWriter, part: int, rows: Iterator[tuple[np.ndarray, str]]) -> None:
+    codes, unreadable = [], {}
+    for number in writer.range(part):
+        row, error = next(rows)
+        if error:
+            unreadable[writer.source.files[number]] = error
+        else:
+            codes.append(row)
+    writer.write(part, np.stack(codes) if codes else row[None][:0], unreadable)
+
+
+def _report_unreadable(writer: StoreWriter, limit: int) -> None:
+    """List every unreadable image on stderr and in ``unreadable.txt``; one process calls this, once all parts are done.
+
+    Raises:
+        UserError: there are more than ``limit``.
+    """
+    found = writer.unreadable()
+    if not found:
+        return
+    (writer.out / "unreadable.txt").write_text("".join(f"{name}\n" for name in found))
+    print("\n".join(found.values()), file=sys.stderr)
+    if len(found) > limit:
+        raise UserError(f"{len(found)} of {len(writer.source)} images in {writer.source.root} cannot be read (listed "
+                        f"above and in {writer.out / 'unreadable.txt'}; first: {next(iter(found))}); fix them and run "
+                        f"the same command again, or leave them out with --max-unreadable {len(found)}")
+
+
+def files_hash(source: Labelled) -> str:
     """Return one sha256 of the names, sizes and labels of all images: another list of images has another."""
     return _digest(_listing(source, slice(None)))
 
 
-def _listing(source: ImageSource, images: slice) -> list:
+def _listing(source: Labelled, images: slice) -> list:
     return [source.files[images], source.sizes[images], source.labels[images].tolist()]
 
 

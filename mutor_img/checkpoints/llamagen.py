@@ -1,8 +1,9 @@
 """Released LlamaGen files: the only place that knows their layouts.
 
 Weights stand flat, or under ``model``, ``module`` or ``state_dict``; files of LlamaGen's trainer also hold ``ema``
-and pickle an ``argparse.Namespace``. They are read with ``weights_only`` and an allow-list of that one class, so
-that no file can run code. Facts: arXiv 2406.06525 and the files themselves.
+and pickle an ``argparse.Namespace``, those of taming-transformers name a class of Lightning. They are read with
+``weights_only`` and an allow-list of these two, the second replaced by an empty class, so that no file can run
+code. Facts: arXiv 2406.06525 and the files themselves.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from mutor_img.common.errors import UserError
 from mutor_img.common.file_kinds import PICKLE, kind_of
 
 _WRAPPERS = ("model", "module", "state_dict")
+_LIGHTNING = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
 _TABLE = "freqs_cis"  # a rotary table that old files hold as if it were a weight: a row for the class and each code
 _TEXT = ("cls_embedding.cap_proj.", "cls_embedding.uncond_embedding")  # a caption's embedding in a class's place
 _PACKAGING = {  # what a wrapper's name inside the names of weights tells
@@ -27,6 +29,10 @@ _PACKAGING = {  # what a wrapper's name inside the names of weights tells
     "_fsdp_wrapped_module": "FSDP's", "_checkpoint_wrapped_module": "activation checkpointing's",
     "_forward_module": "Lightning's",
 }
+
+
+class _Callback:
+    """Stands for the class of Lightning under whose name a training file keeps what nobody reads here."""
 
 
 def read_pt(path: str | Path, ema: bool = False) -> dict[str, Tensor]:
@@ -61,7 +67,7 @@ def _load(path: str | Path) -> object:
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace, (_Callback, _LIGHTNING)]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged file can fail anywhere in torch's reader: IndexError, AssertionError, ..
         # Torch's own words on an unpickling error are a recipe for reading such a file unsafely: not passed on.

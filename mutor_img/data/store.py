@@ -1,7 +1,7 @@
 """The code store: images as VQ codes in memory-mapped arrays, with everything needed to trust them.
 
-A folder holds ``codes.npy`` (images x views x N, uint16), ``labels.npy`` (images, int64) and ``codes.json``.
-Opening maps the arrays and reads the JSON: milliseconds for ImageNet's 1.3 GB.
+A folder holds ``codes.npy`` (images x views x N; uint16, or uint32 where the vocabulary needs it), ``labels.npy``
+(images, int64) and ``codes.json``. Opening maps the arrays and reads the JSON: milliseconds for ImageNet's 1.3 GB.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from mutor_img.common.errors import UserError
 from mutor_img.common.files import read_json
 
 BLOCK = 4096  # images that one checksum covers
+MOST_CODES = 2**24  # largest vocabulary; the largest one published is IBQ's, 2**18 (arXiv 2412.02692)
 
 
 class Fault(IntEnum):
@@ -58,7 +59,7 @@ class Codes:
     """A code store opened for reading.
 
     Attributes:
-        codes: (images, views, N) uint16, memory-mapped.
+        codes: (images, views, N) of :func:`code_dtype`, memory-mapped.
         labels: (images,) int64.
         info: :class:`CodesInfo`.
     """
@@ -77,10 +78,11 @@ class Codes:
             raise UserError(f"{self.folder / 'codes.json'}: not a code store of this version; encode the images again")
         try:
             self.info = CodesInfo(**meta)
+            dtype = code_dtype(self.info.vocabulary)
         except TypeError as error:
             raise UserError(f"{self.folder / 'codes.json'}: {error}; encode the images again") from None
         self.info.grid = tuple(self.info.grid)
-        self.codes = _map(self.folder / "codes.npy", np.uint16, 3)
+        self.codes = _map(self.folder / "codes.npy", dtype, 3)
         self.labels = _map(self.folder / "labels.npy", np.int64, 1)
         rows, columns = self.info.grid
         expected = (len(self.labels), len(self.info.views), rows * columns)
@@ -153,8 +155,13 @@ class Codes:
         return hashlib.sha256("".join(self.info.checksums).encode()).hexdigest()
 
 
+def code_dtype(vocabulary: int) -> type[np.unsignedinteger]:
+    """Return what the codes of a vocabulary are stored as: the smaller of uint16 and uint32 that holds them all."""
+    return np.uint16 if vocabulary <= 2**16 else np.uint32
+
+
 def block_checksum(codes: np.ndarray, labels: np.ndarray) -> str:
-    """Return the sha256 of one block's (images, views, N) uint16 codes and (images,) int64 labels."""
+    """Return the sha256 of one block's (images, views, N) codes and (images,) int64 labels."""
     digest = hashlib.sha256(np.ascontiguousarray(codes).reshape(-1))
     digest.update(np.ascontiguousarray(labels))
     return digest.hexdigest()

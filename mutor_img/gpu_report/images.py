@@ -29,8 +29,8 @@ from mutor_img.metrics.inception import Inception, InceptionGraph
 from mutor_img.pretraining.parity import FLOORS, PLAIN_FACTOR, rms_difference
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.trainer import Trainer
-from tokenizer.encode import VIEWS, encode_images
-from tokenizer.images.crops import center_rule, read_squares, to_float
+from tokenizer.encode import encode_images
+from tokenizer.images.crops import VIEWS, center_rule, read_squares, to_float
 from tokenizer.images.folder import list_images
 from tokenizer.network.quantizer import Quantised
 from tokenizer.network.vq import VQModel

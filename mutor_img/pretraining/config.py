@@ -10,6 +10,7 @@ import torch
 from mutor_img.blocks import ModelConfig
 from mutor_img.common.config import OptimConfig, TrainConfig, check_choice
 from mutor_img.common.errors import UserError, check_range
+from mutor_img.data.store import MOST_CODES
 from mutor_img.metrics.networks import check_features
 from mutor_img.metrics.requirements import check_names
 from mutor_img.objectives.config import ObjectiveConfig, build_objective
@@ -56,7 +57,7 @@ class ModelSection:
         check_range("model.dropout", self.dropout, 0.0, 0.99)
         check_range("model.drop_path", self.drop_path, 0.0, 0.99)
         check_range("model.class_dropout", self.class_dropout, 0.0, 1.0)
-        check_range("model.vocabulary", self.vocabulary, 1, 65536)
+        check_range("model.vocabulary", self.vocabulary, 1, MOST_CODES)
         check_range("model.classes", self.classes, 1, 10**6)
 
 

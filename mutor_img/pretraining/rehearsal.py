@@ -9,7 +9,7 @@ import numpy as np
 
 from mutor_img.common.config import OptimConfig, TrainConfig
 from mutor_img.common.files import write_json
-from mutor_img.data.store import CodesInfo, block_checksum
+from mutor_img.data.store import CodesInfo, block_checksum, code_dtype
 from mutor_img.pretraining.config import CodesConfig, GeneratorConfig, ModelSection, RegistersConfig
 from mutor_img.pretraining.preflight import Preflight
 from mutor_img.pretraining.task import GeneratorTask
@@ -23,7 +23,7 @@ def write_random_codes(folder: Path, grid: tuple[int, int], vocabulary: int, cla
     """Write a code store of ``IMAGES`` images, one view each, of uniform codes drawn by a fixed seed; returns it."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(0)
-    codes = draw.integers(0, vocabulary, (IMAGES, 1, grid[0] * grid[1])).astype(np.uint16)
+    codes = draw.integers(0, vocabulary, (IMAGES, 1, grid[0] * grid[1])).astype(code_dtype(vocabulary))
     labels = np.arange(IMAGES, dtype=np.int64) % classes
     np.save(folder / "codes.npy", codes)
     np.save(folder / "labels.npy", labels)

@@ -30,7 +30,7 @@ from mutor_img.sampling.options import add_sampling_flags, check_sampling_flags,
 from mutor_img.sampling.pictures import class_grid, decode_images, steps_strip
 from mutor_img.sampling.source import SampleSource
 from mutor_img.training.runtime import Runtime
-from tokenizer.network.vq import VQModel
+from tokenizer.network.interface import ImageTokenizer
 
 GRID_CLASSES = 10  # rows of a grid whose classes are not given
 GRID_COLUMNS = 8
@@ -179,7 +179,7 @@ def _write_strip(path: str, source: SampleSource, label: int) -> None:
     print(f"{path}: an image of {source.names[label]} as its codes arrive")
 
 
-def write_samples(archive: SampleArchive, loaded: Loaded, tokenizer: VQModel, labels: Tensor,
+def write_samples(archive: SampleArchive, loaded: Loaded, tokenizer: ImageTokenizer, labels: Tensor,
                   settings: SamplingSettings, about: dict[str, Any], runtime: Runtime, batch_size: int,
                   resize: int | None = None, draft: Draft = NO_DRAFT) -> None:
     """Make a sample set, going on from what an earlier run left, on all processes that call this alike.
@@ -226,7 +226,7 @@ def write_samples(archive: SampleArchive, loaded: Loaded, tokenizer: VQModel, la
     runtime.barrier()
 
 
-def _sample(loaded: Loaded, tokenizer: VQModel, labels: Tensor, numbers: Tensor, settings: SamplingSettings,
+def _sample(loaded: Loaded, tokenizer: ImageTokenizer, labels: Tensor, numbers: Tensor, settings: SamplingSettings,
             batch_size: int, resize: int | None, draft: Draft) -> Iterator[np.ndarray]:
     """Yield (b, H, W, 3) uint8 images of the given sample numbers, a batch at a time."""
     sampler = Sampler(loaded.model, settings, min(batch_size, len(numbers)), draft=draft)

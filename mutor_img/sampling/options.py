@@ -20,7 +20,7 @@ from mutor_img.sampling.labels import RULES, parse_classes, readable_names
 from mutor_img.sampling.pictures import open_tokenizer, verified_tokenizer
 from mutor_img.sampling.source import SampleSource
 from mutor_img.training.runtime import Runtime
-from tokenizer.network.vq import VQModel
+from tokenizer.network.interface import ImageTokenizer
 
 WEIGHTS = {"auto": None, "ema": True, "raw": False}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -124,7 +124,7 @@ def guess_of(loaded: Loaded) -> str:
             "of LlamaGen's; --grid-size 24x24 is for its 384-pixel weights")
 
 
-def _smaller(side: int, loaded: Loaded, tokenizer: VQModel) -> int | None:
+def _smaller(side: int, loaded: Loaded, tokenizer: ImageTokenizer) -> int | None:
     """Return ``--resize`` once it is checked; None: the images are of that size."""
     height, width = (cells * tokenizer.downsample for cells in loaded.model.config.grid)
     if height != width:
@@ -135,7 +135,7 @@ def _smaller(side: int, loaded: Loaded, tokenizer: VQModel) -> int | None:
     return side if side < height else None
 
 
-def _tokenizer(path: str | None, loaded: Loaded, runtime: Runtime) -> VQModel:
+def _tokenizer(path: str | None, loaded: Loaded, runtime: Runtime) -> ImageTokenizer:
     """Load the tokenizer: the run's own, verified, or the one that the user insists on."""
     if path is None:
         return verified_tokenizer(loaded.codes, runtime.device, loaded.model.config, loaded.path)

@@ -19,7 +19,7 @@ from mutor_img.decoding.sampler import Sampler, SamplingSettings, generate_sampl
 from mutor_img.sampling.labels import readable_names
 from mutor_img.transformer import Transformer
 from tokenizer.loading import load_tokenizer
-from tokenizer.network.vq import VQModel
+from tokenizer.network.interface import ImageTokenizer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,7 +32,7 @@ GREY = 128  # cells whose codes are still to come
 PUT_BACK = "put it back there, or encode the images again"  # what a training run can do about a tokenizer
 
 
-def sample_images(model: Transformer, tokenizer: VQModel, labels: Tensor, samples: Tensor,
+def sample_images(model: Transformer, tokenizer: ImageTokenizer, labels: Tensor, samples: Tensor,
                   settings: SamplingSettings) -> np.ndarray:
     """Sample one image a label.
 
@@ -50,14 +50,15 @@ def sample_images(model: Transformer, tokenizer: VQModel, labels: Tensor, sample
     return decode_images(tokenizer, generate_samples(model, labels, samples, settings), model.config.grid)
 
 
-def decode_images(tokenizer: VQModel, codes: Tensor, grid: tuple[int, int], side: int | None = None) -> np.ndarray:
+def decode_images(tokenizer: ImageTokenizer, codes: Tensor, grid: tuple[int, int],
+                  side: int | None = None) -> np.ndarray:
     """Return (B, H, W, 3) uint8 images of codes (B, N), shrunk to ``side`` pixels if one is given; grey is repeated."""
     decoded = (tokenizer.decode(part, grid) for part in codes.split(DECODE))
     return np.concatenate([to_nhwc(images if side is None else shrink(images, side)) for images in decoded])
 
 
 def open_tokenizer(path: str | Path, device: torch.device | str, model: ModelConfig,
-                   codes: dict[str, Any], origin: str | Path) -> VQModel:
+                   codes: dict[str, Any], origin: str | Path) -> ImageTokenizer:
     """Load the tokenizer at ``path`` and check that it fits the generator.
 
     Args:
@@ -82,7 +83,7 @@ def open_tokenizer(path: str | Path, device: torch.device | str, model: ModelCon
 
 
 def verified_tokenizer(codes: dict[str, Any], device: torch.device | str, model: ModelConfig,
-                       origin: str | Path, fix: str = "give --tokenizer and its path") -> VQModel:
+                       origin: str | Path, fix: str = "give --tokenizer and its path") -> ImageTokenizer:
     """Load the tokenizer that a generator's run names; arguments as :func:`open_tokenizer`, and what an error advises.
 
     Raises:
@@ -100,8 +101,9 @@ def verified_tokenizer(codes: dict[str, Any], device: torch.device | str, model:
     return vq
 
 
-def class_grid(model: Transformer, tokenizer: VQModel, classes: Sequence[int], columns: int, names: Sequence[str],
-               settings: SamplingSettings, batch: int = DECODE, keep: bool = True, draft: Draft = NO_DRAFT) -> Image:
+def class_grid(model: Transformer, tokenizer: ImageTokenizer, classes: Sequence[int], columns: int,
+               names: Sequence[str], settings: SamplingSettings, batch: int = DECODE, keep: bool = True,
+               draft: Draft = NO_DRAFT) -> Image:
     """Return a picture with a row of ``columns`` samples for each of ``classes`` and the class's name beside it.
 
     The image in row r, column c is sample number r * columns + c. Small images are magnified. ``batch``, ``keep``
@@ -114,7 +116,7 @@ def class_grid(model: Transformer, tokenizer: VQModel, classes: Sequence[int], c
     return grid_picture(images, columns, row_names=[names[label] for label in classes], scale=_magnified(images))
 
 
-def steps_strip(model: Transformer, tokenizer: VQModel, label: int, name: str, settings: SamplingSettings,
+def steps_strip(model: Transformer, tokenizer: ImageTokenizer, label: int, name: str, settings: SamplingSettings,
                 draft: Draft = NO_DRAFT) -> Image:
     """Return a strip of sample number 0 of class ``label`` as its codes arrive, at up to ``FRAMES`` even moments.
 

@@ -17,7 +17,7 @@ from mutor_img.decoding.sampler import Sampler, SamplingSettings
 from mutor_img.sampling.labels import make_labels
 from mutor_img.sampling.pictures import decode_images
 from mutor_img.transformer import Transformer
-from tokenizer.network.vq import VQModel
+from tokenizer.network.interface import ImageTokenizer
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class SampleSource:
     """
 
     loaded: Loaded
-    tokenizer: VQModel
+    tokenizer: ImageTokenizer
     settings: SamplingSettings
     rule: str
     classes: Sequence[int] | None
@@ -90,8 +90,8 @@ class ModelImages:
     warnings: Sequence[str] = ()
     manifest: dict[str, Any] | None = None
 
-    def __init__(self, model: Transformer, tokenizer: VQModel, labels: Tensor, settings: SamplingSettings, batch: int,
-                 name: str, keep: bool = True, resize: int | None = None, draft: Draft = NO_DRAFT):
+    def __init__(self, model: Transformer, tokenizer: ImageTokenizer, labels: Tensor, settings: SamplingSettings,
+                 batch: int, name: str, keep: bool = True, resize: int | None = None, draft: Draft = NO_DRAFT):
         """Nothing is sampled yet.
 
         Args:

@@ -24,6 +24,7 @@ COMMANDS = [
     ("mutor_img.study.__main__", "--config {root}/configs/imagenet256/study.yaml run_dir={out}", folder_lock),
     ("mutor_img.metrics.digits", "--images a --val b --out {out}", folder_lock),
     ("tokenizer.encode", "--tokenizer a --images b --out {out}", folder_lock),
+    ("tokenizer.import_codes", "--format randar --source a --tokenizer b --classes c --out {out}", folder_lock),
     ("mutor_img.sweep.__main__", "--checkpoint a --reference b --out {out}", folder_lock),
     ("mutor_img.sampling.command", "--checkpoint a --out {out}.npz", lambda out: file_lock(f"{out}.npz")),
     ("mutor_img.sampling.command", "--checkpoint a --out {out}/", file_lock),

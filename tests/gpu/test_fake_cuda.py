@@ -46,7 +46,7 @@ GPU = Runtime(torch.device("cuda"))
 OPEN, UPDATE = "mutor_img.pretraining.task.open_codes", "mutor_img.training.task.read_numbers"
 SAVE = "mutor_img.checkpoints.tensor_files._bytes_of"
 TO_NHWC = "mutor_img.common.images.to_nhwc"
-CHECKS = ("tokenizer.network.vq.VQModel._check_images", "tokenizer.network.vq.VQModel._check_codes")
+CHECKS = tuple(f"tokenizer.network.interface.ImageTokenizer.{name}" for name in ("_check_images", "_check_codes"))
 PICTURES = ("mutor_img.decoding.sampler.Sampler.generate", CHECKS[1], TO_NHWC)
 
 
@@ -172,7 +172,7 @@ def test_a_tokenizers_run_its_pictures_and_its_resume(digit_folders, tmp_path, m
 @pytest.mark.parametrize("crop, views", [(["--crop", "ten-crop"], 10), ([], 2), (["--crop", "random"], 10)])
 def test_encoding(digit_folders, tmp_path, crop, views):
     write_tokenizer(tmp_path / "vq")
-    with FakeCuda(["tokenizer.network.vq.VQModel._check_images", "tokenizer.encode._encode"]):
+    with FakeCuda(["tokenizer.network.interface.ImageTokenizer._check_images", "tokenizer.encode._encode"]):
         encode(["--tokenizer", str(tmp_path / "vq"), "--images", str(digit_folders["val"]), "--workers", "0",
                 "--out", str(tmp_path / "codes"), *crop])
     assert Codes(tmp_path / "codes").codes.shape == (18, views, 16)

@@ -4,7 +4,8 @@ from dataclasses import fields
 
 import pytest
 
-from mutor_img.pretraining.rehearsal import random_run
+from mutor_img.data.store import Codes
+from mutor_img.pretraining.rehearsal import random_run, write_random_codes
 from mutor_img.registers import RegisterLaw
 
 PLAIN = RegisterLaw("none", (4, 4))
@@ -15,6 +16,12 @@ LAWS = [PLAIN, RegisterLaw("1d", (4, 4), 3, count=5, mixed=True), RegisterLaw("2
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.kind)
 def test_a_run_has_the_registers_of_its_law(tmp_path, law):
     assert random_run(tmp_path, law).law() == law
+
+
+def test_random_codes_reach_through_a_vocabulary_too_large_for_uint16(tmp_path):
+    codes = Codes(write_random_codes(tmp_path / "codes", (4, 4), 2**18, 3))
+    codes.verify()
+    assert 2**17 < codes.codes.max() < 2**18
 
 
 def test_the_laws_above_set_every_field_of_a_law():

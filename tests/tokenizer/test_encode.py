@@ -14,6 +14,7 @@ from PIL import Image, ImageFile
 from mutor_img.common import files
 from mutor_img.common.errors import UserError
 from mutor_img.data.store import Codes
+from mutor_img.training.runtime import Runtime
 from tokenizer import encode, load_tokenizer, store
 from tokenizer.encode import main, parse_views, view_names
 from tokenizer.images.crops import CropRule, center_rule, to_float
@@ -44,6 +45,19 @@ def test_codes_and_labels_are_those_of_each_image(tokenizer_run, image_folder, t
     assert (info.class_names, info.views) == (["a", "b", "c"], ["plain", "mirror"])
     assert (info.crop, info.image_size, info.tokenizer, info.tokenizer_hash) == ("center", 8, str(run), vq.hash)
     assert not (tmp_path / "out" / "parts").exists()
+
+
+def test_a_vocabulary_too_large_for_uint16_is_stored_as_uint32(tiny_vq, image_folder, tmp_path):
+    vq, folder = tiny_vq(vocabulary=70_000, code_dim=8), list_images(image_folder())
+    codes = encode.encode_images(vq, folder, tmp_path / "out", runtime=Runtime(torch.device("cpu")))
+    codes.verify()
+    pixels = torch.stack([to_float(torch.from_numpy(np.array(Image.open(folder.path(i))))) for i in range(12)])
+    found, _ = codes.batch(np.arange(12), np.zeros(12, int))
+    assert torch.equal(found, vq.encode(pixels[:, None])) and int(found.max()) > 65535
+    assert codes.codes.dtype == np.uint32
+    np.save(codes.folder / "codes.npy", codes.codes.astype(np.uint16))
+    with pytest.raises(UserError, match="3-dimensional uint16; expected 3-dimensional uint32"):
+        Codes(codes.folder)
 
 
 def test_two_processes_and_another_batch_size_write_the_same_bytes(tokenizer_run, image_folder, tmp_path):

@@ -9,11 +9,11 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from tokenizer import load_tokenizer
 from tokenizer.encode import main as encode
-from tokenizer.network import vq as network
+from tokenizer.network import interface as network
 from tokenizer.network.layers import Decoder, Encoder
 from tokenizer.reconstruct import reconstruct_folder
 
-CHECKS = [f"tokenizer.network.vq.VQModel.{name}" for name in ("_check_images", "_check_codes")]
+CHECKS = [f"tokenizer.network.interface.ImageTokenizer.{name}" for name in ("_check_images", "_check_codes")]
 
 
 @pytest.fixture

@@ -44,6 +44,15 @@ def test_a_released_file_is_recognised_by_its_weights(tmp_path, monkeypatch, wra
     assert torch.equal(vq.post_quant_conv.weight, weights["post_quant_conv.weight"])
 
 
+def test_a_released_vq8_is_told_from_a_vq16(tmp_path):
+    with torch.device("meta"):
+        weights = loading.VQModel(**loading.preset("vq8")).state_dict()
+    small = {name: torch.full((1,), 0.5).expand(w.shape) for name, w in weights.items()}  # one number in the file
+    torch.save({"model": small}, tmp_path / "8.pt")
+    vq = load_tokenizer(tmp_path / "8.pt")
+    assert vq.grid_for(256) == (32, 32) and vq.vocabulary == 16384 and vq.image_size == 256
+
+
 def test_loading_draws_no_random_number(tokenizer_run):
     run = tokenizer_run()
     before = torch.get_rng_state()

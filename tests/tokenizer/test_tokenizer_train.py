@@ -117,7 +117,7 @@ def test_mistakes_are_refused_in_one_line(command, refused, tmp_path):
     assert "no such folder" in refused(main, *command, f"data.images={tmp_path / 'no'}")
     assert "'l2'" in refused(main, *command, "loss.terms.l3=1.0")
     assert "groups is 8" in refused(main, *command, "model.channels=20")
-    assert "65536" in refused(main, *command, "model.vocabulary=70000")
+    assert "2 to 16777216" in refused(main, *command, "model.vocabulary=20000000")
     assert "crop_min" in refused(main, *command, "data.crop_min=0")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +17,7 @@ from mutor_img.common.images import naming
 from mutor_img.common.streams import Stream, uniform
 from tokenizer.images.source import ImageSource
 
+VIEWS = {"plain": lambda squares: squares, "mirror": lambda squares: squares.flip(-1)}
 _ELONGATED = 200  # sides of an image to each other, at most
 
 
@@ -136,6 +137,13 @@ def crop_rule(name: str, **options: float) -> CropRule:
     if name not in CROPS:
         raise UserError(f"crop rule {name!r} is unknown{suggest(name, CROPS)}")
     return CROPS[name](**options)
+
+
+def view_names(views: Sequence[str], rule: CropRule) -> tuple[str, ...]:
+    """Return a name for each view of an image: every kind of view of every square that the crop rule cuts."""
+    if rule.mirrored:
+        return rule.squares
+    return tuple(f"{view}-{square}" if square else view for view in views for square in rule.squares)
 
 
 def read_squares(source: ImageSource, index: int, channels: int, side: int, rule: CropRule) -> Tensor:

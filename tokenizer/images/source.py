@@ -22,18 +22,32 @@ IMAGENET = "imagenet-1k"  # as a class list: the 1000 WordNet ids in sorted orde
 
 
 @dataclass(frozen=True)
-class ImageSource(ABC):
-    """A list of labelled images in an order that depends on names alone; one sub-class per layout."""
+class Labelled:
+    """A list of images, or of their codes, with the label of each: what a code store is made from."""
 
     root: Path
     classes: list[str]  # in label order
     files: list[str]  # a name for each image, unique below root
     sizes: list[int]  # bytes of the file that holds it: with the name, what tells that a file has changed
     labels: np.ndarray  # (images,) int64
-    left_out: list[str] = field(default_factory=list)  # files below root that are no images by their name
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def name(self, index: int) -> str:
+        """Return what messages call the image of one number."""
+        return str(self.root / self.files[index])
+
+    def class_names(self) -> list[str]:
+        """Return names that a person can read, in label order."""
+        return class_names(self.classes)
+
+
+@dataclass(frozen=True)
+class ImageSource(Labelled, ABC):
+    """A list of labelled images in an order that depends on names alone; one sub-class per layout."""
+
+    left_out: list[str] = field(default_factory=list)  # files below root that are no images by their name
 
     @abstractmethod
     def open(self, index: int) -> Path | BinaryIO:
@@ -48,14 +62,6 @@ class ImageSource(ABC):
         name = self.name(index)
         with naming(name):  # a shard that is gone or damaged too
             return read_image(self.open(index), mode, name=name)
-
-    def name(self, index: int) -> str:
-        """Return what messages call the image of one number."""
-        return str(self.root / self.files[index])
-
-    def class_names(self) -> list[str]:
-        """Return names that a person can read, in label order."""
-        return class_names(self.classes)
 
     def spread(self, count: int) -> np.ndarray:
         """Return ``count`` image numbers spread evenly over all (and so over the classes); all where count is 0."""

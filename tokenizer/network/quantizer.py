@@ -1,7 +1,8 @@
-"""The codebook: nearest code by angle, gradients straight through, and codes that nobody uses brought back.
+"""The codebook: nearest code, gradients straight through, and codes that nobody uses brought back.
 
 Latents and codes are l2-normalised before they are compared and before a code is decoded, so that only directions
 count; the stored rows need not be unit length (ViT-VQGAN, arXiv 2110.04627, section 3.2; LlamaGen, arXiv 2406.06525).
+Other families compare them as they are (VQGAN, arXiv 2012.09841, equation 2): ``unit=False``, not trained here.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mutor_img.common.errors import UserError
+from mutor_img.data.store import MOST_CODES
 
-USED_SLOTS = 65536  # length of the released files' codebook_used, and the largest vocabulary that uint16 holds
+USED_SLOTS = 65536  # length of the released files' codebook_used
 USAGE_TEMPERATURE = 0.01  # of the soft choice in the codebook-usage loss (LlamaGen's)
 _SCORES_AT_ONCE = 2**24  # 64 MiB of fp32 scores, whatever the vocabulary
 
@@ -26,30 +28,36 @@ class Quantised(NamedTuple):
     latents: Tensor  # (B, C, h, w): the chosen codes, with the gradient of the normalised latents
     indices: Tensor  # (B, h*w) int64, raster order
     losses: dict[str, Tensor]  # scalars: "codebook" moves codes to latents, "commitment" latents to codes; "entropy"
-    unit: Tensor  # (B, C, h, w) fp32: the normalised latents before quantisation, without gradient
+    unit: Tensor  # (B, C, h, w) fp32: the latents as compared, normalised unless ``unit=False``, without gradient
 
 
 class Quantizer(nn.Module):
     """A codebook of ``vocabulary`` codes of ``code_dim`` numbers.
 
-    The buffer ``codebook_used`` has the name and the size that released files give it. Here entry k counts the
-    updates since code k was last chosen; in a released file it is a list of recent codes, which nothing reads.
+    The buffer ``codebook_used`` has the name that released files give it, and their size unless the vocabulary is
+    larger. Here entry k counts the updates since code k was last chosen; in a released file it is a list of recent
+    codes, which nothing reads.
+
+    Args:
+        vocabulary: number of codes.
+        code_dim: numbers per code.
+        unit: compare by angle, as unit vectors; else by distance.
 
     Attributes:
         with_usage_loss: add the loss ``"entropy"``, :func:`usage_loss`, in training; off at first, for it keeps a
             score of every code for every latent.
 
     Raises:
-        UserError: the vocabulary is not in 2 .. 65536.
+        UserError: the vocabulary is not in 2 .. ``MOST_CODES``.
     """
 
-    def __init__(self, vocabulary: int, code_dim: int):
+    def __init__(self, vocabulary: int, code_dim: int, unit: bool = True):
         super().__init__()
-        if not 2 <= vocabulary <= USED_SLOTS:
-            raise UserError(f"vocabulary is {vocabulary}; give 2 to {USED_SLOTS} codes (they are stored as uint16)")
-        self.vocabulary = vocabulary
+        if not 2 <= vocabulary <= MOST_CODES:
+            raise UserError(f"vocabulary is {vocabulary}; give 2 to {MOST_CODES} codes")
+        self.vocabulary, self.unit = vocabulary, unit
         self.embedding = nn.Embedding(vocabulary, code_dim)
-        self.register_buffer("codebook_used", torch.zeros(USED_SLOTS))
+        self.register_buffer("codebook_used", torch.zeros(max(USED_SLOTS, vocabulary)))
         self.with_usage_loss = False
 
     def forward(self, latents: Tensor) -> Quantised:
@@ -58,7 +66,7 @@ class Quantizer(nn.Module):
         Losses are means over all entries, in van den Oord's form (arXiv 1711.00937, eq. 3) and not yet weighted.
         """
         with without_autocast(latents.device):
-            unit = F.normalize(latents.float(), dim=1)  # (B, C, h, w)
+            unit = self._compared(latents, 1)  # (B, C, h, w)
             indices = self.nearest(unit)  # (B, h*w)
             chosen = self.lookup(indices, unit.shape[-2:])  # (B, C, h, w)
             losses = {
@@ -71,26 +79,35 @@ class Quantizer(nn.Module):
         return Quantised(straight, indices, losses, unit.detach())
 
     def codes(self) -> Tensor:
-        """Return the unit-length codes, (vocabulary, code_dim) fp32."""
-        return F.normalize(self.embedding.weight.float(), dim=1)
+        """Return the codes as they are compared and decoded, (vocabulary, code_dim) fp32: unit length if ``unit``."""
+        return self._compared(self.embedding.weight, 1)
 
     @torch.no_grad()
     def nearest(self, unit: Tensor) -> Tensor:
-        """Return the nearest code of each unit latent: (B, C, h, w) -> (B, h*w) int64; the first one of equals.
+        """Return the nearest code of each latent: (B, C, h, w) as compared -> (B, h*w) int64; the first one of equals.
 
-        Among unit vectors the nearest is the one of largest dot product. Scores are made a slice of positions at
-        a time and are never all in memory.
+        Among unit vectors the nearest is the one of largest dot product. Other distances are summed in the order of
+        the public networks, which decides between codes that are as near but for rounding. Scores are made a slice of
+        positions at a time and are never all in memory.
         """
         rows = unit.flatten(2).transpose(1, 2).reshape(-1, unit.shape[1])  # (B*h*w, C)
         codes = self.codes().t().contiguous()  # (C, vocabulary)
         step = max(1, _SCORES_AT_ONCE // self.vocabulary)
-        found = [(part @ codes).argmax(dim=1) for part in rows.split(step)]
+        if self.unit:
+            found = [(part @ codes).argmax(dim=1) for part in rows.split(step)]
+        else:
+            norms = codes.square().sum(dim=0)  # (vocabulary,)
+            found = [(part.square().sum(dim=1, keepdim=True) + norms - 2 * (part @ codes)).argmin(dim=1)
+                     for part in rows.split(step)]
         return torch.cat(found).view(unit.shape[0], -1)
 
     def lookup(self, indices: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Return unit-length codes laid out as an image: (B, h*w) int64 -> (B, C, h, w) fp32."""
-        rows = F.normalize(self.embedding(indices).float(), dim=2)  # (B, h*w, C)
+        """Return codes as they are compared, laid out as an image: (B, h*w) int64 -> (B, C, h, w) fp32."""
+        rows = self._compared(self.embedding(indices), 2)  # (B, h*w, C)
         return rows.transpose(1, 2).reshape(len(indices), -1, *grid)
+
+    def _compared(self, vectors: Tensor, dim: int) -> Tensor:
+        return F.normalize(vectors.float(), dim=dim) if self.unit else vectors.float()
 
     @torch.no_grad()
     def note_use(self, counts: Tensor) -> None:

@@ -32,7 +32,7 @@ from mutor_img.study.comparison.jobs import Job
 from mutor_img.study.comparison.ledger import ROWS, TARGETS, add, check_same_judge, scored, scoring_key, targets
 from mutor_img.sweep.points import grid, sweep, sweep_key
 from mutor_img.training.runtime import Runtime
-from tokenizer.network.vq import VQModel
+from tokenizer.network.interface import ImageTokenizer
 
 # What a score depends on beside weights and guidance, by the names of a sweep's key.
 JUDGE = ("tokenizer_hash", "features", "features_hash", "reference", "reference_hash", "seed", "dtype", "device")
@@ -156,7 +156,7 @@ def strip_path(study: ComparisonConfig, job: Job, step: int, scale: float) -> Pa
 
 
 def draw_strip(study: ComparisonConfig, job: Job, step: int, scale: float, loaded: Loaded,
-               tokenizer: VQModel) -> None:
+               tokenizer: ImageTokenizer) -> None:
     """Write images of classes spread over all: their labels and random streams are those of every row."""
     path, classes = strip_path(study, job, step, scale), loaded.model.config.classes
     numbers = torch.arange(study.grid_images)
