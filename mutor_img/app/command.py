@@ -1,4 +1,4 @@
-"""``python -m mutor_img.app``: open one checkpoint or two, and serve the page on this machine alone."""
+"""``python -m mutor_img.app``: open one checkpoint or two, or a folder of runs, and serve the page."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from types import ModuleType
 
 from mutor_img.app.session import Side, check_comparable
@@ -22,17 +23,21 @@ HOST = "127.0.0.1"  # not the network: the page has no password
 
 def _parser() -> Parser:
     parser = Parser(
-        description="Serve a page to look at samples in a browser, only for this machine. The sampling flags set the "
-                    "first values of the page's controls. Tokenizer, weights, dtype and guidance schedule cannot be "
-                    "changed on the page.",
-        example="python -m mutor_img.app --checkpoint runs/mnist/mutor2d\n"
-                "python -m mutor_img.app --checkpoint runs/mnist/mutor2d --compare runs/mnist/ntp",
+        description="Serve a page to look at samples and training runs in a browser, only for this machine. The "
+                    "sampling flags set the first values of the page's controls. Tokenizer, weights, dtype and "
+                    "guidance schedule cannot be changed on the page.",
+        example="python -m mutor_img.app --checkpoint runs/mnist/mutor2d --compare runs/mnist/ntp\n"
+                "python -m mutor_img.app --runs runs",
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="PATH", help="run folder, checkpoint folder, hf://org/name or "
-                                                             "LlamaGen .pt")
+    add("--checkpoint", metavar="PATH", help="run folder, checkpoint folder, hf://org/name or LlamaGen .pt, to sample "
+                                             "from")
     add("--compare", metavar="PATH", help="a second checkpoint with the same classes, shown beside the first")
+    add("--runs", metavar="FOLDER", help="folder whose runs and studies can be browsed, at any depth")
     add("--port", type=int, default=7860, help="port of the page's address")
+    add("--share", action="store_true", help="open a public address, too: whoever has it can use the page, and what "
+                                             "it shows passes through Gradio's servers; fetches Gradio's tunnel "
+                                             "program")
     add_sampling_flags(parser)
     parser.set_defaults(labels="balanced")  # so that few images show many classes
     return parser
@@ -44,11 +49,25 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         UserError: a mistake in the flags or in the files they name, Gradio is missing, or the port is taken.
     """
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
     check_sampling_flags(args)
+    _check(parser, args)
     page = _import_page()
     with listen(args.port) as listener:  # before the models: they take a while
-        page.serve(page.build_page(open_sides(args)), listener)
+        sides = open_sides(args) if args.checkpoint else []
+        page.serve(page.build_page(sides, args.runs and Path(args.runs)), listener, args.share)
+
+
+def _check(parser: Parser, args: argparse.Namespace) -> None:
+    """Raise :class:`UserError` for flags that say nothing to show, or would change nothing."""
+    if not args.checkpoint and not args.runs:
+        raise UserError("--checkpoint is missing, or --runs to browse training runs (see --help)")
+    if args.runs and not Path(args.runs).is_dir():
+        raise UserError(f"--runs {args.runs}: no such folder; give the one that holds run folders, as in runs")
+    for name, value in vars(args).items():
+        if not args.checkpoint and name not in ("runs", "port", "share") and value != parser.get_default(name):
+            raise UserError(f"--{name.replace('_', '-')} has no use without --checkpoint")
 
 
 def open_sides(args: argparse.Namespace) -> list[Side]:

@@ -1,10 +1,10 @@
-"""The page's own HTML: images grouped by class, progress, messages. Text that comes from files is escaped."""
+"""The page's own HTML: images grouped by class, progress, tables, messages. Text that comes from files is escaped."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 
 import numpy as np
@@ -25,6 +25,12 @@ STYLE = """
 .mutor-title { font-weight: 600; overflow-wrap: anywhere; margin-bottom: 8px; }
 .mutor-note { color: var(--body-text-color-subdued); font-size: 14px; }
 .mutor-note progress { width: 100%; height: 8px; accent-color: var(--color-accent); }
+.mutor-runs { border-collapse: collapse; width: 100%; border: 0 !important; }
+.mutor-runs th, .mutor-runs td { text-align: left; padding: 3px 14px 3px 0; overflow-wrap: break-word;
+                                 border-width: 0 0 1px !important; border-color: var(--border-color-primary); }
+.mutor-text { overflow-x: auto; font-size: 12.5px; line-height: 1.4; white-space: pre; margin: 4px 0 14px; }
+.mutor-picture { margin: 0 0 14px; }
+.mutor-picture img { max-width: 100%; height: auto; border-radius: 3px; background: white; }
 .mutor-error { border-left: 4px solid #dc2626; background: rgba(220, 38, 38, 0.1); padding: 8px 12px;
                border-radius: 4px; overflow-wrap: anywhere; }
 """
@@ -66,7 +72,7 @@ class Grid:
         figures = "".join(
             f'<figure><figcaption>{self._caption(label)}</figcaption><div class="row">{"".join(row)}</div></figure>'
             for label, row in groups.items())
-        return f'<div class="mutor-title">{escape(self.title)}</div><div class="mutor-grid">{figures}</div>'
+        return title(self.title) + f'<div class="mutor-grid">{figures}</div>'
 
     def _caption(self, label: int) -> str:
         return f"<b>{escape(self.names[label])}</b>" + ("" if self.names[label] == str(label) else f" {label}")
@@ -76,7 +82,45 @@ def png_url(image: np.ndarray) -> str:
     """Return an (H, W, 3) uint8 image as a data URL that holds its exact pixels."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return data_url(buffer.getvalue())
+
+
+def data_url(png: bytes) -> str:
+    """Return the bytes of a PNG file as a data URL."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def printable(text: str) -> str:
+    """Return text that can be sent: what is no UTF-8 in a file's name stands there as ``\\udcff``."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table with a line of names above its rows."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<table class="mutor-runs"><tr>{head}</tr>{body}</table>'
+
+
+def title(words: str) -> str:
+    """Return a line that stands above others."""
+    return f'<div class="mutor-title">{escape(words)}</div>'
+
+
+def text(name: str, content: str) -> str:
+    """Return lines of text as they are, below their name."""
+    return title(name) + f'<pre class="mutor-text">{escape(content)}</pre>'
+
+
+def folded(name: str, content: str) -> str:
+    """Return lines of text that a click on their name shows."""
+    return f'<details><summary>{escape(name)}</summary><pre class="mutor-text">{escape(content)}</pre></details>'
+
+
+def picture(name: str, png: bytes) -> str:
+    """Return the picture of a PNG file below its name."""
+    return (f'<figure class="mutor-picture"><figcaption class="mutor-title">{escape(name)}</figcaption>'
+            f'<img src="{data_url(png)}" alt="{escape(name)}"></figure>')
 
 
 def class_choices(names: Sequence[str]) -> list[tuple[str, int]]:
@@ -84,9 +128,9 @@ def class_choices(names: Sequence[str]) -> list[tuple[str, int]]:
     return [(name if name == str(label) else f"{name} ({label})", label) for label, name in enumerate(names)]
 
 
-def empty_grid(title: str) -> str:
+def empty_grid(name: str) -> str:
     """Return what stands in a grid's place before the first image."""
-    return f'<div class="mutor-title">{escape(title)}</div>' + note("Choose classes and press Generate.")
+    return title(name) + note("Choose classes and press Generate.")
 
 
 def note(text: str) -> str:

@@ -1,55 +1,75 @@
-"""The page itself, in Gradio: controls on the left, a grid for each checkpoint on the right.
+"""The page itself, in Gradio: a tab to sample, and a tab to browse runs.
 
-The only module that needs Gradio. Nothing leaves the machine: no telemetry, no share link, no fonts from elsewhere.
+Only this module and that of the second tab need Gradio. Nothing leaves the machine unless ``--share`` is given: no
+telemetry, no share link, no fonts from elsewhere.
 """
 
 from __future__ import annotations
 
 import contextlib
+import secrets
 import socket
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
+from gradio import networking
 
 from mutor_img.app import markup
+from mutor_img.app.runs_tab import build_runs_tab
 from mutor_img.app.session import MAX_IMAGES, Controls, Side, answer
+from mutor_img.common.errors import UserError
 from mutor_img.sampling.labels import RULES
 
 FIRST_COUNT = 20  # images of each checkpoint until the user says otherwise
 WIDEST_SCALE = 10.0  # of the guidance slider
 
 
-def build_page(sides: Sequence[Side]) -> gr.Blocks:
-    """Return the page for one checkpoint, or for several of the same classes with the same seeds."""
-    with gr.Blocks(title="mutor_img samples", analytics_enabled=False, fill_width=True) as page:
-        gr.Markdown("## Samples" + (", side by side from the same seeds" if len(sides) > 1 else ""))
-        with gr.Row():
-            with gr.Column(scale=1, min_width=300):
-                controls = _controls(sides[0])
-                with gr.Row():
-                    stop = gr.Button("Stop", elem_id="stop", min_width=80)
-                    button = gr.Button("Generate", variant="primary", elem_id="generate", min_width=120)
-                status = gr.HTML(markup.note("Ready."), elem_id="status")
-            with gr.Column(scale=3, min_width=420):
-                with gr.Row():
-                    grids = [gr.HTML(markup.empty_grid(side.title), elem_id=f"grid-{place}", min_width=300)
-                             for place, side in enumerate(sides)]
-                commands = gr.Code("", language="shell", label="The same images from the command line", visible=False,
-                                   elem_id="commands", lines=1, interactive=False, wrap_lines=True)
+def build_page(sides: Sequence[Side], runs: Path | None = None) -> gr.Blocks:
+    """Return the page.
 
-        def generate(*values: Any) -> Iterator[list[Any]]:
-            for view in answer(sides, Controls(*values)):
-                shown = gr.skip() if view.commands is None else gr.update(value=view.commands, visible=True)
-                yield [view.status, shown, *(gr.skip() if grid is None else grid for grid in view.grids)]
-
-        running = button.click(generate, controls, [status, commands, *grids], show_progress="minimal",
-                               show_progress_on=status, concurrency_limit=1, api_visibility="private")
-        stop.click(lambda: markup.note("Stopped."), None, status, cancels=[running], queue=False,
-                   api_visibility="private")
+    Args:
+        sides: one checkpoint, or several of the same classes, which get the same seeds; none: no tab to sample.
+        runs: the folder whose runs can be browsed; None: no tab for that.
+    """
+    with gr.Blocks(title="mutor_img", analytics_enabled=False, fill_width=True) as page:
+        if sides:
+            with gr.Tab("Samples"):
+                _samples(sides)
+        if runs is not None:
+            with gr.Tab("Runs"):
+                build_runs_tab(page, runs)
     return page
+
+
+def _samples(sides: Sequence[Side]) -> None:
+    gr.Markdown("## Samples" + (", side by side from the same seeds" if len(sides) > 1 else ""))
+    with gr.Row():
+        with gr.Column(scale=1, min_width=300):
+            controls = _controls(sides[0])
+            with gr.Row():
+                stop = gr.Button("Stop", elem_id="stop", min_width=80)
+                button = gr.Button("Generate", variant="primary", elem_id="generate", min_width=120)
+            status = gr.HTML(markup.note("Ready."), elem_id="status")
+        with gr.Column(scale=3, min_width=420):
+            with gr.Row():
+                grids = [gr.HTML(markup.empty_grid(side.title), elem_id=f"grid-{place}", min_width=300)
+                         for place, side in enumerate(sides)]
+            commands = gr.Code("", language="shell", label="The same images from the command line", visible=False,
+                               elem_id="commands", lines=1, interactive=False, wrap_lines=True)
+
+    def generate(*values: Any) -> Iterator[list[Any]]:
+        for view in answer(sides, Controls(*values)):
+            shown = gr.skip() if view.commands is None else gr.update(value=view.commands, visible=True)
+            yield [view.status, shown, *(gr.skip() if grid is None else grid for grid in view.grids)]
+
+    running = button.click(generate, controls, [status, commands, *grids], show_progress="minimal",
+                           show_progress_on=status, concurrency_limit=1, api_visibility="private")
+    stop.click(lambda: markup.note("Stopped."), None, status, cancels=[running], queue=False,
+               api_visibility="private")
 
 
 def _controls(side: Side) -> list[gr.components.Component]:
@@ -86,13 +106,34 @@ def _editing(side: Side) -> list[gr.components.Component]:
     return [mix_with, mix_share, keep, mask]
 
 
-def serve(page: gr.Blocks, listener: socket.socket) -> None:
-    """Serve the page at a listening socket until the program is interrupted."""
+def serve(page: gr.Blocks, listener: socket.socket, share: bool = False) -> None:
+    """Serve the page at a listening socket until the program is interrupted.
+
+    Args:
+        page: what is served.
+        listener: where.
+        share: open a public address, too, which leads here through Gradio's servers.
+
+    Raises:
+        UserError: the public address could not be had.
+    """
     # Not Blocks.launch: it asks itself for the page over HTTP first, and gives up behind a proxy or on a busy machine.
     app = gr.mount_gradio_app(FastAPI(), page, "/", *listener.getsockname(), footer_links=[], run_history=False,
                               show_error=False, ssr_mode=False, enable_monitoring=False, mcp_server=False, pwa=False,
                               css=markup.STYLE)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    if share:
+        print(f"{_public_address(*listener.getsockname())} (whoever has this address can use the page; what it shows "
+              "passes through Gradio's servers)")
     print("http://{}:{} (Ctrl-C ends it)".format(*listener.getsockname()), flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
+
+
+def _public_address(host: str, port: int) -> str:
+    """Open Gradio's tunnel to this machine, which ends with the program; returns its public address."""
+    try:
+        return networking.setup_tunnel(host, port, secrets.token_urlsafe(32), None, None)
+    except Exception as error:  # downloads, files, another program's words: Gradio names no class for them
+        raise UserError(f"--share: no public address ({' '.join(str(error).split())}); it needs the internet; leave "
+                        "the flag out to serve this machine alone") from None

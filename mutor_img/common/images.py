@@ -43,14 +43,15 @@ def to_nhwc(images: Tensor) -> np.ndarray:
 
 
 @contextmanager
-def naming(name: str, given: object = None) -> Iterator[None]:
-    """Turn whatever is raised while one image is read into a :class:`UserError` that names it.
+def naming(name: str, given: object = None, kind: str = "image") -> Iterator[None]:
+    """Turn whatever is raised while one image, or another file, is read into a :class:`UserError` that names it.
 
     Decoders raise errors of every kind for damaged files, which no list of kinds has held for long.
 
     Args:
         name: what messages call the image.
         given: what Pillow was given, which its messages repeat: a path, or a file in memory by its address.
+        kind: what the file should be.
     """
     try:
         yield
@@ -59,7 +60,7 @@ def naming(name: str, given: object = None) -> Iterator[None]:
     except Exception as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         reason = " ".join(reason.replace(repr(given), "").split()) or type(error).__name__
-        raise UserError(f"{name}: not a readable image ({reason}); replace or remove the file") from None
+        raise UserError(f"{name}: not a readable {kind} ({reason}); replace or remove the file") from None
 
 
 def shrink(images: Tensor, side: int) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import sys
 import tempfile
 import time
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psutil
-from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
+from filelock import LeaseSettingsMismatch, OwnerRecord, SoftFileLease, Timeout
 
 from mutor_img.common.errors import UserError
 
@@ -55,6 +56,24 @@ def file_lock(file: str | os.PathLike | None, keeps: bool = False) -> Lock | Non
     With ``keeps`` the output may also be a folder that appears when it is whole.
     """
     return Lock(Path(file), Path(file).with_name(f".{Path(file).name}.lock"), keeps) if file else None
+
+
+def owner_of(lock: Lock) -> str | None:
+    """Return who writes an output, as in "process 12 on host a"; None: nobody, as far as can be seen.
+
+    Looks without waiting and changes nothing, so that an owner that died within ``SILENCE`` seconds on another
+    machine is still named.
+    """
+    try:
+        touched = lock.path.stat()
+    except OSError:
+        return None
+    owner = _lease(lock).owner if stat.S_ISREG(touched.st_mode) else None
+    if owner is None or time.time() - touched.st_mtime > SILENCE:
+        return None
+    if owner.hostname == _this_host() and (not psutil.pid_exists(owner.pid) or _is_zombie(owner.pid)):
+        return None
+    return _words(owner)
 
 
 @contextmanager
@@ -126,7 +145,7 @@ def _acquire(lock: Lock) -> SoftFileLease | None:
         UserError: another process holds it.
         OSError: the file cannot be written.
     """
-    lease = SoftFileLease(lock.path, lease_duration=SILENCE, heartbeat_interval=BEAT)
+    lease = _lease(lock)
     begun, last = time.monotonic(), None
     while True:
         with suppress(Timeout, LeaseSettingsMismatch):  # the latter: held by a version with another SILENCE
@@ -146,8 +165,7 @@ def _acquire(lock: Lock) -> SoftFileLease | None:
             continue
         if lease.is_lock_held_by_us or owner.token in os.environ.get(_HELD, "").split():
             return None
-        host = owner.hostname.partition("?")[0]  # beyond it filelock notes the namespace of process ids
-        words = f"{lock.output}: process {owner.pid} on host {host} is writing there"
+        words = f"{lock.output}: {_words(owner)} is writing there"
         alive = UserError(f"{words}; wait until it ends, stop it, or give another output (in a copied folder: remove "
                           f"{lock.path.name})")
         if owner.hostname == _this_host():
@@ -166,6 +184,15 @@ def _acquire(lock: Lock) -> SoftFileLease | None:
             raise UserError(f"{words}, or was when it was killed; remove {lock.path} if it is gone")
         last = owner.token, touched
         time.sleep(_POLL)
+
+
+def _lease(lock: Lock) -> SoftFileLease:
+    return SoftFileLease(lock.path, lease_duration=SILENCE, heartbeat_interval=BEAT)
+
+
+def _words(owner: OwnerRecord) -> str:
+    host = owner.hostname.partition("?")[0]  # beyond it filelock notes the namespace of process ids
+    return f"process {owner.pid} on host {host}"
 
 
 @cache

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from torch.utils.tensorboard import SummaryWriter
 
 from mutor_img.common.files import read_lines, write_atomic
 from mutor_img.training.task import Task
 from mutor_img.training.trackers import open_wandb, show_picture
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Point = tuple[int, float]  # step and value
+MOST_POINTS = 2000  # of one curve; a picture has fewer columns of pixels
 
 
 class RunLog:
@@ -60,15 +68,9 @@ class RunLog:
 
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
-        for name in names:
-            points = [(row["step"], row[name]) for row in self.rows if name in row]
-            if points:
-                axes.plot(*zip(*points), label=name, marker="." if len(points) < 30 else None, linewidth=1)
-        axes.set(xlabel="updates", ylabel="loss", title=str(self.run_dir))
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
-        return write_atomic(self.run_dir / "loss.png", lambda aside: figure.savefig(aside, format="png", dpi=120))
+        plot_curves(axes, {name: [(row["step"], row[name]) for row in self.rows if name in row] for name in names})
+        axes.set(ylabel="loss", title=str(self.run_dir))
+        return write_atomic(self.run_dir / "loss.png", lambda aside: save_figure(figure, aside))
 
     def close(self) -> None:
         """Flush and close everything."""
@@ -82,6 +84,45 @@ class RunLog:
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Return the rows of a run's ``metrics.jsonl``; a last row that a kill cut short is left out."""
     return read_lines(run_dir / "metrics.jsonl")
+
+
+def plot_curves(axes: Axes, curves: dict[str, Sequence[Point]]) -> None:
+    """Draw curves over the updates, by name; one without points is left out."""
+    for name, points in curves.items():
+        if points:
+            axes.plot(*zip(*thinned(points)), label=name, marker="." if len(points) < 30 else None, linewidth=1)
+    axes.set(xlabel="updates")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+
+
+def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> Sequence[Point]:
+    """Return at most ``most`` of the points of a curve, in their order: its ends, and each part's lowest and highest.
+
+    So a peak of one update stays in sight, which every n-th point would miss.
+
+    Args:
+        points: in the order of their steps, values finite.
+        most: 4 or more.
+    """
+    if len(points) <= most:
+        return points
+    parts, inner = most // 2 - 1, points[1:-1]
+    kept = [points[0]]
+    for part in range(parts):
+        some = inner[part * len(inner) // parts : (part + 1) * len(inner) // parts]
+        kept += sorted({min(some, key=lambda point: point[1]), max(some, key=lambda point: point[1])})
+    return [*kept, points[-1]]
+
+
+def save_figure(figure: Figure, target: Path | BinaryIO) -> None:
+    """Write a figure as PNG, every text as it is: to matplotlib, what stands between two $ would be a formula."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    figure.savefig(target, format="png", dpi=120)
 
 
 def log_line(values: dict[str, float], step: int, steps: int, task: Task, seconds_a_step: float) -> str:

@@ -29,11 +29,12 @@ def free_port() -> int:
 
 @pytest.fixture
 def served(monkeypatch, free_port) -> Callable[..., SimpleNamespace]:
-    """Run the command with a stand-in for Gradio's module; returns what would be served: sides, and where."""
+    """Run the command with a stand-in for Gradio's module; returns what would be served: sides, runs, and where."""
     def start(*argv: str) -> SimpleNamespace:
         seen = SimpleNamespace()
-        page = SimpleNamespace(build_page=lambda sides: seen.__dict__.update(sides=sides),
-                               serve=lambda page, listener: seen.__dict__.update(where=listener.getsockname()))
+        page = SimpleNamespace(build_page=lambda sides, runs: seen.__dict__.update(sides=sides, runs=runs),
+                               serve=lambda page, listener, share: seen.__dict__.update(where=listener.getsockname(),
+                                                                                        share=share))
         monkeypatch.setattr(command, "_import_page", lambda: page)
         command.main([*argv] if "--port" in argv else [*argv, "--port", str(free_port)])
         return seen

@@ -27,6 +27,31 @@ def test_two_checkpoints_are_served_on_this_machine_alone(served, two_runs, free
 def test_one_checkpoint_is_served_alone(served, two_runs):
     seen = served("--checkpoint", two_runs[1])
     assert len(seen.sides) == 1 and seen.sides[0].source.rule == "balanced"
+    assert seen.runs is None and seen.share is False
+
+
+def test_a_folder_of_runs_is_served_without_a_checkpoint_or_beside_one(served, two_runs, tmp_path):
+    seen = served("--runs", str(tmp_path))
+    assert seen.sides == [] and seen.runs == tmp_path
+    seen = served("--runs", str(tmp_path), "--checkpoint", two_runs[0])
+    assert len(seen.sides) == 1 and seen.runs == tmp_path
+
+
+def test_a_public_address_is_opened_only_if_it_is_asked_for(served, tmp_path):
+    assert served("--runs", str(tmp_path), "--share").share is True
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    ([], "--checkpoint is missing, or --runs"), (["--runs", "gone"], "--runs gone: no such folder"),
+    (["--runs", "."], "--compare has no use without --checkpoint")], ids=str)
+def test_flags_that_leave_nothing_to_show_are_refused(served, flags, words):
+    with pytest.raises(UserError, match=words):
+        served(*flags, "--compare", "other")
+
+
+def test_sampling_flags_need_a_checkpoint(served, tmp_path):
+    with pytest.raises(UserError, match="--cfg-scale has no use without --checkpoint"):
+        served("--runs", str(tmp_path), "--cfg-scale", "3")
 
 
 def test_without_gradio_one_line_names_the_extra(monkeypatch, capsys, two_runs):
@@ -56,8 +81,9 @@ def test_a_taken_port_is_refused_before_anything_is_loaded(served):
 
 @pytest.mark.parametrize(("flags", "words"), [
     (["--port", "0"], "--port is 0"), (["--port", "65536"], "--port is 65536"), (["--port", "x"], "invalid int"),
-    (["--compare", "absent"], "absent"), (["--tokenizer", "absent"], "absent"), (["--share"], "unknown argument"),
-    (["--cfg-scale", "0"], "cfg_scale is 0.0"), (["--classes", "dgo"], "did you mean 'dog'"),
+    (["--compare", "absent"], "absent"), (["--tokenizer", "absent"], "absent"),
+    (["--shared"], "did you mean '--share'"), (["--cfg-scale", "0"], "cfg_scale is 0.0"),
+    (["--classes", "dgo"], "did you mean 'dog'"),
     (["--labels", "rnd"], "--labels"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_a_mistake_is_one_clear_line(served, two_runs, flags, words):

@@ -16,7 +16,7 @@ from filelock import SoftFileLease
 
 from mutor_img.common import cli, locks
 from mutor_img.common.errors import UserError
-from mutor_img.common.locks import claim, file_lock, folder_lock
+from mutor_img.common.locks import claim, file_lock, folder_lock, owner_of
 
 
 def own(lock, ready, again) -> None:
@@ -115,6 +115,27 @@ def test_another_machines_owner_that_shows_a_sign_of_life_stays_the_owner(tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(locks.time, "sleep", lambda seconds: (sleep(seconds), os.utime(lock.path)))
         assert "process 4242 on host elsewhere is writing there" in refused(lock)
+
+
+def test_a_look_tells_who_owns_an_output_and_changes_nothing(owner, tmp_path):
+    lock = folder_lock(tmp_path)
+    assert owner_of(lock) is None and not list(tmp_path.iterdir())
+    process = owner(lock)
+    assert owner_of(lock).startswith(f"process {process.pid} on host ")
+    left = lock.path.read_text()
+    process.kill()
+    process.join()
+    assert owner_of(lock) is None and lock.path.read_text() == left
+    lock.path.write_text("something else\n")
+    assert owner_of(lock) is None
+
+
+def test_a_look_at_another_machines_owner_believes_it_until_it_is_silent(tmp_path):
+    lock = folder_lock(tmp_path)
+    lock.path.write_text(marker(tmp_path / "some", host="elsewhere", pid=4242))
+    assert owner_of(lock) == "process 4242 on host elsewhere"
+    os.utime(lock.path, (time.time() - locks.SILENCE - 1,) * 2)
+    assert owner_of(lock) is None
 
 
 @pytest.mark.parametrize("text", ["", "filelock/2\npid=", "something else\n"])
