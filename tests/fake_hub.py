@@ -21,6 +21,7 @@ class FakeHub(ThreadingHTTPServer):
         refs: commit by repository and branch or tag.
         asked: method and path of every request.
         writable: whether commits are taken; else the answer is 401.
+        gated: repositories that this user may not read.
     """
 
     def __init__(self):
@@ -29,6 +30,7 @@ class FakeHub(ThreadingHTTPServer):
         self.refs: dict[tuple[str, str], str] = {}
         self.asked: list[str] = []
         self.writable = True
+        self.gated: set[str] = set()
 
     @property
     def url(self) -> str:
@@ -64,6 +66,8 @@ class _Answer(BaseHTTPRequestHandler):
         commit = self.server.find(repo, revision)
         if all(known != repo for known, _ in self.server.commits):
             return self._send(404, {"X-Error-Code": "RepoNotFound"})
+        if repo in self.server.gated:
+            return self._send(403, {"X-Error-Code": "GatedRepo"})
         if commit is None:
             return self._send(404, {"X-Error-Code": "RevisionNotFound"})
         files = self.server.commits[repo, commit]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -52,14 +52,12 @@ def hub_folder(name: str | Path) -> Path:
     hub = import_hub(told)
     packed = f"{PACKED}/checkpoint.json"
     with hub_errors(told):
-        folder = Path(hub.snapshot_download(repo, revision=revision, allow_patterns=["checkpoint.json", packed]))
+        folder = _fetch(hub, repo, revision, ["checkpoint.json", packed])
         if not (folder / "checkpoint.json").is_file():
             raise UserError(f"{told}: holds no checkpoint.json, so it is no model of this project; of other files, "
                             "such as LlamaGen's .pt, download the one you need and give its path")
         wanted = [name for path in ("checkpoint.json", packed) for name in _files_of(folder / path, folder)]
-        # By its commit, so that both calls mean the same one, and the second needs no network where all is cached.
-        hub.snapshot_download(repo, revision=folder.name, allow_patterns=["checkpoint.json", packed, *wanted])
-    return folder
+        return _fetch(hub, repo, folder.name, ["checkpoint.json", packed, *wanted])  # of the same commit
 
 
 def pinned(name: str | Path) -> str:
@@ -82,6 +80,16 @@ def _parse(name: str | Path) -> tuple[str, str | None]:
     if found is None:
         raise UserError(f"{as_typed(name)}: not the name of a model on the Hub; give {FORM}")
     return found[1], found[2]
+
+
+def _fetch(hub: ModuleType, repo: str, revision: str | None, files: list[str]) -> Path:
+    """Return the folder of a commit once these files are there; what is cached of a known commit is not asked for."""
+    options = {"revision": revision, "allow_patterns": files}
+    if re.fullmatch("[0-9a-f]{40}", revision or ""):
+        with suppress(hub.errors.CachedRepoTreeNotFoundError, hub.errors.LocalEntryNotFoundError):
+            hub.get_cached_repo_tree(repo, revision=revision)  # else nobody can tell whether all are there
+            return Path(hub.snapshot_download(repo, local_files_only=True, **options))
+    return Path(hub.snapshot_download(repo, **options))
 
 
 def _files_of(path: Path, root: Path) -> list[str]:

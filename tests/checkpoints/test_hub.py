@@ -219,12 +219,15 @@ MALFORMED = ["hf://model", "hf:org/model", "hf://org/model/file", "hf://org/mode
 @pytest.mark.parametrize("name, line", [
     *((name, r"not the name of a model on the Hub.*; give hf://org/name") for name in MALFORMED),
     ("hf://org/model@v9", "no such revision"),
+    ("hf://org/gated", "gated; ask for access on its page, then log in"),
     ("hf://org/foreign", "holds no checkpoint.json"),
     ("hf://org/another", "its format is None, not 'mutor_img checkpoint 1'"),
     ("hf://org/vq", "a checkpoint of a tokenizer, not of a generator"),
 ])
 def test_a_name_that_means_no_generator_of_ours_is_one_line(hub, run_of, tmp_path, name, line):
     hub.add("org/model", {"README.md": b""})
+    hub.add("org/gated", {"README.md": b""})
+    hub.gated.add("org/gated")
     hub.add("org/foreign", {"model.safetensors": b"x" * 100})
     hub.add("org/another", {"checkpoint.json": b"[1]"})
     hub.add_folder("org/vq", find_checkpoint(write_tokenizer(tmp_path / "vq").path))
