@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mutor_img.checkpoints.folder import find_checkpoint, load_strict, read_meta, read_tensors
+from mutor_img.checkpoints.folder import check_shapes, find_checkpoint, load_strict, open_group, read_meta
 from mutor_img.checkpoints.llamagen import read_pt
 from mutor_img.checkpoints.tensor_files import group_hash, has_group
-from mutor_img.common.errors import UserError
+from mutor_img.common.errors import UserError, check_range
 from mutor_img.common.files import file_hash
 from tokenizer.network.vq import VQModel, preset
 
@@ -44,12 +44,19 @@ def _load_folder(path: Path) -> VQModel:
         raise UserError(f"{folder}: a checkpoint of a {meta.get('kind', 'model of unknown kind')}, not of a tokenizer; "
                         "give the tokenizer's run folder")
     group = "ema" if has_group(meta["files"], "ema") else "model"
+    origin, weights = folder / "checkpoint.json", open_group(folder, group)
     try:
-        vq = _empty(meta["model"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'checkpoint.json'}: does not describe a tokenizer ({error})") from None
-    load_strict(vq, read_tensors(folder, group), folder / f"{group}.safetensors")
-    vq.image_size = meta["image_size"]
+        options, image_size = meta["model"], meta["image_size"]
+        check_range("the number of blocks", options["blocks"] * len(options["multipliers"]), 1,
+                    len(weights.shapes))
+        with torch.device("meta"):
+            vq = VQModel(**options)
+    except (ArithmeticError, KeyError, TypeError, RuntimeError, UserError) as error:
+        raise UserError(f"{origin}: does not describe a tokenizer ({error})") from None
+    check_shapes(vq, weights.shapes, weights.origin)
+    vq = vq.to_empty(device="cpu")
+    load_strict(vq, weights.read_all(), weights.origin)
+    vq.image_size = image_size
     vq.hash = group_hash(meta["files"], group)
     return vq
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import clear, read_json, remove, wait_until_seen, write_atomic, write_json
+from mutor_img.common.files import clear, parse_json, read_json, remove, wait_until_seen, write_atomic, write_sealed
 from mutor_img.data.store import BLOCK, Codes, CodesInfo, block_checksum
 from tokenizer.images.source import ImageSource
 
@@ -91,10 +91,11 @@ class StoreWriter:
         """Return a part's unreadable images, reason by file name; None if it is not there, or of something else."""
         try:
             with safe_open(self._path(part), framework="numpy") as file:
-                meta = file.metadata()
+                meta = file.metadata() or {}
         except (SafetensorError, OSError):
             return None
-        return json.loads(meta["unreadable"]) if meta["fingerprint"] == self._fingerprint(part) else None
+        ours = meta.get("fingerprint") == self._fingerprint(part) and meta.keys() >= {"unreadable", "checksum"}
+        return parse_json(meta["unreadable"], self._path(part)) if ours else None
 
     def write(self, part: int, codes: np.ndarray, unreadable: dict[str, str]) -> None:
         """Write one part, whole or not at all.
@@ -104,9 +105,10 @@ class StoreWriter:
             codes: (images, views, N) uint16 of the part's readable images, in order.
             unreadable: reason by file name of the others.
         """
-        meta = {"fingerprint": self._fingerprint(part), "unreadable": json.dumps(unreadable)}
         labels = np.array([self.source.labels[i] for i in self.range(part) if self.source.files[i] not in unreadable],
                           dtype=np.int64)
+        meta = {"fingerprint": self._fingerprint(part), "unreadable": json.dumps(unreadable),
+                "checksum": _part_checksum(codes, labels, unreadable)}
         write_atomic(self._path(part), lambda aside: save_file({"codes": codes, "labels": labels}, aside, meta))
 
     def unreadable(self) -> dict[str, str]:
@@ -133,11 +135,10 @@ class StoreWriter:
         labels = np.empty(count, np.int64)
         place = 0
         for part in range(self.count()):
-            with safe_open(self._path(part), framework="numpy") as file:
-                part_labels = file.get_tensor("labels")
-                codes[place: place + len(part_labels)] = file.get_tensor("codes")
-                labels[place: place + len(part_labels)] = part_labels
-                place += len(part_labels)
+            part_codes, part_labels = self._read(part)
+            codes[place: place + len(part_labels)] = part_codes
+            labels[place: place + len(part_labels)] = part_labels
+            place += len(part_labels)
         codes.flush()
         blocks = [slice(first, first + BLOCK) for first in range(0, count, BLOCK)]
         kept = [name for name in self.source.files if name not in unreadable]
@@ -147,9 +148,25 @@ class StoreWriter:
         os.replace(aside, self.out / "codes.npy")
         write_atomic(self.out / "labels.npy", lambda path: _save_array(path, labels))
         made = {**self.manifest, "classes": self.source.classes, "unreadable": unreadable}
-        write_json(self.out / "encode.json", made)
-        write_json(self.out / "codes.json", info.to_json())
+        write_sealed(self.out / "encode.json", made)
+        write_sealed(self.out / "codes.json", info.to_json())
         remove(self.parts)
+
+    def _read(self, part: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return a part's codes (images, views, N) and labels (images,).
+
+        Raises:
+            UserError: it is not what was written.
+        """
+        try:
+            with safe_open(self._path(part), framework="numpy") as file:
+                codes, labels, meta = file.get_tensor("codes"), file.get_tensor("labels"), file.metadata()
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self._path(part)}: {error}; remove it and run the same command again") from None
+        if meta["checksum"] != _part_checksum(codes, labels, self._left_out(part)):
+            raise UserError(f"{self._path(part)}: damaged (it does not match its checksum); remove it and run the same "
+                            "command again")
+        return codes, labels
 
     def _path(self, part: int) -> Path:
         return self.parts / f"part_{part:06d}.safetensors"
@@ -166,6 +183,10 @@ def files_hash(source: ImageSource) -> str:
 
 def _listing(source: ImageSource, images: slice) -> list:
     return [source.files[images], source.sizes[images], source.labels[images].tolist()]
+
+
+def _part_checksum(codes: np.ndarray, labels: np.ndarray, unreadable: dict[str, str] | None) -> str:
+    return _digest([block_checksum(codes, labels), unreadable])
 
 
 def _digest(value: object) -> str:

@@ -16,7 +16,7 @@ SILENT = (  # change where, how fast or how long a run trains and what it shows,
     "run_dir", "init_from", "data.codes", "data.val_codes", "model.attention", "model.loss_chunk", "pictures.", "plan.",
     "eval.", "train.steps", "train.micro_batch", "train.compile", "train.parallel", "train.activation_checkpointing",
     "train.log_every", "train.checkpoint_every", "train.keep", "train.milestones", "train.validate_every",
-    "train.picture_every", "train.timeout_minutes",
+    "train.picture_every", "train.timeout_minutes", "train.check_ranks_every",
 )
 
 
