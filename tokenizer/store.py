@@ -131,15 +131,16 @@ class StoreWriter:
         shape = (count, len(self.recipe.views), grid[0] * grid[1])
         aside = self.parts / "codes.npy"  # a merge cut short leaves nothing beside the parts
         clear(aside)
-        codes = np.lib.format.open_memmap(aside, mode="w+", dtype=np.uint16, shape=shape)
-        labels = np.empty(count, np.int64)
-        place = 0
-        for part in range(self.count()):
-            part_codes, part_labels = self._read(part)
-            codes[place: place + len(part_labels)] = part_codes
-            labels[place: place + len(part_labels)] = part_labels
-            place += len(part_labels)
-        codes.flush()
+        header, found = {"descr": "<u2", "fortran_order": False, "shape": shape}, []
+        with open(aside, "wb") as file:  # not memory-mapped: a full disk would end the process without a word
+            np.lib.format.write_array_header_1_0(file, header)
+            for part in range(self.count()):
+                part_codes, part_labels = self._read(part)
+                file.write(np.ascontiguousarray(part_codes).data)
+                found.append(part_labels)
+            file.flush()
+            os.fsync(file.fileno())
+        codes, labels = np.load(aside, mmap_mode="r"), np.concatenate(found)
         blocks = [slice(first, first + BLOCK) for first in range(0, count, BLOCK)]
         kept = [name for name in self.source.files if name not in unreadable]
         info = CodesInfo(grid, vocabulary, self.source.class_names(), list(self.recipe.views), self.recipe.crop,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -43,25 +42,20 @@ class Place:
     folder: Path
     count: int = 100
     seed: int = 0
-    _ends: ExitStack = field(default_factory=ExitStack)
 
     @cached_property
     def forks(self) -> Forks:
         """A process that has loaded the project once, and does each trial in a fork of itself."""
-        return self.end_with(Forks())
+        return Forks()
 
     def draw(self, *keys: object) -> random.Random:
         """Return random numbers that depend on the seed and the keys."""
         return random.Random(repr((self.seed, *keys)))
 
-    def end_with(self, forks: Forks) -> Forks:
-        """End a process when this place is closed; returns it."""
-        self._ends.callback(forks.close)
-        return forks
-
     def close(self) -> None:
-        """End the processes that were started."""
-        self._ends.close()
+        """End the process that was started."""
+        if "forks" in self.__dict__:
+            self.forks.close()
 
 
 def said_no(answer: dict, path: Path | str) -> str:

@@ -12,9 +12,7 @@ import ctypes
 import errno
 import hashlib
 import shutil
-import subprocess
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,6 @@ from mutor_img.sampling.command import main as sample
 from tokenizer.encode import main as encode
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS)
-_SOURCE = Path(__file__).with_name("failing_disk.c")
 
 
 def _checkpoint(folder: Path) -> None:
@@ -75,8 +72,9 @@ def prepare(folder: Path) -> None:
 def cases(place: Place) -> list[Case]:
     """Return a case for each command, error and call."""
     prepare(place.folder)
-    forks = place.end_with(Forks({"LD_PRELOAD": str(_library(place.folder))}))
-    found = []
+    forks, found = place.forks, []
+    if not forks.disks_fail:
+        raise UserError("gcc is missing, which the part 'disks' compiles its failing disk with; install it")
     for command in COMMANDS:
         _begin(command, place.folder)
         answer = forks.run(f"{__name__}:attempt", command, str(place.folder), -1, 0)
@@ -88,16 +86,6 @@ def cases(place: Place) -> list[Case]:
                 found.append(Case(f"{command}, {errno.errorcode[error]} at call {call}",
                                   lambda a=(command, call, error, whole): _fail(*a, place.folder, forks)))
     return found
-
-
-@cache
-def _library(folder: Path) -> Path:
-    """Compile the library that makes the disk fail; returns it."""
-    if shutil.which("gcc") is None:
-        raise UserError("gcc is missing, which the part 'disks' compiles its failing disk with; install it")
-    built = folder / "failing_disk.so"
-    subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-o", built, _SOURCE, "-ldl"], check=True)
-    return built
 
 
 def _begin(command: str, folder: Path) -> None:

@@ -10,10 +10,12 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import traceback
-from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
@@ -29,19 +31,31 @@ _ACTS = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen"
 
 
 class Forks:
-    """The client's side; ``close`` ends the process."""
+    """The client's side; ``close`` ends the process.
 
-    def __init__(self, environment: Mapping[str, str] | None = None):
-        self._child = Child(module_command(__name__), {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-                                                       **(environment or {})})
+    Attributes:
+        disks_fail: calls that write can be made to fail: gcc is there to compile ``failing_disk.c``.
+    """
 
-    def run(self, function: str, *arguments: Any, memory: int | None = None) -> dict[str, Any]:
+    def __init__(self):
+        self._folder = tempfile.TemporaryDirectory()
+        self.disks_fail = shutil.which("gcc") is not None
+        environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        if self.disks_fail:
+            library = environment["LD_PRELOAD"] = f"{self._folder.name}/failing_disk.so"
+            source = Path(__file__).with_name("failing_disk.c")
+            subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+        self._child = Child(module_command(__name__), environment)
+
+    def run(self, function: str, *arguments: Any, memory: int | None = None,
+            kill: tuple[float, int] = (PATIENCE, signal.SIGKILL)) -> dict[str, Any]:
         """Call ``module:function`` with arguments that JSON can say, in a fork.
 
         Args:
             function: where it is.
             arguments: for it.
             memory: bytes of address space that it may take beyond what the process has.
+            kill: the seconds after which it gets a signal, and which.
 
         Returns:
             ``outcome``: "returned", "refused" (a UserError), "raised", "ended" or "killed"; ``message``: of the error,
@@ -49,15 +63,17 @@ class Forks:
             address space that it took at most; ``printed``: on the standard error stream.
         """
         question = {"function": function, "arguments": arguments, "memory": memory}
-        return self._child.ask(question, PATIENCE + 60)
+        return self._child.ask({"kill": kill, "question": question}, 2 * PATIENCE + 60)
 
     def close(self) -> None:
         """End the process."""
         self._child.close()
+        self._folder.cleanup()
 
 
-def _answer(question: dict[str, Any]) -> dict[str, Any]:
+def _answer(asked: dict[str, Any]) -> dict[str, Any]:
     """Do one trial in a fork, and wait for it."""
+    (seconds, number), question = asked["kill"], asked["question"]
     receive, send = os.pipe()
     child = os.fork()
     if child == 0:
@@ -66,8 +82,9 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
             pipe.write(json.dumps(_trial(**question)).encode())
         os._exit(0)
     os.close(send)
-    signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
-    signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+    numbers = iter([number])
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(child, next(numbers, signal.SIGKILL)))
+    signal.setitimer(signal.ITIMER_REAL, seconds, PATIENCE)
     with open(receive, "rb") as pipe:
         told = pipe.read()
     _, status = os.waitpid(child, 0)
@@ -111,7 +128,8 @@ def _bytes_of(name: str) -> int:
 def _load() -> None:
     """Import what trials need, so that none of it counts as theirs."""
     for name in ("benchmarks.chaos.hostile", "mutor_img.pretraining.command", "tokenizer.train", "tokenizer.encode",
-                 "mutor_img.sampling.command", "mutor_img.evaluation.command", "PIL.Image", "pyarrow.parquet"):
+                 "mutor_img.sampling.command", "mutor_img.evaluation.command", "PIL.Image", "pyarrow.parquet",
+                 "timm.utils", "matplotlib.figure"):
         with suppress(ModuleNotFoundError):
             importlib.import_module(name)
     from PIL import Image

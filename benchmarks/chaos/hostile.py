@@ -203,7 +203,8 @@ FILES: dict[str, tuple[str, str, bytes | str | Callable]] = {
     "a .pt of tensors stretched over one number": (
         "generator", "c2i.pt", lambda _: _saved({name: _stretched(*shape) for name, shape in _NAMES.items()})),
     "a .pt whose thousand tensors share one memory": (
-        "generator", "c2i.pt", lambda _: _saved({f"layers.{i}.w": w for w in [torch.zeros(2**16)] for i in range(1000)})),
+        "generator", "c2i.pt", lambda _: _saved(
+            {f"layers.{i}.w": w for w in [torch.zeros(2**16)] for i in range(1000)})),
     "a .pt whose pickle is 512 MiB of zeros, compressed": (
         "pt", "c2i.pt", lambda _: _zeros({"archive/data.pkl": (b"", 2**29), "archive/version": (b"3\n", 0)})),
     "safetensors: a header of 2^62 bytes": (
