@@ -223,6 +223,8 @@ FILES: dict[str, tuple[str, str, bytes | str | Callable]] = {
         {"__metadata__": {"rows": rows}, "a": _WEIGHT}, bytes(8)))) for rows in (
             "[" * 10**5, "no JSON", "[]", '{"a": 3}', '{"a": ["x", 2]}', '{"a": [0, 1099511627776]}',
             '{"a": [-5, 2]}', '{"a": [1e400, 2]}')},
+    "safetensors: rows of one number": ("tensors", "c", lambda f: _checkpoint(f, _safetensors(
+        {"__metadata__": {"rows": '{"a": [0, 2]}'}, "a": {**_WEIGHT, "shape": [], "data_offsets": [0, 4]}}, bytes(4)))),
     **{f"checkpoint.json: {name}": ("generator", "c", lambda f, meta=meta: _checkpoint(
         f, _safetensors({"a": _WEIGHT}, bytes(8)), meta if isinstance(meta, str) else None,
         **({} if isinstance(meta, str) else meta))) for name, meta in {

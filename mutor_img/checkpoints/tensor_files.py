@@ -154,6 +154,8 @@ class TensorGroup:
         for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
             start, total = rows.get(name, (0, None))
             shape = tuple(file.get_slice(name).get_shape())
+            if total is not None and not shape:
+                raise UserError(f"{path}: damaged (it has rows of {name!r}, which is one number); use another checkpoint")
             self.shapes[name] = shape if total is None else (total, *shape[1:])
             self._parts.setdefault(name, []).append((start, file))
 

@@ -125,7 +125,10 @@ def read_lines(path: str | os.PathLike) -> list[Any]:
     """
     path = Path(path)
     lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
-    return [parse_json(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+    try:
+        return [parse_json(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+    except UserError as error:
+        raise UserError(f"{error}; mend or remove that line") from None
 
 
 def file_hash(path: str | os.PathLike) -> str:

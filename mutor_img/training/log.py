@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from mutor_img.common.errors import UserError
 from mutor_img.common.files import read_lines, write_atomic
 from mutor_img.training.task import Task
 
@@ -56,8 +57,16 @@ class RunLog:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the rows of a run's ``metrics.jsonl``; a last row that a kill cut short is left out."""
-    return read_lines(run_dir / "metrics.jsonl")
+    """Return the rows of a run's ``metrics.jsonl``; a last row that a kill cut short is left out.
+
+    Raises:
+        UserError: a row is damaged.
+    """
+    rows = read_lines(run_dir / "metrics.jsonl")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise UserError(f"{run_dir / 'metrics.jsonl'}, line {number}: says no step; mend or remove that line")
+    return rows
 
 
 def log_line(values: dict[str, float], step: int, steps: int, task: Task, seconds_a_step: float) -> str:
