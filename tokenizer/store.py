@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from mutor_img.checkpoints.tensor_files import save_file
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import clear, parse_json, read_json, remove, wait_until_seen, write_atomic, write_sealed
 from mutor_img.data.store import BLOCK, Codes, CodesInfo, block_checksum
@@ -109,7 +110,8 @@ class StoreWriter:
                           dtype=np.int64)
         meta = {"fingerprint": self._fingerprint(part), "unreadable": json.dumps(unreadable),
                 "checksum": _part_checksum(codes, labels, unreadable)}
-        write_atomic(self._path(part), lambda aside: save_file({"codes": codes, "labels": labels}, aside, meta))
+        tensors = {"codes": torch.from_numpy(codes), "labels": torch.from_numpy(labels)}
+        write_atomic(self._path(part), lambda aside: save_file(tensors, aside, meta))
 
     def unreadable(self) -> dict[str, str]:
         """Return the reason by file name of every image that could not be read, from all parts, which must be written.

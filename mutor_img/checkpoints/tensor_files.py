@@ -27,7 +27,8 @@ Files = dict[str, dict[str, Any]]  # size and sha256 by file name, as checkpoint
 # safetensors' names, in the order in which its files hold them: the widest first, so that each stands aligned.
 DTYPES = {
     torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
-    torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float16: "F16", torch.uint16: "U16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
 
 
@@ -155,7 +156,7 @@ class TensorGroup:
             start, total = rows.get(name, (0, None))
             shape = tuple(file.get_slice(name).get_shape())
             if total is not None and not shape:
-                raise UserError(f"{path}: damaged (it has rows of {name!r}, which is one number); use another checkpoint")
+                raise UserError(f"{path}: damaged (rows of {name!r}, which is one number); use another checkpoint")
             self.shapes[name] = shape if total is None else (total, *shape[1:])
             self._parts.setdefault(name, []).append((start, file))
 

@@ -31,6 +31,9 @@ def write_atomic(path: str | os.PathLike, write: Callable[[Path], None]) -> Path
         with open(aside, "rb") as file:
             os.fsync(file.fileno())
         os.replace(aside, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write that fails doesn't name its file
+        raise
     finally:
         remove(aside)
     return path

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -190,7 +190,7 @@ def train(images: FolderImages, val: FolderImages, out: str | os.PathLike, *, se
     with torch.no_grad():
         guesses = torch.cat([net(part)[1].argmax(1) for part in val_pixels.split(500)])
     accuracy = (guesses == val_targets).double().mean().item()
-    write_atomic(out / WEIGHTS_FILE, lambda aside: save_file(net.state_dict(), aside))
+    write_atomic(out / WEIGHTS_FILE, lambda aside: aside.write_bytes(save(net.state_dict())))
     about = {"class_names": images.class_names, "accuracy": accuracy, "image_size": height, "channels": channels,
              "features": FEATURES, "train_images": len(images), "val_images": len(val),
              "seconds": round(time.perf_counter() - begin, 1), "weights_sha256": file_hash(out / WEIGHTS_FILE),

@@ -87,7 +87,8 @@ def list_tars(tars: list[Path], classes: list[str] | None, *, labelled: bool = T
     classes = classes if labelled else ["images"]
     wrong = [i for i, label in enumerate(labels) if not 0 <= label < len(classes)]
     if wrong:
-        raise UserError(f"{files[wrong[0]]}: label {labels[wrong[0]]} is outside 0 to {len(classes) - 1}")
+        raise UserError(f"{tars[0].parent / files[wrong[0]]}: label {labels[wrong[0]]} is outside 0 to "
+                        f"{len(classes) - 1}")
     found = TarImages(tars[0].parent, classes, files, sizes, np.array(labels, np.int64), left_out, tars,
                       np.array(places, np.int64))
     return replace(found, keys_twice=_keys_twice(found))
