@@ -165,8 +165,8 @@ def die_in_the_npz():
 
 def die_before_the_manifest():
     """Die when the npz has its name and its manifest is not there."""
-    real = archive_module.write_json
-    archive_module.write_json = lambda path, value: die() if path.name == "s.json" else real(path, value)
+    real = archive_module.write_sealed
+    archive_module.write_sealed = lambda path, value: die() if path.name == "s.json" else real(path, value)
 
 
 def die_among_pictures():
