@@ -15,6 +15,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from inspect import signature
 from pathlib import Path
 
@@ -106,9 +107,9 @@ def encode_images(vq: VQModel, source: ImageSource, out: str | Path, *, runtime:
     mine = todo[runtime.rank:: runtime.world]
     numbers = [i for part in mine for i in writer.range(part)]
     batches = Squares(source, numbers, vq.image_channels, image_size, rule).batches(batch_size, workers)
-    rows = _encode(vq, batches, runtime, views, len(numbers))
-    for part in mine:
-        _write_part(writer, part, rows)
+    with closing(_encode(vq, batches, runtime, views, len(numbers))) as rows:  # its bar ends before an error is said
+        for part in mine:
+            _write_part(writer, part, rows)
     runtime.barrier()
     runtime.from_main(lambda: _report_unreadable(writer, max_unreadable))
     if runtime.is_main:

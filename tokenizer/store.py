@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -133,15 +134,8 @@ class StoreWriter:
         shape = (count, len(self.recipe.views), grid[0] * grid[1])
         aside = self.parts / "codes.npy"  # a merge cut short leaves nothing beside the parts
         clear(aside)
-        header, found = {"descr": "<u2", "fortran_order": False, "shape": shape}, []
-        with open(aside, "wb") as file:  # not memory-mapped: a full disk would end the process without a word
-            np.lib.format.write_array_header_1_0(file, header)
-            for part in range(self.count()):
-                part_codes, part_labels = self._read(part)
-                file.write(np.ascontiguousarray(part_codes).data)
-                found.append(part_labels)
-            file.flush()
-            os.fsync(file.fileno())
+        found: list[np.ndarray] = []
+        _write_array(aside, np.uint16, shape, self._part_codes(found))
         codes, labels = np.load(aside, mmap_mode="r"), np.concatenate(found)
         blocks = [slice(first, first + BLOCK) for first in range(0, count, BLOCK)]
         kept = [name for name in self.source.files if name not in unreadable]
@@ -149,11 +143,18 @@ class StoreWriter:
                          self.recipe.image_size, tokenizer, self.recipe.tokenizer_hash,
                          [block_checksum(codes[b], labels[b]) for b in blocks], _digest(kept))
         os.replace(aside, self.out / "codes.npy")
-        write_atomic(self.out / "labels.npy", lambda path: _save_array(path, labels))
+        write_atomic(self.out / "labels.npy", lambda path: _write_array(path, np.int64, labels.shape, [labels]))
         made = {**self.manifest, "classes": self.source.classes, "unreadable": unreadable}
         write_sealed(self.out / "encode.json", made)
         write_sealed(self.out / "codes.json", info.to_json())
         remove(self.parts)
+
+    def _part_codes(self, labels: list[np.ndarray]) -> Iterator[np.ndarray]:
+        """Yield the codes of one part after another, and append its labels."""
+        for part in range(self.count()):
+            codes, part_labels = self._read(part)
+            labels.append(part_labels)
+            yield codes
 
     def _read(self, part: int) -> tuple[np.ndarray, np.ndarray]:
         """Return a part's codes (images, views, N) and labels (images,).
@@ -196,6 +197,15 @@ def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def _save_array(path: Path, array: np.ndarray) -> None:
-    with open(path, "wb") as file:  # np.save adds .npy to a name without it
-        np.save(file, array, allow_pickle=False)
+def _write_array(path: Path, dtype: type, shape: tuple[int, ...], parts: Iterable[np.ndarray]) -> None:
+    """Write an array as ``numpy.save`` would, a part at a time; the parts join along the first axis.
+
+    On a full disk numpy's own ways to a file end in an error that doesn't say so, or, memory-mapped, in a signal.
+    """
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in parts:
+            file.write(np.ascontiguousarray(part).data)
+        file.flush()
+        os.fsync(file.fileno())
