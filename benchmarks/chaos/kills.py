@@ -39,7 +39,7 @@ _TRAIN = ("train: {steps: 30, global_batch: 4, precision: fp32, compile: false, 
 _GENERATOR = ("data: {{codes: {folder}/codes}}\n"
               "model: {{preset: mnist, grid: [4, 4], vocabulary: 16, classes: 3, dropout: 0.1}}\n{more}" + "{train}")
 _TOKENIZER = ("data: {{images: {folder}/large, val_images: {folder}/large, image_size: 16, crop_min: 1.0, "
-              "workers: 0}}\n"
+              "workers: 1}}\n"
               "model: {{preset: mnist, channels: 8, vocabulary: 32, code_dim: 4}}\n"
               "revival: {{after: 2, until: 1.0}}\n"
               "loss: {{adversarial_weight: 0.5, adversarial_start: 2, discriminator_channels: 4, "

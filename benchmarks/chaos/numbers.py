@@ -36,7 +36,7 @@ registers: {{kind: 2d, count: 6, d_max: 3}}
 train: {{steps: 9, global_batch: 4, precision: fp32, compile: false, ema: 0.9, validate_every: 0, picture_every: 0}}
 """
 TOKENIZER = """
-data: {{images: {folder}/images, val_images: {folder}/images, image_size: 16, crop_min: 1.0, workers: 0}}
+data: {{images: {folder}/images, val_images: {folder}/images, image_size: 16, crop_min: 1.0, workers: 1}}
 model: {{preset: mnist, channels: 8, vocabulary: 32, code_dim: 4}}
 loss: {{adversarial_weight: 0.5, adversarial_start: 0, discriminator_channels: 4, discriminator_layers: 1}}
 train: {{steps: 9, global_batch: 4, precision: fp32, compile: false, ema: 0.9, validate_every: 0, picture_every: 0}}

@@ -105,7 +105,7 @@ def test_a_changed_byte_of_sealed_json_is_found_or_changes_nothing(tmp_path):
     assert read_json(path) == read and "seal" not in read
     outcomes = set()
     for at in range(len(whole)):
-        for flipped in (1, 4, 32, 128):
+        for flipped in (1, 32):
             path.write_bytes(whole[:at] + bytes([whole[at] ^ flipped]) + whole[at + 1:])
             try:
                 found = read_json(path)
