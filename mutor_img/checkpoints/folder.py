@@ -196,7 +196,7 @@ def _naming_intact(folder: Path) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        intact = newest_intact(folder.parent.parent)
+        intact = newest_intact(folder.parent.parent) if folder.parent.name == "checkpoints" else None
         if intact in (None, folder):
             raise
         raise UserError(f"{error}; the newest intact one of this run is {intact}, which --fallback takes") from None

@@ -92,7 +92,8 @@ def test_a_module_s_usage_says_how_it_was_started():
 
 
 @pytest.mark.parametrize("number, words", [
-    (errno.ENOSPC, "no space left on the device while writing {}; free some"), (errno.EROFS, "{}: Read-only file system"),
+    (errno.ENOSPC, "no space left on the device while writing {}; free some"),
+    (errno.EROFS, "{}: Read-only file system"),
     (errno.EIO, "{}: Input/output error; the disk, or the way to it, does not work")])
 def test_a_disk_that_fails_in_the_midst_of_a_file_is_one_line_that_names_it(tmp_path, capsys, number, words):
     def fail(aside):
