@@ -1,7 +1,7 @@
 """Kills at random moments: SIGKILL and SIGTERM, of each command that goes on where it was stopped.
 
 At the moment of the kill every file under its final name is whole. The same command, run again, leaves the very bytes
-of a run that nothing disturbed, and no lock or temporary file.
+of a run that nothing disturbed, and no lock or temporary file. On the way nothing is connected to.
 """
 
 from __future__ import annotations
@@ -110,6 +110,8 @@ def _finish(command: str, place: Place) -> None:
     answer = place.forks.run(f"{__name__}:work", command, str(place.folder))
     if answer["outcome"] != "returned":
         raise Fault(f"{answer['outcome']}: {answer['message']}; {answer['printed'][-300:]}")
+    if "socket.connect" in answer["acts"]:
+        raise Fault("it connected to something")
 
 
 def _kill(command: str, number: int, seconds: float, whole: dict[str, str], place: Place) -> str:
