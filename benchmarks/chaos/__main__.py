@@ -11,6 +11,7 @@ if __name__ == "__main__":
     set_spinning()  # before torch is loaded
 
 import json
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -81,4 +82,4 @@ def _words(outcome: str) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(lambda argv: sys.exit(min(1, main(argv))))

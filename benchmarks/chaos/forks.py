@@ -129,7 +129,7 @@ def _load() -> None:
     """Import what trials need, so that none of it counts as theirs."""
     for name in ("benchmarks.chaos.hostile", "mutor_img.pretraining.command", "tokenizer.train", "tokenizer.encode",
                  "mutor_img.sampling.command", "mutor_img.evaluation.command", "PIL.Image", "pyarrow.parquet",
-                 "timm.utils", "matplotlib.figure"):
+                 "timm.utils", "matplotlib.figure", "torch._dynamo"):
         with suppress(ModuleNotFoundError):
             importlib.import_module(name)
     from PIL import Image

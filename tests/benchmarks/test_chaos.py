@@ -1,11 +1,12 @@
 """A short form of each part of the failure suite: no case of it finds a fault."""
 
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks.chaos import __main__ as chaos
-from benchmarks.chaos.case import Place, said_no
+from benchmarks.chaos.case import Case, Fault, Place, said_no
 from mutor_img.common.files import read_lines
 
 SLOW = ("compressed", "all black", "10 MB")  # whose files take a second to make
@@ -14,7 +15,7 @@ SLOW = ("compressed", "all black", "10 MB")  # whose files take a second to make
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """Where all parts are tried, with one process for all."""
-    place = Place(tmp_path_factory.mktemp("chaos"), count=40)
+    place = Place(tmp_path_factory.mktemp("chaos"), count=30)
     yield place
     place.close()
 
@@ -37,14 +38,14 @@ def test_what_a_stranger_made_is_refused_in_one_line_and_runs_nothing(place):
 
 def test_what_rots_is_found_or_without_effect(place):
     found = tried("rot", place, lambda name: True)
-    assert len(found) == 40 and "refused" in found.values()
+    assert len(found) == 30 and "refused" in found.values()
 
 
 def test_a_disk_that_fails_is_one_line_and_nothing_is_lost(place):
     if not place.forks.disks_fail:
         pytest.skip("needs gcc")
-    found = tried("disks", place, lambda name: name.endswith(("call 3", "call 9")))
-    assert len(found) == 18 and "one line" in found.values()
+    found = tried("disks", place, lambda name: name.endswith("call 7"))
+    assert len(found) == 9 and "one line" in found.values()
 
 
 def test_a_number_that_is_none_is_refused_before_it_is_saved(place):
@@ -57,15 +58,11 @@ def test_a_trial_that_does_something_or_takes_memory_is_seen(place):
     assert acts["outcome"] == "returned" and "os.system" in acts["acts"]
     greedy = place.forks.run("builtins:bytearray", 2**30, memory=2**26)
     assert greedy["outcome"] == "raised" and "MemoryError" in greedy["message"]
-    with pytest.raises(chaos.Fault, match="raised"):
+    with pytest.raises(Fault, match="raised"):
         said_no(greedy, "x")
 
 
 def test_a_fault_is_printed_and_written_down(monkeypatch, tmp_path, capsys):
-    from types import SimpleNamespace
-
-    from benchmarks.chaos.case import Case, Fault
-
     def wrong():
         raise Fault("it ran")
 
@@ -73,4 +70,4 @@ def test_a_fault_is_printed_and_written_down(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(chaos, "import_module", lambda name: part)
     assert chaos.main(["--only", "rot", "--out", str(tmp_path / "c.jsonl")]) == 1
     assert [row["outcome"] for row in read_lines(tmp_path / "c.jsonl")] == ["refused", "FAULT"]
-    assert "FAULT in rot: bad: it ran" in capsys.readouterr().err
+    assert "FAULT in rot: bad: it ran" in capsys.readouterr().out
