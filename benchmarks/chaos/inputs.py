@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 from mutor_img.blocks import ModelConfig
 from mutor_img.checkpoints.folder import write_checkpoint
-from mutor_img.common.files import write_sealed
+from mutor_img.common.files import file_hash, write_sealed
 from mutor_img.metrics.digits import ABOUT_FILE, WEIGHTS_FILE, DigitNet
 from mutor_img.metrics.frechet import Statistics
 from mutor_img.metrics.references import save_reference
@@ -68,10 +69,6 @@ def write_reference(path: Path) -> Path:
 
 def write_classifier(folder: Path) -> Path:
     """Write a classifier with drawn weights."""
-    from safetensors.torch import save_file
-
-    from mutor_img.common.files import file_hash
-
     torch.manual_seed(3)
     folder.mkdir(parents=True)
     save_file(DigitNet(3, 1, 8).state_dict(), folder / WEIGHTS_FILE)

@@ -115,11 +115,10 @@ def _state(trainer: Trainer) -> list[Tensor]:
 
 def cases(place: Place) -> list[Case]:
     """Return a case for each target and number."""
-    images = inputs.write_images(place.folder / "images", side=16)
+    inputs.write_images(place.folder / "images", side=16)
     small = inputs.write_images(place.folder / "small")
     encode_images(inputs.write_tokenizer(place.folder / "tokenizer"), open_images(small), place.folder / "codes",
                   runtime=Runtime(torch.device("cpu")))
-    assert images.is_dir()
     return [Case(f"{value} in {target}", lambda n=number, t=target, v=value: _try(t, v, f"run_{n}", place))
             for number, (target, value) in enumerate(product(TARGETS, VALUES))]
 

@@ -199,7 +199,7 @@ def _naming_intact(folder: Path) -> Iterator[None]:
         intact = newest_intact(folder.parent.parent) if folder.parent.name == "checkpoints" else None
         if intact in (None, folder):
             raise
-        raise UserError(f"{error}; the newest intact one of this run is {intact}, which --fallback takes") from None
+        raise UserError(f"{error}; the newest intact one is {intact}: give its path, or --fallback") from None
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
