@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mutor_img.checkpoints.folder import find_checkpoint, load_strict, read_meta, read_tensors
+from mutor_img.checkpoints.folder import check_shapes, find_checkpoint, load_strict, open_group, read_meta
 from mutor_img.checkpoints.llamagen import read_pt
 from mutor_img.checkpoints.tensor_files import group_hash, has_group
-from mutor_img.common.errors import UserError
+from mutor_img.common.errors import UserError, check_range
 from mutor_img.common.files import file_hash
 from mutor_img.common.hub import is_hub_name, pinned
 from tokenizer.foreign import load_foreign
@@ -52,12 +52,18 @@ def _load_folder(path: Path) -> ImageTokenizer:
         raise UserError(f"{folder}: a checkpoint of a {meta.get('kind', 'model of unknown kind')}, not of a tokenizer; "
                         "give the tokenizer's run folder")
     group = "ema" if has_group(meta["files"], "ema") else "model"
+    origin, weights = folder / "checkpoint.json", open_group(folder, group)
     try:
-        vq = _empty(meta["model"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'checkpoint.json'}: does not describe a tokenizer ({error})") from None
-    load_strict(vq, read_tensors(folder, group), folder / f"{group}.safetensors")
-    vq.image_size = meta["image_size"]
+        options, image_size = meta["model"], meta["image_size"]
+        check_range("the number of blocks", options.get("blocks", 1) * len(options["multipliers"]), 1,
+                    len(weights.shapes))
+        vq = _blank(options)
+    except (ArithmeticError, KeyError, TypeError, AttributeError, RuntimeError, UserError) as error:
+        raise UserError(f"{origin}: does not describe a tokenizer ({error})") from None
+    check_shapes(vq, weights.shapes, weights.origin)
+    vq = vq.to_empty(device="cpu")
+    load_strict(vq, weights.read_all(), weights.origin)
+    vq.image_size = image_size
     vq.hash, vq.origin = group_hash(meta["files"], group), folder
     return vq
 
@@ -67,7 +73,7 @@ def _load_file(path: Path) -> ImageTokenizer:
     if "tok_embeddings.weight" in weights:
         raise UserError(f"{path}: weights of a generator, not of a tokenizer; give the tokenizer's file")
     name = next((name for name in RELEASED if _fits(name, weights)), None)
-    vq = load_foreign(weights, path) if name is None else _empty(preset(name))
+    vq = load_foreign(weights, path) if name is None else _blank(preset(name)).to_empty(device="cpu")
     if vq is None:
         raise UserError(f"{path}: weights of no known tokenizer (tried {', '.join(RELEASED)}, taming-transformers, "
                         "MaskGIT)")
@@ -84,9 +90,8 @@ def _fits(name: str, weights: dict[str, Tensor]) -> bool:
     return {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in weights.items()}
 
 
-def _empty(options: dict) -> ImageTokenizer:
-    """Build a model whose every weight is yet to be loaded, without a draw from the global random generator."""
+def _blank(options: dict) -> ImageTokenizer:
+    """Build a model without memory for its weights, and without a draw from the global random generator."""
     sizes = {name: value for name, value in options.items() if name != "architecture"}
     with torch.device("meta"):
-        vq = NETWORKS[options.get("architecture", "vq")](**sizes)
-    return vq.to_empty(device="cpu")
+        return NETWORKS[options.get("architecture", "vq")](**sizes)

@@ -11,16 +11,18 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from mutor_img.checkpoints.tensor_files import save_file
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import clear, read_json, remove, wait_until_seen, write_atomic, write_json
+from mutor_img.common.files import clear, parse_json, read_json, remove, wait_until_seen, write_atomic, write_sealed
 from mutor_img.data.store import BLOCK, Codes, CodesInfo, block_checksum, code_dtype
 from mutor_img.training.runtime import Runtime
 from tokenizer.images.source import Labelled
@@ -97,10 +99,11 @@ class StoreWriter:
         """Return a part's unreadable images, reason by file name; None if it is not there, or of something else."""
         try:
             with safe_open(self._path(part), framework="numpy") as file:
-                meta = file.metadata()
+                meta = file.metadata() or {}
         except (SafetensorError, OSError):
             return None
-        return json.loads(meta["unreadable"]) if meta["fingerprint"] == self._fingerprint(part) else None
+        ours = meta.get("fingerprint") == self._fingerprint(part) and meta.keys() >= {"unreadable", "checksum"}
+        return parse_json(meta["unreadable"], self._path(part)) if ours else None
 
     def write(self, part: int, codes: np.ndarray, unreadable: dict[str, str]) -> None:
         """Write one part, whole or not at all.
@@ -110,10 +113,12 @@ class StoreWriter:
             codes: (images, views, N), of the vocabulary's dtype, of the part's readable images, in order.
             unreadable: reason by file name of the others.
         """
-        meta = {"fingerprint": self._fingerprint(part), "unreadable": json.dumps(unreadable)}
         labels = np.array([self.source.labels[i] for i in self.range(part) if self.source.files[i] not in unreadable],
                           dtype=np.int64)
-        write_atomic(self._path(part), lambda aside: save_file({"codes": codes, "labels": labels}, aside, meta))
+        meta = {"fingerprint": self._fingerprint(part), "unreadable": json.dumps(unreadable),
+                "checksum": _part_checksum(codes, labels, unreadable)}
+        tensors = {"codes": torch.from_numpy(codes), "labels": torch.from_numpy(labels)}
+        write_atomic(self._path(part), lambda aside: save_file(tensors, aside, meta))
 
     def unreadable(self) -> dict[str, str]:
         """Return the reason by file name of every image that could not be read, from all parts, which must be written.
@@ -135,27 +140,43 @@ class StoreWriter:
         shape = (count, len(self.recipe.views), grid[0] * grid[1])
         aside = self.parts / "codes.npy"  # a merge cut short leaves nothing beside the parts
         clear(aside)
-        codes = np.lib.format.open_memmap(aside, mode="w+", dtype=code_dtype(vocabulary), shape=shape)
-        labels = np.empty(count, np.int64)
-        place = 0
-        for part in range(self.count()):
-            with safe_open(self._path(part), framework="numpy") as file:
-                part_labels = file.get_tensor("labels")
-                codes[place: place + len(part_labels)] = file.get_tensor("codes")
-                labels[place: place + len(part_labels)] = part_labels
-                place += len(part_labels)
-        codes.flush()
+        found: list[np.ndarray] = []
+        _write_array(aside, code_dtype(vocabulary), shape, self._part_codes(found))
+        codes, labels = np.load(aside, mmap_mode="r"), np.concatenate(found)
         blocks = [slice(first, first + BLOCK) for first in range(0, count, BLOCK)]
         kept = [name for name in self.source.files if name not in unreadable]
         info = CodesInfo(grid, vocabulary, self.source.class_names(), list(self.recipe.views), self.recipe.crop,
                          self.recipe.image_size, tokenizer, self.recipe.tokenizer_hash,
                          [block_checksum(codes[b], labels[b]) for b in blocks], _digest(kept))
         os.replace(aside, self.out / "codes.npy")
-        write_atomic(self.out / "labels.npy", lambda path: _save_array(path, labels))
+        write_atomic(self.out / "labels.npy", lambda path: _write_array(path, np.int64, labels.shape, [labels]))
         made = {**self.manifest, "classes": self.source.classes, "unreadable": unreadable}
-        write_json(self.out / "encode.json", made)
-        write_json(self.out / "codes.json", info.to_json())
+        write_sealed(self.out / "encode.json", made)
+        write_sealed(self.out / "codes.json", info.to_json())
         remove(self.parts)
+
+    def _part_codes(self, labels: list[np.ndarray]) -> Iterator[np.ndarray]:
+        """Yield the codes of one part after another, and append its labels."""
+        for part in range(self.count()):
+            codes, part_labels = self._read(part)
+            labels.append(part_labels)
+            yield codes
+
+    def _read(self, part: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return a part's codes (images, views, N) and labels (images,).
+
+        Raises:
+            UserError: it is not what was written.
+        """
+        try:
+            with safe_open(self._path(part), framework="numpy") as file:
+                codes, labels, meta = file.get_tensor("codes"), file.get_tensor("labels"), file.metadata()
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self._path(part)}: {error}; remove it and run the same command again") from None
+        if meta["checksum"] != _part_checksum(codes, labels, self._left_out(part)):
+            raise UserError(f"{self._path(part)}: damaged (it does not match its checksum); remove it and run the same "
+                            "command again")
+        return codes, labels
 
     def _path(self, part: int) -> Path:
         return self.parts / f"part_{part:06d}.safetensors"
@@ -191,9 +212,10 @@ def write_store(writer: StoreWriter, rows: Callable[[Sequence[int]], Iterator[tu
             print(f"{writer.out}: these {len(writer.source)} images are there already; nothing to do")
         return Codes(writer.out)
     mine = todo[runtime.rank:: runtime.world]
-    made = rows([number for part in mine for number in writer.range(part)])
-    for part in mine:
-        _write_part(writer, part, made)
+    numbers = [number for part in mine for number in writer.range(part)]
+    with closing(rows(numbers)) as made:  # its progress bar ends before an error is said
+        for part in mine:
+            _write_part(writer, part, made)
     runtime.barrier()
     runtime.from_main(lambda: _report_unreadable(writer, max_unreadable))
     if runtime.is_main:
@@ -240,10 +262,23 @@ def _listing(source: Labelled, images: slice) -> list:
     return [source.files[images], source.sizes[images], source.labels[images].tolist()]
 
 
+def _part_checksum(codes: np.ndarray, labels: np.ndarray, unreadable: dict[str, str] | None) -> str:
+    return _digest([block_checksum(codes, labels), unreadable])
+
+
 def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def _save_array(path: Path, array: np.ndarray) -> None:
-    with open(path, "wb") as file:  # np.save adds .npy to a name without it
-        np.save(file, array, allow_pickle=False)
+def _write_array(path: Path, dtype: type, shape: tuple[int, ...], parts: Iterable[np.ndarray]) -> None:
+    """Write an array as ``numpy.save`` would, a part at a time; the parts join along the first axis.
+
+    On a full disk numpy's own ways to a file end in an error that doesn't say so, or, memory-mapped, in a signal.
+    """
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in parts:
+            file.write(np.ascontiguousarray(part, dtype).data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -18,7 +18,7 @@ from mutor_img.common.cli import run
 from mutor_img.common.config import to_dict
 from mutor_img.common.images import to_nhwc, write_png
 from mutor_img.common.streams import Stream, generator_seed, integers
-from mutor_img.training.command import parse_training, run_task
+from mutor_img.training.command import train_command
 from mutor_img.training.optimizer import learning_rate
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.task import Task, read_numbers
@@ -197,13 +197,11 @@ def channels_last(images: Tensor) -> Tensor:
 
 def main(argv: Sequence[str]) -> None:
     """Train a tokenizer."""
-    config = parse_training(
-        argv, TokenizerConfig, plan_tokenizer,
+    train_command(
+        argv, TokenizerTask, TokenizerConfig, plan_tokenizer,
         description="Train a VQ tokenizer on a folder of images (one sub-folder per class). To resume, run the same "
                     "command again.",
         example="python -m tokenizer.train --config configs/mnist/tokenizer.yaml optim.lr=1e-3")
-    if config is not None:
-        run_task(TokenizerTask, config)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,11 +28,13 @@ from mutor_img.common.files import (
     check_format,
     clear,
     discard,
+    file_hash,
     read_json,
     remove,
     wait_until_seen,
     write_atomic,
     write_json,
+    write_sealed,
 )
 from mutor_img.common.hub import hub_folder, is_hub_name, pinned
 
@@ -87,7 +90,7 @@ def write_checkpoint(run_dir: str | Path, step: int, tensors: dict[str, dict[str
         if rank == 0:
             for other in range(1, processes.world if processes else 1):
                 files.update(_files_of(aside / f"rank_{other:05d}.json"))
-            write_json(aside / "checkpoint.json", {"format": FORMAT, "step": step, **meta, "files": files})
+            write_sealed(aside / "checkpoint.json", {"format": FORMAT, "step": step, **meta, "files": files})
             clear(final)  # only ever an earlier, incomplete attempt at this step
             os.rename(aside, final)
     finally:
@@ -95,12 +98,16 @@ def write_checkpoint(run_dir: str | Path, step: int, tensors: dict[str, dict[str
             remove(aside)
     if rank == 0:
         flush(root)
-        write_atomic(root / "latest", lambda path: path.write_text(final.name + "\n"))
+        _mark_latest(final)
         stay = {_name(milestone) for milestone in milestones}
         for old in [path for path in sorted(_complete(root))[:-keep] if path.name not in stay]:
             discard(old)  # what a kill leaves of it is no checkpoint, and removed next time
     barrier()
     return final
+
+
+def _mark_latest(folder: Path) -> None:
+    write_atomic(folder.parent / "latest", lambda path: path.write_text(folder.name + "\n"))
 
 
 def checkpoint_at(run_dir: str | Path, step: int) -> Path:
@@ -125,7 +132,7 @@ def _files_of(path: Path) -> Files:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """Return the checkpoint folder that ``path`` means: itself, or the newest complete one of a run folder.
+    """Return the checkpoint folder that ``path`` means: itself, or the newest one of a run folder.
 
     Args:
         path: a folder, or a name on the Hugging Face Hub, whose files are fetched where they are not in its cache.
@@ -143,28 +150,95 @@ def find_checkpoint(path: str | Path) -> Path:
     return found
 
 
-def newest_of(path: str | Path) -> str:
-    """Return the newest complete checkpoint of a run folder, the commit that a Hub name means, any other path as it is.
+def newest_of(path: str | Path, fallback: bool = False) -> str:
+    """Return the newest checkpoint of a run folder, the commit that a Hub name means, any other path as it is.
 
     What it returns goes on to mean the same weights while a run trains, or a branch on the Hub moves.
+
+    Args:
+        path: what a user names.
+        fallback: of a run folder the newest intact checkpoint, which takes reading them.
     """
-    return pinned(path) if is_hub_name(path) else str(newest_checkpoint(path) or path)
+    if is_hub_name(path):
+        return pinned(path)
+    return str((newest_intact(path) if fallback else newest_checkpoint(path)) or path)
 
 
 def newest_checkpoint(run_dir: str | Path) -> Path | None:
-    """Return the newest complete checkpoint folder of a run, or None."""
+    """Return the newest checkpoint folder of a run, or None. What is damaged in it shows when it is read."""
     return max(_complete(Path(run_dir) / "checkpoints"), default=None)
+
+
+def newest_intact(run_dir: str | Path) -> Path | None:
+    """Return the newest checkpoint folder of a run all of whose files are as they were written, or None. Reads them."""
+    return next((f for f in sorted(_complete(Path(run_dir) / "checkpoints"), reverse=True) if _is_intact(f)), None)
+
+
+def _is_intact(folder: Path) -> bool:
+    try:
+        files = _read_meta(folder)["files"]
+        return all((folder / name).stat().st_size == file["bytes"] and file_hash(folder / name) == file["sha256"]
+                   for name, file in files.items())
+    except (UserError, OSError):
+        return False
+
+
+def leave_damaged(run_dir: str | Path) -> Path | None:
+    """Rename the damaged checkpoints newer than a run's newest intact one, which is returned; None: there is none.
+
+    They stay beside it as ``damaged_step_00005000`` and are checkpoints no more.
+
+    Raises:
+        UserError: there are checkpoints, and none is intact.
+    """
+    root, intact = Path(run_dir) / "checkpoints", newest_intact(run_dir)
+    for folder in _complete(root):
+        if intact is None:
+            raise UserError(f"{run_dir}: none of its checkpoints is intact; give another run_dir, or fetch a copy")
+        if folder > intact:
+            clear(aside := root / f"damaged_{folder.name}")
+            os.rename(folder, aside)
+            print(f"{folder}: damaged, now called {aside.name}; going on from {intact}")
+    if intact is not None:
+        _mark_latest(intact)
+    return intact
+
+
+@contextmanager
+def _naming_intact(folder: Path) -> Iterator[None]:
+    """Add to an error about a damaged checkpoint which one of the same run to take in its place."""
+    try:
+        yield
+    except UserError as error:
+        intact = newest_intact(folder.parent.parent) if folder.parent.name == "checkpoints" else None
+        if intact in (None, folder):
+            raise
+        raise UserError(f"{error}; the newest intact one is {intact}: give its path, or --fallback") from None
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
     """Return a checkpoint's JSON.
 
     Raises:
-        UserError: it is of another format or version.
+        UserError: it is of another format or version, or damaged.
     """
-    meta = read_json(folder / "checkpoint.json")
-    check_format(meta.get("format") if isinstance(meta, dict) else None, FORMAT, folder / "checkpoint.json")
+    with _naming_intact(folder):
+        return _read_meta(folder)
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    path = folder / "checkpoint.json"
+    meta = read_json(path)
+    check_format(meta.get("format") if isinstance(meta, dict) else None, FORMAT, path)
+    if type(meta.get("step")) is not int or not _are_files(meta.get("files")):
+        raise UserError(f"{path}: damaged (it lacks the step, or sizes and hashes of files); use another checkpoint")
     return meta
+
+
+def _are_files(files: Any) -> bool:
+    return isinstance(files, dict) and all(
+        Path(name).name == name and isinstance(file, dict) and type(file.get("bytes")) is int
+        and isinstance(file.get("sha256"), str) for name, file in files.items())
 
 
 def open_group(folder: Path, group: str, rank: int = 0, world: int = 1) -> TensorGroup:
@@ -173,7 +247,8 @@ def open_group(folder: Path, group: str, rank: int = 0, world: int = 1) -> Tenso
     Raises:
         UserError: a file is missing, shorter than written, or its hash differs.
     """
-    return TensorGroup(folder, read_meta(folder)["files"], group, rank, world)
+    with _naming_intact(folder):
+        return TensorGroup(folder, _read_meta(folder)["files"], group, rank, world)
 
 
 def read_tensors(folder: Path, group: str) -> dict[str, Tensor]:
@@ -182,8 +257,7 @@ def read_tensors(folder: Path, group: str) -> dict[str, Tensor]:
     Raises:
         UserError: a file is missing, shorter than written, or its hash differs.
     """
-    opened = open_group(folder, group)
-    return {name: opened.read(name) for name in opened.shapes}
+    return open_group(folder, group).read_all()
 
 
 def load_strict(model: torch.nn.Module, tensors: dict[str, Tensor], origin: str | Path) -> None:
@@ -228,12 +302,6 @@ def check_shapes(model: torch.nn.Module, shapes: dict[str, tuple[int, ...]], ori
 
 
 def _complete(root: Path) -> list[Path]:
-    """Return the checkpoint folders whose JSON and tensor files are all there at their full size."""
-    folders = []
-    for folder in root.glob("step_*") if root.is_dir() else ():
-        if not re.fullmatch(r"step_\d{8}", folder.name) or not (folder / "checkpoint.json").is_file():
-            continue
-        files = read_meta(folder)["files"]
-        if all((folder / n).is_file() and (folder / n).stat().st_size == f["bytes"] for n, f in files.items()):
-            folders.append(folder)
-    return folders
+    """Return the checkpoint folders, which appeared whole: what is missing in one of them was lost since."""
+    return [folder for folder in (root.glob("step_*") if root.is_dir() else ())
+            if re.fullmatch(r"step_\d{8}", folder.name) and (folder / "checkpoint.json").is_file()]

@@ -57,6 +57,7 @@ def read_released(path: str | Path, ema: bool = False) -> tuple[dict[str, Tensor
     if not weights or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items()):
         raise UserError(f"{path}: holds no named weights at the top or under {', '.join(_WRAPPERS)}")
     _refuse_foreign(weights, path)
+    _refuse_stretched(weights, path)
     places = [chosen, content, *(content[name] for name in _WRAPPERS if isinstance(content.get(name), dict))]
     grids = [_grid_of(place[_TABLE]) for place in places if _TABLE in place]
     return weights, next(filter(None, grids), None)
@@ -67,6 +68,7 @@ def _load(path: str | Path) -> object:
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path")
     try:
+        _refuse_compressed(path)
         with torch.serialization.safe_globals([argparse.Namespace, (_Callback, _LIGHTNING)]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged file can fail anywhere in torch's reader: IndexError, AssertionError, ..
@@ -78,6 +80,14 @@ def _load(path: str | Path) -> object:
         raise UserError(f"{path}: not a PyTorch weights file that can be read safely "
                         f"({what[0] if what else type(error).__name__})") from None
     return content
+
+
+def _refuse_compressed(path: Path) -> None:
+    """Raise for a zip with compressed entries: torch writes none, and kilobytes can stand for gigabytes."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("its entries are compressed, as torch.save never writes them")
 
 
 def _choose(content: object, path: str | Path, ema: bool) -> dict:
@@ -97,6 +107,17 @@ def _grid_of(table: object) -> tuple[int, int] | None:
     rows = len(table) if isinstance(table, Tensor) and table.dim() else 0
     side = isqrt(max(0, rows - 1))
     return (side, side) if side and side * side == rows - 1 else None
+
+
+def _refuse_stretched(weights: dict[str, Tensor], path: str | Path) -> None:
+    """Raise :class:`UserError` for weights of far more numbers than the file holds: a model would take them all.
+
+    A few may share what they hold, as tied weights do.
+    """
+    named, held = sum(w.numel() * w.element_size() for w in weights.values()), Path(path).stat().st_size
+    if named > 4 * held:
+        raise UserError(f"{path}: its weights would take {named} bytes, but the file has {held}: they are views of "
+                        "each other; save them with .clone()")
 
 
 def _refuse_foreign(weights: dict[str, Tensor], path: str | Path) -> None:

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from mutor_img.blocks import PRESETS, ModelConfig
-from mutor_img.checkpoints.folder import find_checkpoint, load_strict, read_meta, read_tensors
+from mutor_img.checkpoints.folder import check_shapes, find_checkpoint, load_strict, open_group, read_meta
 from mutor_img.checkpoints.llamagen import read_released
 from mutor_img.checkpoints.tensor_files import group_hash, has_group
-from mutor_img.common.errors import UserError
+from mutor_img.common.errors import UserError, check_range
 from mutor_img.common.files import file_hash
 from mutor_img.common.hub import PACKED
 from mutor_img.registers import RegisterLaw
 from mutor_img.transformer import Transformer, sampled_weights
 
+MOST_CODES = 1024 * 1024  # of a grid
 RELEASED_GRID = (16, 16)  # of a state dict that does not say its grid; this is 256 pixels at stride 16
 
 
@@ -126,12 +127,26 @@ def _load_folder(path: Path, ema: bool | None, grid: tuple[int, int] | None, hea
         for name, given, own in (("grid", grid, config.grid), ("heads", heads, config.heads)):
             if given is not None and given != own:
                 raise UserError(f"{folder}: {name} {given} was asked for, but the run has {own}; leave {name} out")
+        weights = open_group(folder, _group(which))
+        _check_size(config, sampled_weights(weights.shapes), origin, weights.origin)
         model = _build(config)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (ArithmeticError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{origin}: does not describe a generator ({error})") from None
-    load_strict(model, sampled_weights(read_tensors(folder, _group(which))), folder / f"{_group(which)}.safetensors")
+    load_strict(model, sampled_weights(weights.read_all()), weights.origin)
     model.origin = folder
     return Loaded(model, folder, which, meta)
+
+
+def _check_size(config: ModelConfig, shapes: dict[str, tuple[int, ...]], origin: Path, weights: Path) -> None:
+    """Check that a described model has the weights that are there, before it takes any memory.
+
+    Raises:
+        UserError: it has not.
+    """
+    check_range(f"{origin}: layers", config.layers, 1, len(shapes))
+    check_range(f"{origin}: codes of the grid", config.length, 1, MOST_CODES)
+    with torch.device("meta"):
+        check_shapes(Transformer(config), shapes, weights)
 
 
 def _group(which: str) -> str:

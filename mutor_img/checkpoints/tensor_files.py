@@ -20,14 +20,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import file_hash
+from mutor_img.common.files import file_hash, parse_json
 
 Files = dict[str, dict[str, Any]]  # size and sha256 by file name, as checkpoint.json holds them
 
 # safetensors' names, in the order in which its files hold them: the widest first, so that each stands aligned.
 DTYPES = {
-    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
-    torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.uint32: "U32", torch.int32: "I32", torch.bfloat16: "BF16",
+    torch.float16: "F16", torch.uint16: "U16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
 
 
@@ -150,12 +151,18 @@ class TensorGroup:
             raise UserError(f"{path}: damaged (its size or sha256 differs from checkpoint.json); use another "
                             "checkpoint")
         file = _open_safetensors(path)
-        rows = json.loads((file.metadata() or {}).get("rows", "{}"))
+        rows = _rows(file, path)
         for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
             start, total = rows.get(name, (0, None))
             shape = tuple(file.get_slice(name).get_shape())
+            if total is not None and not shape:
+                raise UserError(f"{path}: damaged (rows of {name!r}, which is one number); use another checkpoint")
             self.shapes[name] = shape if total is None else (total, *shape[1:])
             self._parts.setdefault(name, []).append((start, file))
+
+    def read_all(self) -> dict[str, Tensor]:
+        """Return all tensors by name, whole, on the CPU."""
+        return {name: self.read(name) for name in self.shapes}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Return rows ``start`` to ``stop`` of a tensor (None: to its end; a scalar has none), on the CPU.
@@ -177,6 +184,16 @@ class TensorGroup:
         if reached < stop:
             raise UserError(f"{self.origin}: row {reached} of {name!r} is in none of its files; use another checkpoint")
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _rows(file: safe_open, path: Path) -> dict[str, list[int]]:
+    """Return the first row and the rows of the whole of each tensor of which a file holds a slice."""
+    rows = parse_json((file.metadata() or {}).get("rows", "{}"), path)
+    if not isinstance(rows, dict) or not all(
+            isinstance(row, list) and len(row) == 2 and all(type(n) is int and n >= 0 for n in row)
+            for row in rows.values()):
+        raise UserError(f"{path}: damaged (its header does not say which rows it holds); use another checkpoint")
+    return rows
 
 
 def _open_safetensors(path: str | Path) -> safe_open:

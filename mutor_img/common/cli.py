@@ -20,8 +20,12 @@ N = TypeVar("N", int, float)
 
 # No permission, a read-only disk, a file where a path needs a folder or the other way round, links in a circle, and a
 # name that is too long.
+_LONGEST = 1000
 _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP,
            errno.ENAMETOOLONG)
+
+
+_BROKEN = (errno.EIO, errno.EROFS, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.EREMOTEIO, errno.ETIMEDOUT)
 
 
 class Parser(argparse.ArgumentParser):
@@ -140,6 +144,9 @@ def run(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = No
         if error.errno in _CLOSED and path:
             reason = "a file is where a folder must be" if error.errno == errno.EEXIST else error.strerror
             _fail(f"{path}: {reason}; give another path, or fix this one", error)
+        if error.errno in _BROKEN:
+            _fail(f"{path or 'a file'}: {error.strerror}; the disk, or the way to it, does not work: mend it and run "
+                  "the same command again", error)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         _fail(f"no space left on the device while writing {error.filename or 'a file'}; free some and run the "
@@ -168,5 +175,14 @@ def _sigterm_unwinds() -> Iterator[None]:
 
 def _fail(message: str, error: Exception) -> None:
     if getattr(error, "speaks", os.environ.get("RANK", "0") == "0"):
-        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def one_line(message: str) -> str:
+    """Return a message as it is printed: one line of at most ``_LONGEST`` characters that a terminal only shows.
+
+    What it quotes may come from a file of megabytes, or hold signs that move a terminal's cursor.
+    """
+    line = "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in " ".join(message.split()))
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST // 2]} … {line[-_LONGEST // 2 + 3:]}"

@@ -81,6 +81,7 @@ class TrainConfig:
     parallel: str = "ddp"  # ddp: each process holds all; fsdp: weights, gradients, optimiser and EMA are sharded
     timeout_minutes: float = 30.0  # a process that is silent for this long counts as dead
     ema: float = 0.0  # decay of the averaged weights, with warm-up; 0: no averaging
+    check_ranks_every: int = 1000  # steps between comparisons of the processes' copies of the weights; 0: never
     log_every: int = 50  # steps between log lines
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])  # beside metrics.jsonl: tensorboard, wandb
     checkpoint_every: int = 5000  # steps between checkpoints; 0: only at the end
@@ -93,7 +94,7 @@ class TrainConfig:
         """Raise :class:`UserError` for a value out of range."""
         for name in ("steps", "global_batch", "log_every", "keep"):
             check_range(f"train.{name}", getattr(self, name), 1, 10**9)
-        for name in ("micro_batch", "checkpoint_every", "validate_every", "picture_every"):
+        for name in ("micro_batch", "check_ranks_every", "checkpoint_every", "validate_every", "picture_every"):
             check_range(f"train.{name}", getattr(self, name), 0, 10**9)
         for step in self.milestones:
             check_range("train.milestones", step, 1, 10**9)

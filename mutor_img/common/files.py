@@ -17,6 +17,7 @@ from typing import Any
 from mutor_img.common.errors import UserError
 
 PATIENCE = 90.0  # seconds; a network file system may show another machine's file a minute late (NFS: acdirmax)
+SEAL = "seal"  # the key of a hash in a JSON file
 _stuck: set[Path] = set()  # what could not be removed and has been said
 
 
@@ -30,6 +31,9 @@ def write_atomic(path: str | os.PathLike, write: Callable[[Path], None]) -> Path
         with open(aside, "rb") as file:
             os.fsync(file.fileno())
         os.replace(aside, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write that fails doesn't name its file
+        raise
     finally:
         remove(aside)
     return path
@@ -41,18 +45,52 @@ def write_json(path: str | os.PathLike, value: Any) -> Path:
     return write_atomic(path, lambda aside: aside.write_text(text))
 
 
+def write_sealed(path: str | os.PathLike, value: dict[str, Any]) -> Path:
+    """Write what :func:`write_json` does, :func:`sealed`."""
+    return write_json(path, sealed(value))
+
+
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+    """Return JSON values with a seal: a hash of the rest, by which whoever reads them sees damage."""
+    value = json.loads(json.dumps(value))  # as it will be read: keys are text, and tuples are lists
+    return {**value, SEAL: _seal_of(value)}
+
+
 def read_json(path: str | os.PathLike) -> Any:
-    """Read JSON.
+    """Read JSON, as :func:`parse_json` does.
 
     Raises:
-        UserError: the file is missing or is not JSON.
+        UserError: the file is missing, is not JSON, or is not what was sealed.
     """
     try:
-        return json.loads(Path(path).read_text())
+        return parse_json(Path(path).read_bytes(), path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; check the path") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+def parse_json(text: str | bytes, origin: object) -> Any:
+    """Return what a JSON text says, without its seal where it has one.
+
+    Raises:
+        UserError: it is no JSON, is nested too deeply, holds a number of thousands of digits, or is not what was
+            sealed; ``origin`` is named.
+    """
+    try:
+        value = json.loads(text)
+        if not isinstance(value, dict) or SEAL not in value or value.pop(SEAL) == _seal_of(value):
+            return value
+        raise UserError(f"{origin}: damaged, or changed by hand (its {SEAL} does not fit the rest); fetch or make it "
+                        f"again, or remove {SEAL!r} from it if the change is yours")
+    except UserError:
+        raise
+    except RecursionError:
+        raise UserError(f"{origin}: not valid JSON (nested too deeply)") from None
+    except ValueError as error:  # of the text's encoding too
+        raise UserError(f"{origin}: not valid JSON ({error})") from None
+
+
+def _seal_of(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def check_format(found: object, wanted: str, path: str | os.PathLike) -> None:
@@ -96,14 +134,19 @@ def append_line(path: str | os.PathLike, line: str) -> None:
 
 
 def read_lines(path: str | os.PathLike) -> list[Any]:
-    """Return the values of a file of JSON lines; [] where there is none. A line that a kill cut short is left out."""
-    path, values = Path(path), []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            values.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return values
+    """Return the values of a file of JSON lines; [] where there is none.
+
+    What stands behind the last line break was cut short by a kill, and is left out.
+
+    Raises:
+        UserError: a line is no JSON; it is named.
+    """
+    path = Path(path)
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    try:
+        return [parse_json(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+    except UserError as error:
+        raise UserError(f"{error}; mend or remove that line") from None
 
 
 def file_hash(path: str | os.PathLike) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -23,6 +24,8 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".ti
 # By their content, whatever the name: photographs named .jpg are often something else. The rest of Pillow's formats are
 # no photographs, and some start other programs.
 _FORMATS = ("PNG", "JPEG", "BMP", "DIB", "WEBP", "PPM", "TIFF", "GIF", "AVIF", "JPEG2000")
+MOST_PIXELS = 2**26  # of one image, 8192 x 8192: a file of kilobytes can say that it holds billions
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # it warns of more than are refused here
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 _WHITE_IS_ZERO, _SIGNED = 0, 2  # values of the second and the third
 
@@ -85,6 +88,7 @@ def read_image(path: str | os.PathLike | BinaryIO, mode: str = "RGB", *, name: s
         if not hasattr(path, "read"):
             _check_file(path, name)
         with Image.open(path, formats=_formats()) as image:
+            check_pixels(name, *image.size)
             image.load()
             image.info.pop("transparency", None)  # Pillow would look for a colour to keep it in, and warn
             image = to_eight_bits(image)
@@ -93,6 +97,13 @@ def read_image(path: str | os.PathLike | BinaryIO, mode: str = "RGB", *, name: s
             elif image.mode == "LAB":
                 image = image.convert("RGB")
             return image.convert(mode)
+
+
+def check_pixels(name: str, width: int, height: int) -> None:
+    """Raise :class:`UserError` for an image of more than ``MOST_PIXELS``; ``name`` is what is named."""
+    if width * height > MOST_PIXELS:
+        raise UserError(f"{name}: {width} x {height} pixels, more than the {MOST_PIXELS} that an image may have; "
+                        "shrink or remove it")
 
 
 def _check_file(path: str | os.PathLike, name: str) -> None:

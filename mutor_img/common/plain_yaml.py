@@ -7,6 +7,8 @@ for the field that it is given to: whoever reads a file here converts text by th
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 import yaml
@@ -14,6 +16,7 @@ import yaml
 from mutor_img.common.errors import UserError
 
 DEEPEST = 20  # levels of lists and mappings; an alias to what holds it would never end
+_MOST = 100_000  # values, those of an alias at each of its places: a few lines of aliases can stand for billions
 _NULL = "tag:yaml.org,2002:null"
 _MERGE = "tag:yaml.org,2002:merge"
 
@@ -44,6 +47,10 @@ class _Twice(Exception):
     pass
 
 
+class _TooMany(Exception):
+    pass
+
+
 def _text(loader: _Loader, node: yaml.ScalarNode) -> str:
     return loader.construct_scalar(node)
 
@@ -67,8 +74,8 @@ def parse(text: str, origin: str) -> Any:
     """
     try:
         value = yaml.load(text, Loader=_Loader)
-        _check_depth(value, DEEPEST)
-    except _Twice as error:
+        _check_size(value, DEEPEST, count(1))
+    except (_Twice, _TooMany) as error:
         raise UserError(f"{origin}: {error}") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -86,8 +93,10 @@ def is_null(text: str) -> bool:
     return text in ("", "~", "null", "Null", "NULL")
 
 
-def _check_depth(value: Any, left: int) -> None:
+def _check_size(value: Any, left: int, numbers: Iterator[int]) -> None:
     if not left:
         raise RecursionError
+    if next(numbers) > _MOST:
+        raise _TooMany(f"more than {_MOST} values; write fewer lists, or fewer aliases of them")
     for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _check_depth(inner, left - 1)
+        _check_size(inner, left - 1, numbers)

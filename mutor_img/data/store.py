@@ -54,6 +54,21 @@ class CodesInfo:
         """Return the JSON's content."""
         return {"format": "mutor_img codes 1", "block": BLOCK, **asdict(self)}
 
+    def check(self, origin: Path) -> None:
+        """Raise :class:`UserError` for a value of another kind; ``origin`` is named."""
+        for name in ("class_names", "views", "checksums"):
+            value = getattr(self, name)
+            if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+                raise UserError(f"{origin}: {name} is no list of words; encode the images again")
+        for name in ("crop", "tokenizer", "tokenizer_hash", "images_hash"):
+            if not isinstance(getattr(self, name), str):
+                raise UserError(f"{origin}: {name} is no text; encode the images again")
+        sides = list(self.grid) if isinstance(self.grid, (list, tuple)) else []
+        numbers = [*sides, self.vocabulary, self.image_size]
+        if len(sides) != 2 or not all(type(number) is int and number > 0 for number in numbers):
+            raise UserError(f"{origin}: grid, vocabulary and image_size are {self.grid}, {self.vocabulary} and "
+                            f"{self.image_size}; encode the images again")
+
 
 class Codes:
     """A code store opened for reading.
@@ -74,13 +89,15 @@ class Codes:
         if not (self.folder / "codes.json").is_file():
             raise UserError(f"{folder}: no codes here (codes.json is missing); make them with tokenizer.encode")
         meta = read_json(self.folder / "codes.json")
-        if meta.pop("format", None) != "mutor_img codes 1" or meta.pop("block", None) != BLOCK:
+        if (not isinstance(meta, dict) or meta.pop("format", None) != "mutor_img codes 1"
+                or meta.pop("block", None) != BLOCK):
             raise UserError(f"{self.folder / 'codes.json'}: not a code store of this version; encode the images again")
         try:
             self.info = CodesInfo(**meta)
             dtype = code_dtype(self.info.vocabulary)
         except TypeError as error:
             raise UserError(f"{self.folder / 'codes.json'}: {error}; encode the images again") from None
+        self.info.check(self.folder / "codes.json")
         self.info.grid = tuple(self.info.grid)
         self.codes = _map(self.folder / "codes.npy", dtype, 3)
         self.labels = _map(self.folder / "labels.npy", np.int64, 1)

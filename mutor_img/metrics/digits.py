@@ -23,14 +23,14 @@ from typing import Any
 import numpy as np
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from mutor_img.common import cli
 from mutor_img.common.errors import UserError, check_range
-from mutor_img.common.files import file_hash, read_json, write_atomic, write_json
+from mutor_img.common.files import file_hash, read_json, write_atomic, write_sealed
 from mutor_img.common.full_precision import full_precision
 from mutor_img.common.locks import claim, folder_lock
 from mutor_img.common.outputs import keep_apart, keep_unseen, refuse_strange_folder
@@ -137,8 +137,9 @@ def load_digits(folder: str | os.PathLike = DEFAULT_FOLDER, device: torch.device
         if digest != about["weights_sha256"]:
             raise UserError(f"{weights}: sha256 begins {digest[:8]}, {ABOUT_FILE} says {about['weights_sha256'][:8]}; "
                             "remove the folder and train again")
-        net = DigitNet(len(about["class_names"]), about.get("channels", 1), about["image_size"])
-        net.load_state_dict(load_file(weights), strict=True)
+        with torch.device("meta"):  # what it says of its size takes no memory before the weights agree
+            net = DigitNet(len(about["class_names"]), about.get("channels", 1), about["image_size"])
+        net.load_state_dict(load_file(weights), strict=True, assign=True)
     except (OSError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
         raise UserError(f"{folder}: not a whole classifier ({error}); remove it and train again") from None
     return DigitFeatures(net, about["class_names"], digest, device, name)
@@ -189,12 +190,12 @@ def train(images: FolderImages, val: FolderImages, out: str | os.PathLike, *, se
     with torch.no_grad():
         guesses = torch.cat([net(part)[1].argmax(1) for part in val_pixels.split(500)])
     accuracy = (guesses == val_targets).double().mean().item()
-    write_atomic(out / WEIGHTS_FILE, lambda aside: save_file(net.state_dict(), aside))
+    write_atomic(out / WEIGHTS_FILE, lambda aside: aside.write_bytes(save(net.state_dict())))
     about = {"class_names": images.class_names, "accuracy": accuracy, "image_size": height, "channels": channels,
              "features": FEATURES, "train_images": len(images), "val_images": len(val),
              "seconds": round(time.perf_counter() - begin, 1), "weights_sha256": file_hash(out / WEIGHTS_FILE),
              "recipe": recipe}
-    write_json(out / ABOUT_FILE, about)  # last: its presence says that the rest is whole
+    write_sealed(out / ABOUT_FILE, about)  # last: its presence says that the rest is whole
     return about
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -23,9 +24,11 @@ import numpy as np
 from mutor_img.common.errors import UserError
 from mutor_img.common.file_kinds import kind_of
 from mutor_img.common.folders import GONE, list_folder
-from mutor_img.common.images import naming, read_image
+from mutor_img.common.images import MOST_PIXELS, check_pixels, naming, read_image
 
 _CHUNK = 64  # images read at once
+_MOST_BYTES = 2**31  # of an array that is read whole: features of 250 000 images, or a covariance of 16 384 of them
+_MOST_HEADER = 10_000  # bytes of an array's header, of which numpy itself reads more before it refuses them
 
 
 class ImageSet(Protocol):
@@ -85,25 +88,29 @@ class NpzImages:
         self.name = self.path.name
         self.members = npz_members(self.path)
         if "arr_0" not in self.members:
-            raise UserError(f"{path}: no array arr_0 of images; it holds {', '.join(sorted(self.members))}")
+            raise UserError(f"{path}: no array arr_0 of images; it holds {listing(self.members)}")
         self.shape = _image_shape(self.path, "arr_0")
         self.size = self.shape[1:3]
-        labels = read_npz_array(self.path, "arr_1") if "arr_1" in self.members else None
-        if labels is not None and (labels.shape != (len(self),) or labels.dtype.kind not in "iu"):
-            raise UserError(f"{path}: arr_1 is {labels.dtype} of shape {labels.shape}; labels are integers, "
-                            f"one for each of the {len(self)} images")
-        self.labels = None if labels is None else labels.astype(np.int64)
+        self.labels = self._labels() if "arr_1" in self.members else None
+
+    def _labels(self) -> np.ndarray:
+        shape, dtype = npz_layout(self.path, "arr_1")
+        if shape != (len(self),) or dtype.kind not in "iu":
+            raise UserError(f"{self.path}: arr_1 is {dtype} of shape {shape}; labels are integers, one for each of the "
+                            f"{len(self)} images")
+        return read_npz_array(self.path, "arr_1").astype(np.int64)
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        size = int(np.prod(self.shape[1:]))
+        size = math.prod(self.shape[1:])
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as stream:
                 _read_header(stream)
-                for start in range(0, len(self), _CHUNK):
-                    count = min(_CHUNK, len(self) - start)
+                chunk = max(1, min(_CHUNK, 3 * MOST_PIXELS // size))
+                for start in range(0, len(self), chunk):
+                    count = min(chunk, len(self) - start)
                     raw = stream.read(count * size)
                     if len(raw) < count * size:
                         raise EOFError(f"{start + len(raw) // size} of {len(self)} images")
@@ -139,13 +146,47 @@ def npz_members(path: str | os.PathLike) -> set[str]:
     return {name.removesuffix(".npy") for name in names}
 
 
+def listing(names: Collection[str]) -> str:
+    """Return names for a message, the first of them if there are many."""
+    return ", ".join(sorted(names)[:20]) + f" and {len(names) - 20} more" * (len(names) > 20)
+
+
 def read_npz_array(path: str | os.PathLike, name: str) -> np.ndarray:
-    """Read one array of an npz file into memory; arrays of Python objects are refused, unread."""
+    """Read one array of an npz file into memory; arrays of Python objects are refused, unread.
+
+    Raises:
+        UserError: as :func:`npz_layout`, or the array is damaged.
+    """
+    npz_layout(path, name)
     try:
         with np.load(path, allow_pickle=False) as archive:
             return archive[name]
     except Exception as error:
         raise UserError(f"{path}: the array {name} cannot be read ({_reason(error)})") from None
+
+
+def npz_layout(path: str | os.PathLike, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    """Return shape and dtype of an array in an npz file, once it is known to be one that can be read whole.
+
+    Raises:
+        UserError: it cannot be read, holds Python objects, is cut off, or would take more memory than any array that
+            is read whole should.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as stream:
+            shape, _, dtype = _read_header(stream)
+            held = archive.getinfo(f"{name}.npy").file_size - stream.tell()
+    except Exception as error:
+        raise UserError(f"{path}: the array {name} cannot be read ({_reason(error)})") from None
+    wanted = math.prod(shape) * dtype.itemsize
+    if dtype.hasobject:
+        raise UserError(f"{path}: {name} holds Python objects, which are not read because they can run code")
+    if wanted > _MOST_BYTES:
+        raise UserError(f"{path}: {name} is {dtype} of shape {shape}, {wanted / 2**30:.3g} GiB; an array that is read "
+                        f"whole has {_MOST_BYTES // 2**30} GiB at most")
+    if held != wanted:
+        raise UserError(f"{path}: {name} should hold {wanted} bytes, but holds {held}; it is damaged or cut off")
+    return shape, dtype
 
 
 def _reason(error: Exception) -> str:
@@ -161,8 +202,8 @@ def _image_shape(path: Path, name: str) -> tuple[int, ...]:
             if fortran:
                 raise UserError(f"{path}: {name} is in Fortran order; save it C-contiguous")
             held = archive.getinfo(f"{name}.npy").file_size - stream.tell()
-            if held != int(np.prod(shape)):
-                raise UserError(f"{path}: {name} should hold {shape[0]} images of {int(np.prod(shape))} bytes, but "
+            if held != math.prod(shape):
+                raise UserError(f"{path}: {name} should hold {shape[0]} images of {math.prod(shape)} bytes, but "
                                 f"holds {held} bytes; it is damaged or cut off")
             return shape
     except UserError:
@@ -177,7 +218,19 @@ def _read_header(stream):
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
     if read is None:
         raise ValueError(f"npy format {version} is not supported")
-    return read(stream)
+    return read(_ShortReads(stream), max_header_size=_MOST_HEADER)
+
+
+class _ShortReads:
+    """A stream of which no read is longer than a header: numpy would read gigabytes of one before it refuses it."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def read(self, size: int) -> bytes:
+        if size > _MOST_HEADER:
+            raise ValueError(f"its header has {size} bytes")
+        return self._stream.read(size)
 
 
 def _check_layout(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
@@ -187,6 +240,7 @@ def _check_layout(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
         raise UserError(f"{name} is {dtype}; images are uint8 in 0..255, rounded as floor(127.5 x + 128)")
     if len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape:
         raise UserError(f"{name} has shape {shape}; images are (N, H, W, 3), at least one")
+    check_pixels(name, shape[2], shape[1])
 
 
 class FolderImages(_Indexed):

@@ -20,10 +20,18 @@ import torch
 from torch import Tensor
 
 from mutor_img.common.errors import UserError, suggest
-from mutor_img.common.files import file_hash, write_atomic
+from mutor_img.common.files import file_hash, parse_json, write_atomic
 from mutor_img.common.folders import means_split
 from mutor_img.metrics.frechet import Statistics
-from mutor_img.metrics.image_sets import FolderImages, ImageSet, NpzImages, content, npz_members, read_npz_array
+from mutor_img.metrics.image_sets import (
+    FolderImages,
+    ImageSet,
+    NpzImages,
+    content,
+    listing,
+    npz_members,
+    read_npz_array,
+)
 
 ROLES = ("generation", "reconstruction")
 _ADM = {"mu", "sigma", "mu_s", "sigma_s", "arr_0"}
@@ -102,7 +110,7 @@ def open_reference(path: str | os.PathLike, split: str | None = None) -> Referen
     images = NpzImages(path) if "arr_0" in members else None
     pool, spatial = _statistics(path, members, "mu", "sigma"), _statistics(path, members, "mu_s", "sigma_s")
     if pool is None and images is None:
-        raise UserError(f"{path}: not a reference: it holds {', '.join(sorted(members)) or 'nothing'}, but neither "
+        raise UserError(f"{path}: not a reference: it holds {listing(members) or 'nothing'}, but neither "
                         "mu and sigma nor images (arr_0)")
     adm = members >= _ADM
     kind = "adm" if adm else "images" if pool is None else "statistics"
@@ -167,7 +175,7 @@ def save_reference(path: str | os.PathLike, *, role: str, name: str, source_hash
 
 def _open_own(path: Path, digest: str, members: set[str]) -> Reference:
     try:
-        about = json.loads(read_npz_array(path, _ABOUT).tobytes())
+        about = parse_json(read_npz_array(path, _ABOUT).tobytes(), path)
         role, name, count = about["role"], about["name"], about["count"]
         network, weights_hash = about["features"], about["weights_sha256"]
         size = None if about.get("image_size") is None else tuple(about["image_size"])
@@ -175,7 +183,8 @@ def _open_own(path: Path, digest: str, members: set[str]) -> Reference:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: its description cannot be read ({error}); make the reference again") from None
-    if role not in ROLES or not {"mu", "sigma", "pool"} <= members:
+    texts = all(isinstance(text, str) for text in (role, name, network, weights_hash))
+    if not texts or role not in ROLES or type(count) is not int or not {"mu", "sigma", "pool"} <= members:
         raise UserError(f"{path}: not a whole statistics file; make the reference again")
     rows = torch.from_numpy(read_npz_array(path, "pool"))
     if rows.dtype != torch.float32 or rows.ndim != 2 or not torch.isfinite(rows).all():

@@ -18,7 +18,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import clear, read_json, remove, wait_until_seen, write_atomic, write_json
+from mutor_img.common.files import clear, read_json, remove, wait_until_seen, write_atomic, write_json, write_sealed
+from mutor_img.metrics.image_sets import npz_layout, read_npz_array
 
 FORMAT = "mutor_img samples 1"
 UNIT = 64  # samples per part; fixed, so that parts are the same for any number of processes and batch size
@@ -88,7 +89,7 @@ class SampleArchive:
         if self.is_finished():
             self.remove_parts()
             return None
-        write_json(self.parts / "settings.json", self.settings)
+        write_sealed(self.parts / "settings.json", self.settings)
         return [unit for unit in self.units() if not self.is_done(unit)]
 
     def units(self) -> range:
@@ -111,7 +112,7 @@ class SampleArchive:
         """Write a part: (its samples, H, W, 3) uint8."""
         def save(aside: Path) -> None:
             with open(aside, "wb") as file:  # given a path, numpy would add its ending
-                np.save(file, images, allow_pickle=False)
+                np.savez(file, images=images)  # a zip, for its checksum: the part may be read days later
 
         write_atomic(self._part(unit), save)
 
@@ -130,14 +131,14 @@ class SampleArchive:
         self.remove_parts()
 
     def _publish(self, labels: np.ndarray, manifest: dict[str, Any]) -> None:
-        shape = (self.count, *np.load(self._part(0), mmap_mode="r").shape[1:])
+        shape = (self.count, *npz_layout(self._part(0), "images")[0][1:])
         aside = self._aside()  # in the parts' folder: what a kill leaves of it goes with the parts
         with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive:
             write_array(archive, "arr_0.npy", np.dtype(np.uint8), shape, self._images())
             write_array(archive, "arr_1.npy", labels.dtype, labels.shape, [labels])
         _flush(aside)
         os.replace(aside, self.out)
-        write_json(self.manifest, manifest)
+        write_sealed(self.manifest, manifest)
 
     def _aside(self) -> Path:
         """Return where the whole is put together, with nothing there."""
@@ -147,14 +148,18 @@ class SampleArchive:
 
     def _images(self) -> Iterator[np.ndarray]:
         """Yield the images of all parts in order, (UNIT or fewer, H, W, 3) uint8."""
-        return (np.load(self._part(unit), allow_pickle=False) for unit in self.units())
+        for unit in self.units():
+            try:
+                yield read_npz_array(self._part(unit), "images")
+            except UserError as error:
+                raise UserError(f"{error}; remove that file and run the same command again") from None
 
     def remove_parts(self) -> None:
         """Remove what an unfinished run leaves."""
         remove(self.parts)
 
     def _part(self, unit: int) -> Path:
-        return self.parts / f"part_{unit:06d}.npy"
+        return self.parts / f"part_{unit:06d}.npz"
 
 
 class SampleFolder(SampleArchive):
@@ -180,7 +185,7 @@ class SampleFolder(SampleArchive):
             Image.fromarray(image).save(path)
             _flush(path)
         write_json(aside / "labels.json", labels.tolist())
-        write_json(aside / self.manifest.name, manifest)
+        write_sealed(aside / self.manifest.name, manifest)
         os.replace(aside, self.out)
 
 

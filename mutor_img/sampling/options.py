@@ -44,6 +44,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup
                                             "the run names)")
     add("--grid-size", metavar="HxW", help="rows x columns of codes, for a LlamaGen .pt that does not contain them "
                                            "(16x16; 24x24 for its 384-pixel weights)")
+    add("--fallback", action="store_true", help="if a run's newest checkpoint is damaged, take its newest intact one")
     add("--resize", type=int, metavar="PIXELS", help="shrink images to this side length before they are written or "
                                                      "scored; LlamaGen scores its 384-pixel weights at 256")
     add("--weights", default="auto", metavar="WHICH", help="ema, raw, or auto: ema if the run has them")
@@ -93,7 +94,7 @@ def open_source(args: argparse.Namespace, runtime: Runtime) -> SampleSource:
     name = ("bf16" if runtime.device.type == "cuda" else "fp32") if args.dtype == "auto" else args.dtype
     grid = None if args.grid_size is None else parse_grid(args.grid_size, "--grid-size")
     # Of a run that trains on the newest checkpoint changes while processes look.
-    path = runtime.from_main(lambda: newest_of(args.checkpoint))
+    path = runtime.from_main(lambda: newest_of(args.checkpoint, args.fallback))
     loaded = load_run(path, ema=WEIGHTS[args.weights], device=runtime.device, dtype=DTYPES[name], grid=grid)
     if loaded.guessed_grid and runtime.is_main:
         print(guess_of(loaded), file=sys.stderr)

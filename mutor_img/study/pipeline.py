@@ -17,7 +17,7 @@ from mutor_img.checkpoints.loading import Loaded, load_run
 from mutor_img.common.child import die_with_parent
 from mutor_img.common.config import load_config
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import clear, read_json, remove, write_json
+from mutor_img.common.files import clear, read_json, remove, write_json, write_sealed
 from mutor_img.common.locks import claim, file_lock
 from mutor_img.data.store import Codes
 from mutor_img.decoding.guidance import parse_schedule, schedule_text
@@ -189,7 +189,7 @@ def _kept(path: Path, key: dict[str, Any], work: Callable[[], Any]) -> Any:
     if path.is_file() and (kept := read_json(path)).get("key") == key:
         return kept["value"]
     value = work()
-    write_json(path, {"key": key, "value": value})
+    write_sealed(path, {"key": key, "value": value})
     return value
 
 

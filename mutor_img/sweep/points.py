@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mutor_img.common.errors import UserError, check_range
-from mutor_img.common.files import read_json, write_json
+from mutor_img.common.files import read_json, write_sealed
 from mutor_img.common.processes import agree, from_main
 from mutor_img.metrics.evaluator import evaluate
 from mutor_img.metrics.features import FeatureNetwork
@@ -90,7 +90,7 @@ def sweep(source: SampleSource, points: Sequence[SweepPoint], count: int, refere
             scores = {name: result[name] for name in KEPT if name in result}
             kept[point] = {**point._asdict(), **scores} if result else {}
             if result and out is not None:
-                write_json(out, {"key": key, "points": list(kept.values())})
+                write_sealed(out, {"key": key, "points": list(kept.values())})
         yield kept[point]
 
 

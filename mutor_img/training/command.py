@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mutor_img.checkpoints.folder import leave_damaged
 from mutor_img.common.cli import Parser
 from mutor_img.common.config import config_files, load_config, record, to_yaml
 from mutor_img.common.locks import folder_lock
@@ -23,18 +24,24 @@ from mutor_img.training.task import Task
 from mutor_img.training.trainer import Trainer
 
 
-def parse_training(argv: Sequence[str], schema: type, plan: Callable[[Any], dict[str, Any]], *, description: str,
-                   example: str) -> Any | None:
-    """Parse a training command line; returns the config, or None after ``--dry-run`` has printed it and its plan.
+def train_command(argv: Sequence[str], task: type[Task], schema: type, plan: Callable[[Any], dict[str, Any]], *,
+                  description: str, example: str) -> None:
+    """Be a training command: parse, and print the plan or train.
 
     Args:
         argv: the arguments.
+        task: what is trained.
         schema: the config's dataclass.
         plan: returns from a config what the dry run prints beside it.
         description, example: for ``--help``.
     """
     parser = training_parser(description=description, example=example)
-    return read_training(parser.parse_intermixed_args(argv), schema, plan)
+    parser.add_argument("--fallback", action="store_true", help="if the newest checkpoint is damaged, go on from the "
+                        "newest intact one; the damaged one gets another name")
+    arguments = parser.parse_intermixed_args(argv)
+    config = read_training(arguments, schema, plan)
+    if config is not None:
+        run_task(task, config, arguments.fallback)
 
 
 def training_parser(*, description: str, example: str) -> Parser:
@@ -49,7 +56,7 @@ def training_parser(*, description: str, example: str) -> Parser:
 
 
 def read_training(arguments: argparse.Namespace, schema: type, plan: Callable[[Any], dict[str, Any]]) -> Any | None:
-    """Do what :func:`parse_training` does once the arguments are parsed."""
+    """Return the config of parsed arguments, or None after ``--dry-run`` has printed it and its plan."""
     config = load_config(schema, arguments.config, arguments.overrides)
     run_dir = Path(config.run_dir)
     keep_apart({"run_dir": [run_dir, run_dir / "config.yaml"]},
@@ -83,8 +90,10 @@ def _readable(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def run_task(task: type[Task], config: Any) -> Trainer:
+def run_task(task: type[Task], config: Any, fallback: bool = False) -> Trainer:
     """Join the processes of the launch and train ``task(config, runtime)``.
+
+    With ``fallback`` the damaged newest checkpoints of the run are left behind first.
 
     SIGTERM or SIGINT before there is anything to save ends the process here, with status 0.
 
@@ -102,6 +111,8 @@ def run_task(task: type[Task], config: Any) -> Trainer:
             with runtime.one_voice(), ExitStack() as owned:
                 with stop.at_once():
                     owned.enter_context(runtime.claim(folder_lock(config.run_dir, keeps=True)))
+                    if fallback:
+                        runtime.from_main(lambda: str(leave_damaged(config.run_dir)))
                     job = task(config, runtime)
                 trainer = train(job, config, runtime, stop)
                 runtime.leave()

@@ -111,6 +111,8 @@ def _run(trainer: Trainer, log: RunLog | None, stop: StopRequest) -> None:
             log.write(step, values)
             bar.write(log_line(values, step, train.steps, task, elapsed / (step - mark_step)))
             mark_step, mark_seconds = step, trainer.seconds
+        if _due(step, train.check_ranks_every, False):
+            trainer.compare_ranks()
         if done or _due(step, train.checkpoint_every, False) or step in train.milestones:
             trainer.save()  # before what may take long
         with suppress(Stopped), stop.at_once() if alone else nullcontext():

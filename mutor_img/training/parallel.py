@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 import torch._functorch.config
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -25,6 +26,8 @@ from mutor_img.checkpoints.tensor_files import Slice, TensorGroup
 from mutor_img.common.config import TrainConfig
 from mutor_img.training.compiling import compile_blocks, replace_forward
 from mutor_img.training.runtime import Runtime
+
+_WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
 
 
 def is_sharded(train: TrainConfig, runtime: Runtime) -> bool:
@@ -153,6 +156,30 @@ def copy_rows(target: Tensor, group: TensorGroup, name: str) -> None:
         return
     rows = local_rows(target)
     rows.tensor.copy_(group.read(name, rows.start, rows.start + len(rows.tensor)))
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether all numbers of a tensor, of a sharded one those that this process holds, are finite."""
+    held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if not held.numel() or not held.is_floating_point():
+        return True
+    return bool(torch.stack(held.detach().aminmax()).isfinite().all())  # both are NaN where one number is
+
+
+def other_copy(tensors: dict[str, Tensor], runtime: Runtime) -> str | None:
+    """Return the name of the first tensor whose bits are not those of rank 0's, or None; all processes call this.
+
+    Of each tensor one number travels, the sum of its bits read as whole numbers: any one flipped bit changes it. What
+    is sharded stands nowhere twice and is passed over.
+    """
+    held = {name: tensor.detach() for name, tensor in tensors.items() if not isinstance(tensor, DTensor)}
+    if runtime.world == 1 or not held:
+        return None
+    sums = torch.stack([tensor.view(_WHOLE[tensor.element_size()]).sum(dtype=torch.int64).to(runtime.device)
+                        for tensor in held.values()])  # (tensors,)
+    first = sums.clone()
+    dist.broadcast(first, 0)
+    return next((name for name, same in zip(held, (sums == first).tolist()) if not same), None)
 
 
 def load_model(model: nn.Module, group: TensorGroup) -> None:

@@ -20,12 +20,15 @@ from mutor_img.checkpoints.folder import newest_checkpoint, open_group, read_met
 from mutor_img.common.config import to_dict
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import file_hash
+from mutor_img.common.processes import share_mistake
 from mutor_img.common.streams import Stream, generator_seed
 from mutor_img.training import parallel
 from mutor_img.training.changes import check_changes, require_group
 from mutor_img.training.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.task import Task, read_numbers
+
+_REMEDY = "lower optim.lr or use train.precision=fp32, then run the same command again"
 
 
 class Trainer:
@@ -161,8 +164,7 @@ class Trainer:
         bad = [name for name, value in logged.items() if not math.isfinite(value)]
         if bad:
             raise UserError(f"step {self.step}: {bad[0]} is {logged[bad[0]]}; nothing was updated and "
-                            f"{newest_checkpoint(self.run_dir) or 'no checkpoint'} is the last good state; "
-                            "lower optim.lr or use train.precision=fp32, then run the same command again")
+                            f"{self._last_good()} is the last good state; {_REMEDY}")
         return logged
 
     def apply(self, logged: dict[str, float]) -> dict[str, float | Tensor]:
@@ -181,6 +183,32 @@ class Trainer:
         self.step += 1
         return {**logged, **after, "lr": lr}
 
+    def compare_ranks(self) -> None:
+        """Check that all processes hold the same weights, average and optimiser state; all call this.
+
+        Raises:
+            UserError: on every process; a memory or a processor of one of them has failed.
+        """
+        held = {"model": dict(self.model.named_parameters()),
+                "optimizer": optimizer_tensors(self.model, self.optimizer)}
+        if self.ema is not None:
+            held["ema"] = dict(self.ema.module.named_parameters())
+        found = parallel.other_copy({f"{group} {name}": tensor for group, tensors in held.items()
+                                     for name, tensor in tensors.items()}, self.runtime)
+        share_mistake(found and f"step {self.step}: {found} of rank {self.runtime.rank} is not that of rank 0: a "
+                                f"memory or a processor has failed; nothing was saved and {self._last_good()} is the "
+                                "last good state; check both machines, then run the same command again")
+
+    def _refuse_broken(self, tensors: dict[str, dict[str, Tensor]]) -> None:
+        """Raise :class:`UserError` on every process where one of them would save a number that is not finite."""
+        bad = next((f"{group} {name}" for group, content in tensors.items() for name, tensor in content.items()
+                    if not parallel.is_finite(tensor)), None)
+        share_mistake(bad and f"step {self.step}: {bad} holds NaN or infinity; nothing was saved and "
+                              f"{self._last_good()} is the last good state; {_REMEDY}")
+
+    def _last_good(self) -> Path | str:
+        return newest_checkpoint(self.run_dir) or "no checkpoint"
+
     def metadata(self) -> dict[str, Any]:
         """Return what a checkpoint's JSON says of the run, whatever its step."""
         return {**self.task.metadata(), "config": to_dict(self.config)}
@@ -191,6 +219,7 @@ class Trainer:
         if self.ema is not None:
             tensors["ema"] = self.ema.module.state_dict()
         tensors.update(self.task.tensors())
+        self._refuse_broken(tensors)
         meta = {"seconds": self.seconds, "samples": self.step * self.config.train.global_batch, **self.metadata()}
         rows = {group: parallel.as_slices(content, self.runtime) for group, content in tensors.items()}
         train = self.config.train

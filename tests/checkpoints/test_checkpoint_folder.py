@@ -3,9 +3,19 @@
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 
-from mutor_img.checkpoints.folder import find_checkpoint, read_tensors, write_checkpoint
+from mutor_img.checkpoints.folder import (
+    find_checkpoint,
+    leave_damaged,
+    newest_intact,
+    newest_of,
+    read_meta,
+    read_tensors,
+    write_checkpoint,
+)
+from mutor_img.common.errors import UserError
 
 
 def save(run_dir: Path, step: int) -> None:
@@ -43,3 +53,30 @@ def test_milestones_are_never_pruned_and_count_among_the_newest(tmp_path):
     for step in range(1, 8):
         write_checkpoint(tmp_path, step, {"model": {"w": torch.zeros(1)}}, {}, keep=2, milestones=[2, 4, 7])
     assert shown(tmp_path) == [f"step_{step:08d}" for step in (2, 4, 6, 7)]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "checkpoint.json"])
+def test_of_a_damaged_checkpoint_the_newest_intact_one_is_named_and_taken_when_asked_for(tmp_path, capsys, file):
+    for step in (1, 2, 3):
+        write_checkpoint(tmp_path, step, {"model": {"w": torch.full((2,), float(step))}}, {}, keep=3)
+    content = bytearray((newest_of(tmp_path) / file).read_bytes())
+    content[-12] ^= 1
+    (newest_of(tmp_path) / file).write_bytes(content)
+    with pytest.raises(UserError, match=rf"step_00000003/{file}: damaged.*/step_00000002: .* --fallback"):
+        read_tensors(find_checkpoint(tmp_path), "model")
+    assert newest_of(tmp_path, fallback=True).name == leave_damaged(tmp_path).name == "step_00000002"
+    assert "step_00000003: damaged, now called damaged_step_00000003" in capsys.readouterr().out
+    assert read_tensors(find_checkpoint(tmp_path), "model")["w"].tolist() == [2, 2]
+    for step in (1, 2):
+        (tmp_path / "checkpoints" / f"step_0000000{step}" / "model.safetensors").unlink()
+    assert newest_intact(tmp_path) is None
+    with pytest.raises(UserError, match="none of its checkpoints is intact"):
+        leave_damaged(tmp_path)
+
+
+def test_what_leads_outside_of_a_checkpoint_is_no_file_of_it(tmp_path):
+    save(tmp_path, 1)
+    path = find_checkpoint(tmp_path) / "checkpoint.json"
+    path.write_text(path.read_text().replace('"model.saf', '"../model.saf').replace('"seal"', '"was"'))
+    with pytest.raises(UserError, match="it lacks the step, or sizes and hashes of files"):
+        read_meta(path.parent)

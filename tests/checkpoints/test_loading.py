@@ -11,7 +11,7 @@ from mutor_img.blocks import ModelConfig
 from mutor_img.checkpoints.folder import write_checkpoint
 from mutor_img.checkpoints.loading import config_from_weights, load_run
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import file_hash
+from mutor_img.common.files import file_hash, read_json
 from mutor_img.transformer import Transformer
 
 LABELS, CODES = torch.tensor([0, 2]), torch.arange(14).view(2, 7) % 11
@@ -177,7 +177,7 @@ def broken(case, model, folder):
         path.write_bytes(content)
         return folder, {}, "damaged"
     if case in ("no model", "strange model"):
-        meta = json.loads((saved / "checkpoint.json").read_text())
+        meta = read_json(saved / "checkpoint.json")
         meta["model"] = {**meta["model"], "colour": 1} if case == "strange model" else None
         (saved / "checkpoint.json").write_text(json.dumps(meta))
         return folder, {}, "does not describe a generator"

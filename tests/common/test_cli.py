@@ -1,5 +1,7 @@
 """Options: the home folder, and paths that no system takes."""
 
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -87,3 +89,28 @@ def test_a_module_s_usage_says_how_it_was_started():
     command = [sys.executable, "-m", "mutor_img.metrics.digits", "--help"]
     usage = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert usage.startswith("usage: python -m mutor_img.metrics.digits [-h]")
+
+
+@pytest.mark.parametrize("number, words", [
+    (errno.ENOSPC, "no space left on the device while writing {}; free some"),
+    (errno.EROFS, "{}: Read-only file system"),
+    (errno.EIO, "{}: Input/output error; the disk, or the way to it, does not work")])
+def test_a_disk_that_fails_in_the_midst_of_a_file_is_one_line_that_names_it(tmp_path, capsys, number, words):
+    def fail(aside):
+        raise OSError(number, os.strerror(number))  # as a write fails: without a name
+
+    path = tmp_path / "scores.json"
+    with pytest.raises(SystemExit) as stopped:
+        run(lambda words: write_atomic(path, fail), [])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith("error: " + words.format(path)) and error.count("\n") == 1
+
+
+def test_a_message_is_one_short_line_whatever_it_quotes(capsys):
+    def refuse(words):
+        raise UserError("x.yaml: seed is \x1b[2J\r\n" + "9" * 100_000)
+
+    with pytest.raises(SystemExit):
+        run(refuse, [])
+    error = capsys.readouterr().err
+    assert len(error) < 1020 and "\x1b" not in error and error.count("\n") == 1 and error.endswith("999\n")

@@ -1,6 +1,7 @@
 """Removing what is old ends nothing: it is said once, it goes later, and its name is free."""
 
 import ast
+import json
 import os
 import shutil
 from pathlib import Path
@@ -9,7 +10,17 @@ import pytest
 
 from mutor_img.common import files
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import clear, discard, remove, wait_until_seen
+from mutor_img.common.files import (
+    append_line,
+    clear,
+    discard,
+    read_json,
+    read_lines,
+    remove,
+    wait_until_seen,
+    write_json,
+    write_sealed,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -85,3 +96,49 @@ def test_files_are_removed_in_one_place():
                 found.add(f"{path.relative_to(ROOT)}: {ast.unparse(node.func)}")
     assert found == {"mutor_img/common/files.py: shutil.rmtree", "mutor_img/common/files.py: path.unlink",
                      "mutor_img/common/locks.py: path.rmdir"}
+
+
+def test_a_changed_byte_of_sealed_json_is_found_or_changes_nothing(tmp_path):
+    value = {"step": 12, "nested": {"lr": 1e-4, 3: [None, True]}, "pair": (1, 2), "names": ["ä", "b"]}
+    path = tmp_path / "a.json"
+    whole, read = write_sealed(path, value).read_bytes(), json.loads(json.dumps(value))
+    assert read_json(path) == read and "seal" not in read
+    outcomes = set()
+    for at in range(len(whole)):
+        for flipped in (1, 32):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ flipped]) + whole[at + 1:])
+            try:
+                found = read_json(path)
+                found.pop(next((key for key in found if key not in read), None), None)  # a seal by another name
+                assert found == read
+                outcomes.add("without effect")
+            except UserError as error:
+                assert str(path) in str(error)
+                outcomes.add("refused")
+    assert outcomes == {"refused", "without effect"}
+
+
+def test_a_seal_that_a_person_removes_allows_the_change(tmp_path):
+    sealed = json.loads(write_sealed(tmp_path / "a.json", {"step": 1}).read_text())
+    write_json(tmp_path / "a.json", {**sealed, "step": 2})
+    with pytest.raises(UserError, match=r"damaged, or changed by hand .* remove 'seal' from it"):
+        read_json(tmp_path / "a.json")
+    write_json(tmp_path / "a.json", {"step": 2})
+    assert read_json(tmp_path / "a.json") == {"step": 2}
+
+
+@pytest.mark.parametrize("text", [b"[" * 100_000, b"9" * 10_000, b"\xff", b"{", b""])
+def test_whatever_is_no_json_is_one_line(tmp_path, text):
+    (tmp_path / "a.json").write_bytes(text)
+    with pytest.raises(UserError, match=r"a\.json: not valid JSON") as caught:
+        read_json(tmp_path / "a.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_line_hides_none_of_those_after_it(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for number in range(4):
+        append_line(path, json.dumps({"row": number}))
+    path.write_text(path.read_text().replace('{"row": 1', '["row": 1'))
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 2: not valid JSON"):
+        read_lines(path)

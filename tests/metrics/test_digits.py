@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from mutor_img.common.errors import UserError
+from mutor_img.common.files import read_json
 from mutor_img.metrics.digits import ABOUT_FILE, WEIGHTS_FILE, DigitNet, load_digits, main, train
 from mutor_img.metrics.image_sets import FolderImages, read_all
 
@@ -101,7 +102,7 @@ def test_images_that_a_classifier_cannot_take_are_refused(tmp_path, sides, colou
 def test_a_classifier_from_before_colours_is_loaded_as_grey(trained, tmp_path):
     for name in (WEIGHTS_FILE, ABOUT_FILE):
         (tmp_path / name).write_bytes((trained[0] / name).read_bytes())
-    about = json.loads((tmp_path / ABOUT_FILE).read_text())
+    about = read_json(tmp_path / ABOUT_FILE)
     assert about.pop("channels") == 1
     (tmp_path / ABOUT_FILE).write_text(json.dumps(about))
     assert load_digits(tmp_path).net.channels == 1
@@ -111,7 +112,7 @@ def test_a_classifier_from_before_colours_is_loaded_as_grey(trained, tmp_path):
 def test_loading_is_strict(trained, tmp_path, damage):
     for name in (WEIGHTS_FILE, ABOUT_FILE):
         (tmp_path / name).write_bytes((trained[0] / name).read_bytes())
-    about = json.loads((tmp_path / ABOUT_FILE).read_text())
+    about = read_json(tmp_path / ABOUT_FILE)
     if damage == "weights":
         (tmp_path / WEIGHTS_FILE).write_bytes(b"nonsense")
     if damage == "missing":

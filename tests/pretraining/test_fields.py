@@ -16,6 +16,7 @@ from mutor_img.pretraining.task import GeneratorTask
 from mutor_img.training.log import read_metrics
 from mutor_img.training.parallel import is_sharded
 from mutor_img.training.runtime import Runtime
+from mutor_img.training.trainer import Trainer
 
 
 def rows_with(trainer, name):
@@ -89,6 +90,7 @@ class FakeScores:
 
 
 PICTURES: list = []
+COMPARED: list = []
 HEADS = ("registers.kind=none", "objective.kind=parallel-heads")
 CHAIN = ("registers.kind=none", "objective.kind=sequential-heads")
 MIRAI = ("registers.kind=none", "objective.kind=mirai", "train.ema=0.9")
@@ -168,6 +170,7 @@ FIELDS = {
     "train.milestones": (("train.keep=1",), "[1]", steps_kept),
     "train.validate_every": ((), "1", lambda t: len(rows_with(t, "val_next_token"))),
     "train.picture_every": ((), "1", pictures),
+    "train.check_ranks_every": ((), "2", lambda t: COMPARED.copy()),
     "pictures.cfg_scale": (("train.picture_every=1",), "3", pictures),
     "pictures.per_class": (("train.picture_every=1",), "2", pictures),
     "plan.devices": ((), "4", plan),
@@ -197,6 +200,7 @@ def test_a_field_changes_what_it_names(field, run_training, make_codes, tmp_path
     monkeypatch.setattr(sampling, "draw_training_grid", lambda model, codes, pictures, seed, path: PICTURES.append(
         (pictures.cfg_scale, pictures.per_class)))
     monkeypatch.setattr(generator, "RunScores", FakeScores)
+    monkeypatch.setattr(Trainer, "compare_ranks", lambda self: COMPARED.append(self.step))
     shared, change = [option.format(tmp=tmp_path) for option in shared], f"{field}={value.format(tmp=tmp_path)}"
     if observe is None:  # checked against the code store and its tokenizer, or another setting
         with pytest.raises(ValueError, match=field.split(".")[1]):
@@ -207,6 +211,7 @@ def test_a_field_changes_what_it_names(field, run_training, make_codes, tmp_path
     seen = []
     for name, extra in (("base", ()), ("changed", (change,))):
         PICTURES.clear()
+        COMPARED.clear()
         seen.append(observe(run_training(f"run_dir={tmp_path / name}", *shared, *extra)))
     assert seen[0] != seen[1]
 

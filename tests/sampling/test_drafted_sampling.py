@@ -10,6 +10,7 @@ from mutor_img.app.command import main as app
 from mutor_img.checkpoints.folder import write_checkpoint
 from mutor_img.checkpoints.loading import load_run
 from mutor_img.common.errors import UserError
+from mutor_img.common.files import read_json
 from mutor_img.evaluation.command import main as evaluate
 from mutor_img.sampling import main
 from mutor_img.sampling.archive import SampleArchive
@@ -20,7 +21,7 @@ DRAFTS = [("2", "window"), ("4", "registers"), ("auto", "frequency")]
 
 def sample(run, out, *flags, count=70):
     main(["--checkpoint", run, "--out", str(out), "--num-samples", str(count), *flags])
-    return out.read_bytes(), json.loads(out.with_suffix(".json").read_text())
+    return out.read_bytes(), read_json(out.with_suffix(".json"))
 
 
 @pytest.mark.parametrize(("window", "source"), DRAFTS)

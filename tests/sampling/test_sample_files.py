@@ -133,7 +133,7 @@ def test_a_part_that_another_process_wrote_is_waited_for_and_then_missed(run_of,
     write = archive_module.SampleArchive.write
     monkeypatch.setattr(archive_module.SampleArchive, "write", lambda self, unit, images: (
         write(self, unit, images) if unit != 1 else None))
-    with pytest.raises(UserError, match=r"part_000001\.npy: this process does not see what another one wrote"):
+    with pytest.raises(UserError, match=r"part_000001\.npz: this process does not see what another one wrote"):
         sample(run_of(), tmp_path / "s.npz")
 
 
@@ -150,7 +150,7 @@ def die():
 def die_in_a_part():
     """Die within the second part, half of whose bytes are on the disk."""
     def write(path, save):
-        if path.name != "part_000001.npy":
+        if path.name != "part_000001.npz":
             return real(path, save)
         aside = path.with_name(f".{path.name}.{os.getpid()}.part")
         save(aside)
@@ -168,8 +168,8 @@ def die_in_the_npz():
 
 def die_before_the_manifest():
     """Die when the npz has its name and its manifest is not there."""
-    real = archive_module.write_json
-    archive_module.write_json = lambda path, value: die() if path.name == "s.json" else real(path, value)
+    real = archive_module.write_sealed
+    archive_module.write_sealed = lambda path, value: die() if path.name == "s.json" else real(path, value)
 
 
 def die_among_pictures():
@@ -203,7 +203,7 @@ def test_a_process_killed_at_any_moment_leaves_no_half_file_and_goes_on(run_of, 
 def test_parts_of_a_killed_run_are_not_made_again(run_of, tmp_path, monkeypatch):
     run, out, made = run_of(), tmp_path / "s.npz", []
     os.waitpid(forked(lambda: (die_in_a_part(), sample(run, out))), 0)
-    assert {path.name for path in (tmp_path / "s.npz.parts").glob("part*")} == {"part_000000.npy"}
+    assert {path.name for path in (tmp_path / "s.npz.parts").glob("part*")} == {"part_000000.npz"}
     real = Sampler.generate
     monkeypatch.setattr(Sampler, "generate", lambda self, labels, numbers: made.extend(numbers.tolist()) or real(
         self, labels, numbers))

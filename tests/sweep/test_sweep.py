@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from mutor_img.common.errors import UserError
+from mutor_img.common.files import read_json
 from mutor_img.evaluation.command import main as score
 from mutor_img.sweep import __main__ as command
 from mutor_img.sweep import points as module
@@ -39,7 +40,7 @@ def test_a_killed_sweep_goes_on_and_its_rows_are_the_scores_of_evaluate_fid(flag
     assert len(json.loads((run / "sweep" / "sweep.json").read_text())["points"]) == 2
     result = main([*flags, *more])
     assert scored == [(1, 1), (4, 1), (1, 0.5), (1, 0.5), (4, 0.5)]
-    assert result == json.loads((run / "sweep" / "sweep.json").read_text())
+    assert result == read_json(run / "sweep" / "sweep.json")
     assert result["best"] == min(result["points"], key=lambda row: row["fd"])
     single = score([*flags, "--cfg-scale", "4", "--temperature", "0.5", "--top-k", "3", "--seed", "1"])
     row = result["points"][3]
@@ -60,7 +61,7 @@ def test_schedules_are_points_too_and_an_older_file_is_gone_on_with(flags, run, 
     assert result["points"][3]["fd"] == single["fd"] != result["points"][2]["fd"] != result["points"][1]["fd"]
     assert "4, power-cosine:2" in capsys.readouterr().out
     path = run / "sweep" / "sweep.json"
-    older = json.loads(path.read_text())  # before schedules were points, the file said the one of all
+    older = read_json(path)  # before schedules were points, the file said the one of all
     older["key"] |= {"cfg_schedule": "linear", "cfg_parameter": None}
     older["points"] = [{k: v for k, v in older["points"][2].items() if not k.startswith("cfg_s") or k == "cfg_scale"}]
     older["points"][0]["fd"] = -1.0  # would be another number if it were scored again

@@ -6,7 +6,7 @@ import torch
 from mutor_img.pretraining.command import main
 from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.training import command
-from mutor_img.training.command import parse_training
+from mutor_img.training.command import read_training, training_parser
 from mutor_img.training.hardware import precision_on
 
 
@@ -17,7 +17,8 @@ def test_auto_is_what_the_processor_computes_in(instructions, precision, monkeyp
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "c.yaml").write_text("train: {precision: auto}\n")
-    config = parse_training(["--config", str(tmp_path / "c.yaml")], GeneratorConfig, dict, description="", example="")
+    arguments = training_parser(description="", example="").parse_args(["--config", str(tmp_path / "c.yaml")])
+    config = read_training(arguments, GeneratorConfig, dict)
     assert config.train.precision == precision
     assert precision_on(torch.device("cpu"), "bf16") == "bf16"  # a choice of the user's stays
     assert precision_on(torch.device("cuda"), "auto") == "bf16"

@@ -43,7 +43,7 @@ data: {{codes: {codes}, val_codes: {codes}}}
 model: {{preset: mnist, grid: [4, 5], vocabulary: 16, classes: 3, dropout: 0.0}}
 registers: {{kind: 2d, count: 6, d_max: 3}}
 train: {{steps: 2, global_batch: 4, precision: fp32, compile: false, checkpoint_every: 0, validate_every: 0,
-         picture_every: 0}}
+         picture_every: 0, ema: 0.9, check_ranks_every: 1}}
 """
 
 
@@ -51,6 +51,20 @@ def run(root: Path, *overrides: str) -> None:
     config = load_config(GeneratorConfig, root / "run.yaml", overrides)
     runtime = Runtime.start(3)
     train(GeneratorTask(config, runtime), config, runtime)
+
+
+def flip(root: Path) -> None:
+    """Train while a bit of rank 1's weights flips in the second update."""
+    good = GeneratorTask.after_update
+
+    def after(task, model, step):
+        if os.environ["RANK"] == "1" and step == 1:
+            model.output.weight.data.view(torch.int32)[3, 2] ^= 1
+        return good(task, model, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GeneratorTask, "after_update", after)
+        run(root, f"run_dir={root}/flipped", "train.steps=4")
 
 
 def encode(root: Path, out: str) -> None:
@@ -103,6 +117,7 @@ def work(rank: int, world: int, port: int, root: Path) -> None:
              "checkpoint on rank 1 alone": lambda: run(root, "run_dir=second", "train.steps=4"),
              "another checkpoint": lambda: run(root, "run_dir=third", "train.steps=4"),
              "another setting": lambda: run(root, "run_dir=new", f"optim.lr={0.01 + rank}"),
+             "a flipped bit": lambda: flip(root),
              "another run_dir": lambda: run(root, f"run_dir={root}/own{rank}"),
              "other codes": lambda: run(root, "run_dir=new", "data.codes=codes"),
              "other held-out codes": lambda: run(root, "run_dir=new", "data.val_codes=codes"),
@@ -129,7 +144,7 @@ def work(rank: int, world: int, port: int, root: Path) -> None:
                     patch.setattr(owner, "is_done", lambda *_, view=view: view)
                 patch.setattr(StoreWriter, "finished", lambda *_, view=view: view)
                 patch.setattr(SampleArchive, "is_finished", lambda *_, view=view: view)
-                patch.setattr(options, "newest_of", lambda path: f"{path}/checkpoints/step_00000003")
+                patch.setattr(options, "newest_of", lambda path, fallback: f"{path}/checkpoints/step_00000003")
             encode(root, f"codes {name}")
             draw(root, f"{name}.npz")
     score(root, stale)
@@ -181,6 +196,7 @@ def told(root: Path) -> dict[str, str]:
     ("checkpoint on rank 1 alone", "the step of the checkpoint to go on from is 2 on rank 1, but nothing on rank 0"),
     ("another checkpoint", "the hash of its checkpoint.json is "),
     ("another setting", "optim.lr is 1.01 on rank 1, but 0.01 on rank 0; start every process with the same command"),
+    ("a flipped bit", "step 2: model output.weight of rank 1 is not that of rank 0"),
     ("another run_dir", "own1 on rank 1, but "),
     ("other codes", "the content of codes is "),
     ("other held-out codes", "the content of codes is "),

@@ -23,6 +23,7 @@ from mutor_img.common import cli, files
 from mutor_img.common.config import OptimConfig, load_config
 from mutor_img.common.errors import UserError
 from mutor_img.pretraining import task as generator
+from mutor_img.pretraining.command import main
 from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.pretraining.task import GeneratorTask
 from mutor_img.training import command
@@ -78,11 +79,29 @@ def test_a_finished_run_is_left_alone(run_training, capsys):
     assert "nothing to do" in capsys.readouterr().out and digest(find_checkpoint(trainer.run_dir)) == before
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(run_training):
-    trainer = run_training()
-    newest = find_checkpoint(trainer.run_dir)
-    (newest / "model.safetensors").write_bytes(b"half")
-    assert find_checkpoint(trainer.run_dir).name == "step_00000002"
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_is_taken_when_asked_for(run_file, run_training):
+    whole = run_training("train.steps=4")
+    before = digest(find_checkpoint(whole.run_dir))
+    (find_checkpoint(whole.run_dir) / "optimizer.safetensors").write_bytes(b"half")
+    with pytest.raises(UserError, match=r"step_00000004/optimizer.*: damaged .*/step_00000003: .* --fallback"):
+        run_training("train.steps=5")
+    main(["--config", str(run_file), "train.steps=4", "--fallback"])
+    assert digest(find_checkpoint(whole.run_dir)) == before
+    assert (whole.run_dir / "checkpoints" / "damaged_step_00000004").is_dir()
+
+
+def test_a_weight_that_is_not_finite_is_never_saved_and_the_step_is_named(run_training, monkeypatch, tmp_path):
+    good = GeneratorTask.after_update
+
+    def spoil(task, model, step):
+        if step == 2:  # the null class: no loss of this update sees it
+            model.cls_embedding.embedding_table.weight.data[-1, 0] = float("inf")
+        return good(task, model, step)
+
+    monkeypatch.setattr(GeneratorTask, "after_update", spoil)
+    with pytest.raises(UserError, match=r"step 3: model cls_embedding\S* holds NaN or infinity.*step_00000002 is the"):
+        run_training()
+    assert find_checkpoint(tmp_path / "runs" / "run").name == "step_00000002"
 
 
 def test_a_loss_that_is_not_finite_moves_no_weight_and_names_the_step(run_training, monkeypatch, tmp_path):

@@ -19,6 +19,8 @@ from mutor_img.common.errors import UserError
 from mutor_img.common.folders import is_hidden, is_image
 from tokenizer.images.source import IMAGENET, ImageSource, is_wordnet_id
 
+_DIGITS = 100  # bytes of a label that are read
+
 
 @dataclass(frozen=True)
 class TarImages(ImageSource):
@@ -85,7 +87,8 @@ def list_tars(tars: list[Path], classes: list[str] | None, *, labelled: bool = T
     classes = classes if labelled else ["images"]
     wrong = [i for i, label in enumerate(labels) if not 0 <= label < len(classes)]
     if wrong:
-        raise UserError(f"{files[wrong[0]]}: label {labels[wrong[0]]} is outside 0 to {len(classes) - 1}")
+        raise UserError(f"{tars[0].parent / files[wrong[0]]}: label {labels[wrong[0]]} is outside 0 to "
+                        f"{len(classes) - 1}")
     found = TarImages(tars[0].parent, classes, files, sizes, np.array(labels, np.int64), left_out, tars,
                       np.array(places, np.int64))
     return replace(found, keys_twice=_keys_twice(found))
@@ -124,11 +127,11 @@ def _members(path: Path, labelled: bool) -> tuple[dict[str, tuple[str, int, int]
                 if member.isdir() or any(is_hidden(part) for part in member.name.split("/") if part != "."):
                     continue
                 if ending.lower() == "cls":
-                    _refuse_link(member, path)
+                    _refuse_strange(member, path)
                     _refuse_second(key, member.name, f"{key}.cls", labels, path)
-                    labels[key] = _number(tar.extractfile(member).read(), member.name, path) if labelled else 0
+                    labels[key] = _number(tar.extractfile(member).read(_DIGITS), member.name, path) if labelled else 0
                 elif is_image(member.name):
-                    _refuse_link(member, path)
+                    _refuse_strange(member, path)
                     _refuse_second(key, member.name, images.get(key, ("",))[0], images, path)
                     images[key] = (member.name, member.offset_data, member.size)
             _check_end(tar, path)
@@ -150,10 +153,10 @@ def _check_end(tar: tarfile.TarFile, path: Path) -> None:
                                 "file, or several tar files joined; download or pack it again")
 
 
-def _refuse_link(member: tarfile.TarInfo, path: Path) -> None:
-    if not member.isfile():
-        raise UserError(f"{path}: {member.name} in it is not a plain file but a link or a device; pack the file itself "
-                        "(tar --dereference --hard-dereference)")
+def _refuse_strange(member: tarfile.TarInfo, path: Path) -> None:
+    if not member.isfile() or member.issparse():
+        raise UserError(f"{path}: {member.name} in it is not a plain file but a link, a device or a file with holes; "
+                        "pack the file itself (tar --dereference --hard-dereference, and without --sparse)")
 
 
 def _refuse_second(key: str, name: str, first: str, seen: Collection[str], path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from mutor_img.checkpoints.folder import checkpoint_at, read_meta
 from mutor_img.checkpoints.tensor_files import group_hash, has_group
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import append_line, read_lines
+from mutor_img.common.files import append_line, read_lines, sealed
 from mutor_img.study.comparison.config import ComparisonConfig
 from mutor_img.study.comparison.jobs import Job
 
@@ -87,4 +87,4 @@ def check_same_judge(study: ComparisonConfig, judge: dict[str, Any]) -> None:
 
 def add(study: ComparisonConfig, name: str, line: dict[str, Any]) -> None:
     """Append a line to ``rows.jsonl`` or ``targets.jsonl``."""
-    append_line(Path(study.run_dir) / name, json.dumps(line))
+    append_line(Path(study.run_dir) / name, json.dumps(sealed(line)))
