@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mutor_img.checkpoints.folder import (
+    checkpoint_at,
     find_checkpoint,
     leave_damaged,
     newest_intact,
@@ -59,12 +60,14 @@ def test_milestones_are_never_pruned_and_count_among_the_newest(tmp_path):
 def test_of_a_damaged_checkpoint_the_newest_intact_one_is_named_and_taken_when_asked_for(tmp_path, capsys, file):
     for step in (1, 2, 3):
         write_checkpoint(tmp_path, step, {"model": {"w": torch.full((2,), float(step))}}, {}, keep=3)
-    content = bytearray((newest_of(tmp_path) / file).read_bytes())
+    damaged = find_checkpoint(tmp_path) / file
+    content = bytearray(damaged.read_bytes())
     content[-12] ^= 1
-    (newest_of(tmp_path) / file).write_bytes(content)
+    damaged.write_bytes(content)
     with pytest.raises(UserError, match=rf"step_00000003/{file}: damaged.*/step_00000002: .* --fallback"):
         read_tensors(find_checkpoint(tmp_path), "model")
-    assert newest_of(tmp_path, fallback=True).name == leave_damaged(tmp_path).name == "step_00000002"
+    intact = checkpoint_at(tmp_path, 2)
+    assert newest_of(tmp_path, fallback=True) == str(intact) and leave_damaged(tmp_path) == intact
     assert "step_00000003: damaged, now called damaged_step_00000003" in capsys.readouterr().out
     assert read_tensors(find_checkpoint(tmp_path), "model")["w"].tolist() == [2, 2]
     for step in (1, 2):
