@@ -40,7 +40,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup
         if flag not in without:
             parser.add_argument(flag, **options)
 
-    add("--tokenizer", metavar="PATH", help="tokenizer folder or LlamaGen .pt (default: the one that the run names)")
+    add("--tokenizer", metavar="PATH", help="tokenizer folder or released file (default: the one that the run names)")
     add("--grid-size", metavar="HxW", help="rows x columns of codes, for a LlamaGen .pt that does not contain them "
                                            "(16x16; 24x24 for its 384-pixel weights)")
     add("--resize", type=int, metavar="PIXELS", help="shrink images to this side length before they are written or "
