@@ -113,8 +113,8 @@ def build_parser() -> Parser:
         example="torchrun --nproc-per-node 8 -m tokenizer.encode --tokenizer vq_ds16_c2i.pt --images imagenet/train "
                 "--out codes/imagenet256",
     )
-    parser.add_argument("--tokenizer", required=True, help="tokenizer run folder, hf://org/name, or LlamaGen's "
-                                                            "released .pt")
+    parser.add_argument("--tokenizer", required=True, help="tokenizer run folder, hf://org/name, or a released file "
+                        "(LlamaGen's .pt; docs/tokenizer.md lists others)")
     parser.add_argument("--images", required=True, help="folder with one sub-folder of images per class, or with "
                         "Parquet files (data/train is the split train), or with WebDataset's tar files, or, with "
                         "--labels, with images alone")

@@ -167,7 +167,7 @@ def _parser() -> Parser:
                 "--out reconstructions.png",
     )
     add = parser.add_argument
-    add("--tokenizer", required=True, help="tokenizer run folder, hf://org/name, or LlamaGen's released .pt")
+    add("--tokenizer", required=True, help="tokenizer run folder, hf://org/name, or a released file")
     add("--images", required=True, help="folder of images, with or without class folders, or of Parquet or tar "
                                        "files, as for encode")
     add("--split", metavar="NAME", help="the split to use, if the folder holds several, as for encode")
