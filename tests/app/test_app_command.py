@@ -82,7 +82,8 @@ def test_a_taken_port_is_refused_before_anything_is_loaded(served):
 @pytest.mark.parametrize(("flags", "words"), [
     (["--port", "0"], "--port is 0"), (["--port", "65536"], "--port is 65536"), (["--port", "x"], "invalid int"),
     (["--compare", "absent"], "absent"), (["--tokenizer", "absent"], "absent"),
-    (["--shared"], "did you mean '--share'"), (["--cfg-scale", "0"], "cfg_scale is 0.0"), (["--classes", "dgo"], "did you mean 'dog'"),
+    (["--shared"], "did you mean '--share'"), (["--cfg-scale", "0"], "cfg_scale is 0.0"),
+    (["--classes", "dgo"], "did you mean 'dog'"),
     (["--labels", "rnd"], "--labels"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_a_mistake_is_one_clear_line(served, two_runs, flags, words):
