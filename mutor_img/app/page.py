@@ -1,6 +1,6 @@
-"""The page itself, in Gradio: a tab to sample, and a tab to browse runs.
+"""The page itself, in Gradio: samples, training runs, or a tab for each.
 
-Only this module and that of the second tab need Gradio. Nothing leaves the machine unless ``--share`` is given: no
+Only this module and that of the runs need Gradio. Nothing leaves the machine unless ``--share`` is given: no
 telemetry, no share link, no fonts from elsewhere.
 """
 
@@ -18,7 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 from gradio import networking
 
-from mutor_img.app import markup
+from mutor_img.app import limits, markup
 from mutor_img.app.runs_tab import build_runs_tab
 from mutor_img.app.session import MAX_IMAGES, Controls, Side, answer
 from mutor_img.common.errors import UserError
@@ -32,17 +32,18 @@ def build_page(sides: Sequence[Side], runs: Path | None = None) -> gr.Blocks:
     """Return the page.
 
     Args:
-        sides: one checkpoint, or several of the same classes, which get the same seeds; none: no tab to sample.
-        runs: the folder whose runs can be browsed; None: no tab for that.
+        sides: one checkpoint, or several of the same classes, which get the same seeds; none: no samples.
+        runs: the folder whose runs can be browsed; None: no runs.
     """
+    alone = not sides or runs is None
     with gr.Blocks(title="mutor_img", analytics_enabled=False, fill_width=True) as page:
         if sides:
-            with gr.Tab("Samples"):
+            with contextlib.nullcontext() if alone else gr.Tab("Samples"):
                 _samples(sides)
         if runs is not None:
-            with gr.Tab("Runs"):
+            with contextlib.nullcontext() if alone else gr.Tab("Runs"):
                 build_runs_tab(page, runs)
-    return page
+    return page.queue(max_size=limits.WAITING, api_open=False)
 
 
 def _samples(sides: Sequence[Side]) -> None:
@@ -121,7 +122,8 @@ def serve(page: gr.Blocks, listener: socket.socket, share: bool = False) -> None
     app = gr.mount_gradio_app(FastAPI(), page, "/", *listener.getsockname(), footer_links=[], run_history=False,
                               show_error=False, ssr_mode=False, enable_monitoring=False, mcp_server=False, pwa=False,
                               css=markup.STYLE)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(uvicorn.Config(limits.Limits(app), limit_concurrency=limits.CONNECTIONS,
+                                           log_level="warning", timeout_graceful_shutdown=1))
     if share:
         print(f"{_public_address(*listener.getsockname())} (whoever has this address can use the page; what it shows "
               "passes through Gradio's servers)")

@@ -125,7 +125,7 @@ def show_pictures(listing: Listing, name: str, labels: Sequence[str]) -> str:
 
 
 def _chosen(known: dict[str, Path], name: str, kind: str) -> Path:
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise UserError(f"{str(name)[:200]!r}: no such {kind} any more; press Refresh and choose one of the list")
     return known[name]
 

@@ -1,4 +1,4 @@
-"""The tab of the page that browses runs, in Gradio."""
+"""The part of the page that browses runs, in Gradio."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def build_runs_tab(page: gr.Blocks, root: Path) -> None:
     Every request lists the runs anew, so that it sees what is there now.
     """
     with gr.Row():
-        run = gr.Dropdown([], value=None, label="Run", scale=4, elem_id="run")
+        # A name that is not in the list is refused by the list made anew, in a line on the page.
+        run = gr.Dropdown([], value=None, allow_custom_value=True, label="Run", scale=4, elem_id="run")
         refresh = gr.Button("Refresh", min_width=80, elem_id="refresh")
     table = gr.HTML(elem_id="runs", max_height=280)
     head = gr.HTML(markup.note("Choose a run."), elem_id="run-head")
@@ -28,13 +29,13 @@ def build_runs_tab(page: gr.Blocks, root: Path) -> None:
             scores = gr.HTML(elem_id="run-scores")
             config = gr.HTML(elem_id="run-config")
         with gr.Column(scale=2, min_width=300):
-            pictures = gr.Dropdown([], value=[], multiselect=True, max_choices=MOST_PICTURES, label="Pictures",
-                                   elem_id="pictures")
+            pictures = gr.Dropdown([], value=[], allow_custom_value=True, multiselect=True, max_choices=MOST_PICTURES,
+                                   label="Pictures", elem_id="pictures")
             shown = gr.HTML(elem_id="run-pictures")
     parts = [head, curves, scores, config, pictures, shown]
 
     def choose(name: str | None) -> list[Any]:
-        if name is None:
+        if not name:
             return [gr.skip()] * len(parts)
         try:
             listing = list_runs(root)
@@ -48,7 +49,7 @@ def build_runs_tab(page: gr.Blocks, root: Path) -> None:
     def look(name: str | None) -> list[Any]:
         listing = list_runs(root)
         return [overview(listing), gr.update(choices=list(listing.folders),
-                                             value=name if name in listing.folders else None), *choose(name)]
+                                             value=name if name in list(listing.folders) else None), *choose(name)]
 
     def draw(name: str | None, labels: list[str]) -> str:
         try:

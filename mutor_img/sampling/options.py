@@ -40,8 +40,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup
         if flag not in without:
             parser.add_argument(flag, **options)
 
-    add("--tokenizer", metavar="PATH", help="tokenizer folder, hf://org/name or released file (default: the one that the "
-                                            "run names)")
+    add("--tokenizer", metavar="PATH", help="tokenizer folder, hf://org/name or released file (default: the one that "
+                                            "the run names)")
     add("--grid-size", metavar="HxW", help="rows x columns of codes, for a LlamaGen .pt that does not contain them "
                                            "(16x16; 24x24 for its 384-pixel weights)")
     add("--fallback", action="store_true", help="if a run's newest checkpoint is damaged, take its newest intact one")

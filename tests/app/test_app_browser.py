@@ -1,7 +1,11 @@
-"""The page in a real Chromium: what is picked is what is made, in the bytes of sample.py, and nothing leaves home."""
+"""The page in a real Chromium: what is picked is what is made or shown, and nothing leaves the machine."""
 
 import base64
+import contextlib
+import http.client
+import inspect
 import io
+import json
 import os
 import shlex
 import shutil
@@ -18,6 +22,9 @@ import pytest
 from PIL import Image
 
 from mutor_img import sampling
+from mutor_img.checkpoints.folder import write_checkpoint
+from mutor_img.common.errors import UserError
+from mutor_img.common.images import write_png
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -27,16 +34,32 @@ MISSING = [name for name, there in (("Gradio", find_spec("gradio")), ("playwrigh
 pytestmark = [pytest.mark.app, pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)} not installed; "
                                                                         "make test-app installs what pip can")]
 PATIENCE = 120_000  # milliseconds
+EVIL = "<img src=x onerror=document.title='broken'>"
 
 
 @pytest.fixture(scope="module")
-def server(two_runs, free_port, tmp_path_factory):
-    """The real command, with two checkpoints."""
+def runs(tmp_path_factory):
+    """A folder with a run of ten updates and two pictures, and one whose name and files mean harm."""
+    root = tmp_path_factory.mktemp("runs")
+    for name in ("demo", EVIL):
+        write_checkpoint(root / name, 10, {}, {"kind": "generator"}, 1)
+        (root / name / "config.yaml").write_text(f"train: {{steps: 20, note: {EVIL!r}}}\n")
+        (root / name / "metrics.jsonl").write_text("".join(
+            json.dumps({"step": step, "loss": 1 / step, f"val_{EVIL}": 2.0}) + "\n" for step in range(1, 11)))
+        for step in (5, 10):
+            write_png(root / name / "pictures" / f"samples_{step:08d}.png", Image.new("RGB", (8, 8 * step)))
+    (root / EVIL / "metrics.jsonl").write_text("3\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def server(two_runs, runs, free_port, tmp_path_factory):
+    """The real command, with two checkpoints and a folder of runs."""
     log = tmp_path_factory.mktemp("server") / "log"
     with open(log, "w") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", "mutor_img.app", "--checkpoint", two_runs[0], "--compare", two_runs[1], "--port",
-             str(free_port)], stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT,
+            [sys.executable, "-m", "mutor_img.app", "--checkpoint", two_runs[0], "--compare", two_runs[1], "--runs",
+             str(runs), "--port", str(free_port)], stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"})
     line = process.stdout.readline()
     assert line == f"http://127.0.0.1:{free_port} (Ctrl-C ends it)\n", log.read_text()
@@ -167,3 +190,85 @@ def test_nothing_leaves_the_machine(page, server):
     sockets = psutil.Process(server.process.pid).net_connections()
     assert {s.laddr for s in sockets if s.status == psutil.CONN_LISTEN} == {("127.0.0.1", server.port)}
     assert {s.raddr.ip for s in sockets if s.raddr} <= {"127.0.0.1"}
+
+
+def choose_run(page, name):
+    page.get_by_role("tab", name="Runs").click()
+    page.wait_for_selector("#runs td")
+    page.locator("#run input").click()
+    page.get_by_role("option", name=name, exact=True).click()
+
+
+def open_run(page, name):
+    choose_run(page, name)
+    page.wait_for_function(
+        "name => document.querySelector('#run-head .mutor-title')?.innerText.startsWith(name + ' ·')", arg=name)
+
+
+def heights(page, place):
+    """Return the heights of the pictures there, as Chromium has drawn them."""
+    page.wait_for_function("place => [...document.querySelectorAll(place + ' img')].every(image => image.complete)",
+                           arg=place)
+    return page.locator(f"{place} img").evaluate_all("all => all.map(image => image.naturalHeight)")
+
+
+def test_a_run_is_browsed(page):
+    open_run(page, "demo")
+    state = page.locator("#run-head .mutor-title").inner_text()
+    assert state == "demo · generator · 10 of 20 · stopped; the same command goes on"
+    assert len(heights(page, "#run-curves")) == 1 and heights(page, "#run-pictures") == [80]
+    page.locator("#pictures input").click()
+    page.get_by_role("option", name="samples after update 5", exact=True).click()
+    page.wait_for_function("document.querySelectorAll('#run-pictures img').length == 2")
+    assert heights(page, "#run-pictures") == [40, 80]
+    assert page.strangers == []
+
+
+def test_a_broken_run_is_a_line_and_its_texts_are_no_markup(page):
+    open_run(page, EVIL)
+    assert "metrics.jsonl: not a readable file of a run" in page.locator("#run-curves [role=alert]").inner_text()
+    page.locator("#run-config summary").click()
+    assert EVIL in page.locator("#run-config pre").inner_text()
+    open_run(page, "demo")
+    assert page.title() == "mutor_img"
+
+
+def test_a_run_that_has_begun_since_appears_after_refresh(page, runs):
+    open_run(page, "demo")
+    write_checkpoint(runs / "newer", 1, {}, {"kind": "tokenizer"}, 1)
+    page.click("#refresh")
+    page.wait_for_function("document.querySelector('#runs').innerText.includes('newer')")
+    open_run(page, "newer")
+
+
+def test_a_request_for_what_is_not_listed_opens_nothing(page, server, two_runs):
+    page.route("**/queue/join*", lambda route: route.continue_(
+        post_data=route.request.post_data.replace('"demo"', json.dumps(two_runs[0]))))
+    choose_run(page, "demo")
+    page.wait_for_selector("#run-head [role=alert]")
+    assert "no such run any more" in page.locator("#run-head").inner_text()
+    assert page.locator("#run-curves img").count() == 0 and "Traceback" not in server.log.read_text()
+
+
+def test_a_request_that_is_too_large_is_refused_before_it_is_sent(server):
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)) as connection:
+        connection.putrequest("POST", "/gradio_api/queue/join")
+        connection.putheader("Content-Length", str(2**40))
+        connection.endheaders()
+        answer = connection.getresponse()
+        assert answer.status == 413 and "the page takes at most 16,777,216" in answer.read().decode()
+
+
+def test_a_public_address_is_told_or_refused_in_one_line(monkeypatch):
+    from mutor_img.app import page as drawn
+
+    signature = inspect.signature(drawn.networking.setup_tunnel)
+    monkeypatch.setattr(drawn.networking, "setup_tunnel", lambda *given: signature.bind(*given) and "https://public")
+    assert drawn._public_address("127.0.0.1", 7860) == "https://public"
+
+    def offline(*given):
+        raise RuntimeError("Could not get share link\nfrom Gradio API Server.")
+
+    monkeypatch.setattr(drawn.networking, "setup_tunnel", offline)
+    with pytest.raises(UserError, match=r"^--share: no public address \(Could not get share link from .*; leave"):
+        drawn._public_address("127.0.0.1", 7860)

@@ -212,7 +212,7 @@ def test_a_name_that_is_no_text_is_shown_and_found(tmp_path):
     assert html.encode() and "r\\udcff · generator" in html
 
 
-@pytest.mark.parametrize("name", ["../outside", "", "sub/../run", "run/", None, 0, "gone", "run/checkpoints"])
+@pytest.mark.parametrize("name", ["../outside", "", "sub/../run", "run/", None, 0, [], "gone", "run/checkpoints"])
 def test_a_request_opens_nothing_that_is_not_listed(tmp_path, monkeypatch, name):
     write_run(tmp_path / "outside")
     write_run(tmp_path / "root" / "run")
