@@ -19,7 +19,7 @@ compare: $(VENV)/installed
 	$(RUN) -m mutor_img.study --config configs/mnist/study.yaml compare=true
 
 test: $(VENV)/installed
-	$(RUN) -m pytest -n $(TEST_PROCESSES) --dist loadfile
+	$(RUN) -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(VENV)/installed
 	$(RUN) -m pytest -m gpu
