@@ -47,15 +47,13 @@ class Forks:
             subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
         self._child = Child(module_command(__name__), environment)
 
-    def run(self, function: str, *arguments: Any, memory: int | None = None,
-            kill: tuple[float, int] = (PATIENCE, signal.SIGKILL)) -> dict[str, Any]:
+    def run(self, function: str, *arguments: Any, memory: int | None = None) -> dict[str, Any]:
         """Call ``module:function`` with arguments that JSON can say, in a fork.
 
         Args:
             function: where it is.
             arguments: for it.
             memory: bytes of address space that it may take beyond what the process has.
-            kill: the seconds after which it gets a signal, and which.
 
         Returns:
             ``outcome``: "returned", "refused" (a UserError), "raised", "ended" or "killed"; ``message``: of the error,
@@ -63,7 +61,7 @@ class Forks:
             address space that it took at most; ``printed``: on the standard error stream.
         """
         question = {"function": function, "arguments": arguments, "memory": memory}
-        return self._child.ask({"kill": kill, "question": question}, 2 * PATIENCE + 60)
+        return self._child.ask(question, PATIENCE + 60)
 
     def close(self) -> None:
         """End the process."""
@@ -71,9 +69,8 @@ class Forks:
         self._folder.cleanup()
 
 
-def _answer(asked: dict[str, Any]) -> dict[str, Any]:
+def _answer(question: dict[str, Any]) -> dict[str, Any]:
     """Do one trial in a fork, and wait for it."""
-    (seconds, number), question = asked["kill"], asked["question"]
     receive, send = os.pipe()
     child = os.fork()
     if child == 0:
@@ -82,9 +79,8 @@ def _answer(asked: dict[str, Any]) -> dict[str, Any]:
             pipe.write(json.dumps(_trial(**question)).encode())
         os._exit(0)
     os.close(send)
-    numbers = iter([number])
-    signal.signal(signal.SIGALRM, lambda *_: os.kill(child, next(numbers, signal.SIGKILL)))
-    signal.setitimer(signal.ITIMER_REAL, seconds, PATIENCE)
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE)
     with open(receive, "rb") as pipe:
         told = pipe.read()
     _, status = os.waitpid(child, 0)
