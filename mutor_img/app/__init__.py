@@ -1,1 +1,4 @@
-"""A page in the browser to look at samples: ``python -m mutor_img.app``. Gradio, an optional extra, draws it."""
+"""A page in the browser to look at samples and training runs: ``python -m mutor_img.app``.
+
+Gradio, an optional extra, draws it.
+"""

@@ -1,4 +1,4 @@
-"""``python -m mutor_img.app``: a page to look at samples, and to compare two checkpoints."""
+"""``python -m mutor_img.app``: a page to look at samples of one or two checkpoints, and at training runs."""
 
 if __name__ == "__main__":
     from mutor_img.common.threads import set_spinning
