@@ -90,7 +90,7 @@ def test_a_shown_make_target_exists(target):
 
 def links() -> list[tuple[str, str]]:
     """Return (page, link) of every link to a file."""
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    pages = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
     return [(str(page.relative_to(ROOT)), link) for page in pages
             for link in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", page.read_text())]
 

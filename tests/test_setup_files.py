@@ -7,7 +7,6 @@ import tomllib
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -79,10 +78,3 @@ def test_citation_and_changelog_name_this_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert (citation["cff-version"], citation["version"], citation["license"]) == ("1.2.0", PROJECT["version"], "MIT")
     assert citation["title"] == PROJECT["name"] and f"## {PROJECT['version']}" in (ROOT / "CHANGELOG.md").read_text()
-
-
-@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "CHANGELOG.md", "README.md", *(
-    f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
-def test_a_page_links_to_files_that_are_there(page):
-    links = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", (ROOT / page).read_text())
-    assert not [link for link in links if not (ROOT / page).parent.joinpath(link).exists()]
