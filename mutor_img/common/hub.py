@@ -56,7 +56,7 @@ def hub_folder(name: str | Path) -> Path:
         if not (folder / "checkpoint.json").is_file():
             raise UserError(f"{told}: holds no checkpoint.json, so it is no model of this project; of other files, "
                             "such as LlamaGen's .pt, download the one you need and give its path")
-        wanted = [name for path in ("checkpoint.json", packed) for name in _files_of(folder / path, folder)]
+        wanted = [*_files_of(folder, ""), *_files_of(folder, f"{PACKED}/")]
         return _fetch(hub, repo, folder.name, ["checkpoint.json", packed, *wanted])  # of the same commit
 
 
@@ -92,11 +92,12 @@ def _fetch(hub: ModuleType, repo: str, revision: str | None, files: list[str]) -
     return Path(hub.snapshot_download(repo, **options))
 
 
-def _files_of(path: Path, root: Path) -> list[str]:
-    """Return the files that a checkpoint's JSON lists, by their paths in the repository; [] where it is not there."""
-    content = read_json(path) if path.is_file() else {}
-    listed = content.get("files", {}) if isinstance(content, dict) else {}  # another format is refused by its reader
-    return [str((path.parent / name).relative_to(root)) for name in listed if name == Path(name).name]
+def _files_of(folder: Path, below: str) -> list[str]:
+    """Return the files that the checkpoint.json in ``below`` lists, by their paths in the repository; [] without it."""
+    path = folder / below / "checkpoint.json"
+    content = read_json(path) if path.is_file() else None
+    listed = content.get("files") if isinstance(content, dict) else None
+    return [below + name for name in listed] if isinstance(listed, dict) else []  # its reader refuses another format
 
 
 def import_hub(what: str) -> ModuleType:

@@ -134,7 +134,9 @@ def full_command(parser: argparse.ArgumentParser, args: argparse.Namespace, best
 
 def _default_folder(given: str) -> Path:
     """Return ``sweep`` in a run folder, else a folder beside the checkpoint; of a name on the Hub, in this folder."""
-    checkpoint = Path(Path(given).name if is_hub_name(given) else given)
+    checkpoint = Path(given)
+    if is_hub_name(given):
+        return Path(f"sweep_{checkpoint.name}")
     if (checkpoint / "checkpoints").is_dir():
         return checkpoint / "sweep"
     return checkpoint.resolve().with_name(f"sweep_{checkpoint.resolve().stem}")

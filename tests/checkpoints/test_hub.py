@@ -213,6 +213,12 @@ def test_codes_made_by_a_tokenizer_on_the_hub_name_its_commit(hub, digit_folders
     assert read_json(tmp_path / "codes" / "codes.json")["tokenizer"] == name
 
 
+def test_a_sweep_of_a_name_is_written_here_and_not_into_the_cache():
+    from mutor_img.sweep.__main__ import _default_folder
+
+    assert _default_folder(f"{NAME}@v1") == Path("sweep_model@v1")
+
+
 MALFORMED = ["hf://model", "hf:org/model", "hf://org/model/file", "hf://org/model@", "hf://", "hf://org/a..b--c"]
 
 
@@ -222,6 +228,7 @@ MALFORMED = ["hf://model", "hf:org/model", "hf://org/model/file", "hf://org/mode
     ("hf://org/gated", "gated; ask for access on its page, then log in"),
     ("hf://org/foreign", "holds no checkpoint.json"),
     ("hf://org/another", "its format is None, not 'mutor_img checkpoint 1'"),
+    ("hf://org/odd", "its format is None, not 'mutor_img checkpoint 1'"),
     ("hf://org/vq", "a checkpoint of a tokenizer, not of a generator"),
 ])
 def test_a_name_that_means_no_generator_of_ours_is_one_line(hub, run_of, tmp_path, name, line):
@@ -230,6 +237,7 @@ def test_a_name_that_means_no_generator_of_ours_is_one_line(hub, run_of, tmp_pat
     hub.gated.add("org/gated")
     hub.add("org/foreign", {"model.safetensors": b"x" * 100})
     hub.add("org/another", {"checkpoint.json": b"[1]"})
+    hub.add("org/odd", {"checkpoint.json": b'{"files": {"/etc/passwd": 1}}'})
     hub.add_folder("org/vq", find_checkpoint(write_tokenizer(tmp_path / "vq").path))
     with pytest.raises(UserError, match=line) as caught:
         load_checkpoint(name)
