@@ -60,5 +60,5 @@ def build_runs_tab(page: gr.Blocks, root: Path) -> None:
     options = {"concurrency_limit": 1, "concurrency_id": "runs", "api_visibility": "private"}
     page.load(look, run, [table, run, *parts], **options)
     refresh.click(look, run, [table, run, *parts], **options)
-    run.input(choose, run, parts, **options)
+    run.change(choose, run, parts, **options)  # not input: leaving the field sends that again
     pictures.input(draw, [run, pictures], shown, **options)
