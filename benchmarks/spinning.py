@@ -68,14 +68,14 @@ def tokenizer_step() -> Callable[[], object]:
 def works(folder: Path) -> dict[str, Callable[[], object]]:
     """Return what is measured, by name; each call is one unit of it. ``folder`` must stay until the last call."""
     torch.manual_seed(0)
-    model = Transformer(ModelConfig.preset("mnist", grid=(8, 8), vocabulary=256, classes=10)).eval()
+    model = Transformer(ModelConfig.preset("tiny", grid=(8, 8), vocabulary=256, classes=10)).eval()
     nn.init.normal_(model.output.weight, std=0.02)
     vq = VQModel(**preset("mnist")).eval().requires_grad_(False)
     precision = precision_on(torch.device("cpu"), "auto")
     labels, images = torch.arange(16) % 10, torch.rand(256, 1, 32, 32).mul(2).sub(1)
     return {
         "demo: tokenizer updates": tokenizer_step,
-        "demo: generator updates": lambda: make_step(folder / "demo", "mnist", DEMO, 8, precision, True,
+        "demo: generator updates": lambda: make_step(folder / "demo", "tiny", DEMO, 8, precision, True,
                                                      vocabulary=256),
         "demo: 16 samples": lambda: lambda: generate(model, labels, cfg_scale=2.0),
         "demo: 256 images encoded": lambda: lambda: vq.encode(images),

@@ -1,7 +1,7 @@
 """What registers cost: one training step with them against the next-token step, in interleaved rounds.
 
     python -m benchmarks.train_step                       # B, batch 4, N = 256, bf16: the paper's comparison
-    python -m benchmarks.train_step --preset mnist --batch 64 --rounds 9
+    python -m benchmarks.train_step --preset tiny --batch 64 --rounds 9
 
 A round times every variant once, in an order that rotates; the ratios are medians over rounds of the same round's
 times, so that a machine that speeds up or slows down touches both sides. A step is an update of a run's Trainer:
@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from mutor_img.blocks import LLAMAGEN_PRESETS
 from mutor_img.common.cli import Parser, run
 from mutor_img.common.config import check_choice
 from mutor_img.common.errors import UserError, check_range
@@ -78,7 +79,7 @@ def main(argv: Sequence[str]) -> dict[str, float]:
     check_range("--batch", args.batch, 1, 4096)
     check_range("--rounds", args.rounds, 1, 1000)
     check_choice("--dtype", args.dtype, ("bf16", "fp32"))
-    grid = GRID if args.preset != "mnist" else (8, 8)
+    grid = GRID if args.preset in LLAMAGEN_PRESETS else (8, 8)
     laws = {name: law for i, (name, law) in enumerate(variants(grid).items()) if i == 0 or args.only in name}
     if len(laws) == 1:
         raise UserError(f"--only {args.only!r} matches none of {', '.join(variants(grid))}")

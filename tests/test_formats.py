@@ -9,6 +9,7 @@ from mutor_img import load_checkpoint
 from mutor_img.checkpoints.folder import find_checkpoint, write_checkpoint
 from mutor_img.common.config import load_config
 from mutor_img.common.errors import UserError
+from mutor_img.common.files import read_json, write_sealed
 from mutor_img.data.store import Codes
 from mutor_img.pretraining.config import GeneratorConfig
 
@@ -35,7 +36,7 @@ train: {steps: 7000, global_batch: 8, micro_batch: 0, precision: fp32, compile: 
 
 
 def rewrite(path, **changes):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    write_sealed(path, {**read_json(path), **changes})
 
 
 def test_a_checkpoint_of_0_1_0_is_loaded(random_model, tmp_path):

@@ -20,8 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import read_json
+from mutor_img.common.files import check_format, read_json
 
+FORMAT = "mutor_img codes 1"
 BLOCK = 4096  # images that one checksum covers
 MOST_CODES = 2**24  # largest vocabulary; the largest one published is IBQ's, 2**18 (arXiv 2412.02692)
 
@@ -52,7 +53,7 @@ class CodesInfo:
 
     def to_json(self) -> dict:
         """Return the JSON's content."""
-        return {"format": "mutor_img codes 1", "block": BLOCK, **asdict(self)}
+        return {"format": FORMAT, "block": BLOCK, **asdict(self)}
 
     def check(self, origin: Path) -> None:
         """Raise :class:`UserError` for a value of another kind; ``origin`` is named."""
@@ -89,9 +90,10 @@ class Codes:
         if not (self.folder / "codes.json").is_file():
             raise UserError(f"{folder}: no codes here (codes.json is missing); make them with tokenizer.encode")
         meta = read_json(self.folder / "codes.json")
-        if (not isinstance(meta, dict) or meta.pop("format", None) != "mutor_img codes 1"
-                or meta.pop("block", None) != BLOCK):
-            raise UserError(f"{self.folder / 'codes.json'}: not a code store of this version; encode the images again")
+        check_format(meta.pop("format", None) if isinstance(meta, dict) else None, FORMAT, self.folder / "codes.json")
+        if meta.pop("block", None) != BLOCK:
+            raise UserError(f"{self.folder / 'codes.json'}: its checksums are not of {BLOCK} images each; encode the "
+                            "images again")
         try:
             self.info = CodesInfo(**meta)
             dtype = code_dtype(self.info.vocabulary)

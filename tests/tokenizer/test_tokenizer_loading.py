@@ -77,7 +77,8 @@ def test_other_things_are_refused(tmp_path, tiny_vq):
     torch.save({"tok_embeddings.weight": torch.zeros(2, 2)}, tmp_path / "generator.pt")
     (tmp_path / "text.pt").write_text("no weights")
     write_checkpoint(tmp_path / "generator", 1, {"model": weights}, {"kind": "generator"}, keep=1)
-    write_checkpoint(tmp_path / "strange", 1, {"model": weights}, {"kind": "tokenizer", "image_size": 8, "model": {"multipliers": [1], "depth": 3}}, keep=1)
+    write_checkpoint(tmp_path / "strange", 1, {"model": weights}, {
+        "kind": "tokenizer", "model": {"multipliers": [1], "depth": 3}, "image_size": 8}, keep=1)
     write_checkpoint(tmp_path / "other", 1, {"model": weights}, {
         "kind": "tokenizer", "model": tiny_vq(code_dim=5).options, "image_size": 8}, keep=1)
     for name, words in (("odd.pt", "no known tokenizer"), ("generator.pt", "of a generator"), ("text.pt", "text.pt"),
