@@ -35,15 +35,13 @@ def _threads() -> str:
     return os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip() or str(len(_processors()))
 
 
-def share(jobs: int, *variables: str) -> dict[str, str]:
+def share(jobs: int) -> dict[str, str]:
     """Return what gives each of ``jobs`` processes side by side its share of the threads; for one alone nothing.
 
-    Args:
-        jobs: how many.
-        variables: of the environment, beside OpenMP's, that say how many threads something has.
+    That is of OpenMP's threads and of the compiler's processes.
     """
     count = str(max(1, len(_processors()) // jobs))
-    return dict.fromkeys(("OMP_NUM_THREADS", *variables), count) if jobs > 1 else {}
+    return dict.fromkeys(("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), count) if jobs > 1 else {}
 
 
 def _processors() -> set[int]:

@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
                 write_atomic(args.out, lambda path: path.write_text(report))
 
         write([])
-        threads = share(args.jobs, "TORCHINDUCTOR_COMPILE_THREADS")
+        threads = share(args.jobs)
         workers = [Worker(question, environment=threads) for _ in range(args.jobs)]
         outcomes = run_checks([name for name in names if name not in measured], workers, write)
         outcomes += run_checks([name for name in names if name in measured], [Worker(question)],
