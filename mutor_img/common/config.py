@@ -29,6 +29,11 @@ from mutor_img.common.shipped import PACKAGED, find_config
 
 C = TypeVar("C")
 FORMAT = "mutor_img config 1"  # what a file may say of itself under the key format
+_ELSEWHERE = {  # where a key, or all of a section, belongs that this program's config has not
+    "data": "train.py or python -m tokenizer.train", "data.codes": "train.py", "data.val_codes": "train.py",
+    "registers": "train.py", "objective": "train.py", "data.images": "python -m tokenizer.train",
+    "revival": "python -m tokenizer.train", "loss": "python -m tokenizer.train",
+    "cfg_scales": "python -m mutor_img.study", "base": "python -m mutor_img.study"}
 _FORMS = {dict: "a mapping of keys to values", list: "a list", str: "one value"}
 _NUMBERS = {int: (IntegerNode, "a whole number, as in 1000"), float: (FloatNode, "a number, as in 1e-4"),
             bool: (BooleanNode, "true or false")}
@@ -342,6 +347,9 @@ def _unknown(origin: str, key: str, schema: type) -> UserError:
     if key in known:  # in a file, where OmegaConf takes no dots
         section, _, name = key.rpartition(".")
         return UserError(f"{origin}: {key!r} is a key for the command line; in a file write {section}: {{{name}: …}}")
+    program = _ELSEWHERE.get(key) or _ELSEWHERE.get(key.partition(".")[0])
+    if program:
+        return UserError(f"{origin}: unknown key {key!r}; {program} has it: give that this config")
     return UserError(f"{origin}: unknown key {key!r}{suggest(key, known)}")
 
 

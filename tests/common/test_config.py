@@ -9,6 +9,7 @@ import yaml
 from mutor_img.common.config import OptimConfig, TrainConfig, default_run_dir, field_names, load_config, to_yaml
 from mutor_img.common.errors import UserError
 from mutor_img.pretraining.config import GeneratorConfig
+from mutor_img.study.config import StudyConfig
 from tokenizer.network.vq import preset
 from tokenizer.training.config import TokenizerConfig
 from tokenizer.training.plan import plan_tokenizer
@@ -304,3 +305,13 @@ def test_shared_values_stand_once():
         layer = yaml.safe_load(path.read_text())
         assert "extends" in layer and not {"grid", "vocabulary", "classes"} & layer.get("model", {}).keys()
         assert not {"optim", "data"} & layer.keys() or path.stem in OWN_SCHEDULES
+
+
+@pytest.mark.parametrize("schema, config, program", [
+    (GeneratorConfig, "mnist/tokenizer", "python -m tokenizer.train"), (TokenizerConfig, "mnist/ntp", "train.py"),
+    (StudyConfig, "mnist/ntp", "train.py or python -m tokenizer.train"),
+    (GeneratorConfig, "mnist/study", "python -m mutor_img.study"),
+    (GeneratorConfig, "imagenet256/study", "python -m mutor_img.study")])
+def test_a_config_of_another_program_is_told_whose_it_is(schema, config, program):
+    with pytest.raises(UserError, match=f"unknown key .*; {program} has it: give that this config"):
+        load_config(schema, config)
