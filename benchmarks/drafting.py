@@ -191,7 +191,7 @@ def _open(parser: Parser, argv: Sequence[str]) -> tuple[Any, SamplingSettings, T
     else:
         model = load_run(args.checkpoint).model
     args.windows = _numbers(args.windows, "--windows", model.config.length)
-    settings.validate(model.config.vocabulary)
+    settings.validate(model.config)
     return args, settings, model
 
 

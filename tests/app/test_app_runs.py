@@ -140,8 +140,8 @@ def test_a_sweep_is_shown_with_its_run(tmp_path):
 
 DEEP = "[" * 10_000
 BROKEN = {
-    "metrics.jsonl": [b"3\n", b'{"loss": 1.0}\n', b"\xff\xfe", DEEP.encode(), b'{"step": 1, "loss": "high"}\n',
-                      b'{"step": 1, "loss": ' + b"9" * 400 + b"}\n"],
+    "metrics.jsonl": [b"3\n", b'{"loss": 1.0}\n', b"\xff\xfe\n", DEEP.encode() + b"\n",
+                      b'{"step": 1, "loss": "high"}\n', b'{"step": 1, "loss": ' + b"9" * 400 + b"}\n"],
     "config.yaml": [b"train: [", b"3", b"train: {steps: many}", b"[" * 1000],
     "checkpoints/step_00000004/checkpoint.json": [b"", b"[]", b"{}", DEEP.encode()],
     "scores.json": [b"", b"[]", b'{"generators": 3}', b'{"fd": "low"}', DEEP.encode()],
