@@ -52,14 +52,14 @@ class OptimConfig:
     decay_steps: int = 0  # wsd only: last steps, in which the rate falls linearly to final_lr
     decay_share: float = 0.0  # wsd only: in place of decay_steps, a share of all steps, or of those between restarts
     restarts: list[int] = field(default_factory=list)  # updates at which the whole schedule starts anew
-    final_lr: float = 0.0  # learning rate at which cosine and wsd end
+    final_lr: float = 0.0  # learning rate at which cosine and wsd end; a smaller lr stays as it is
 
     def validate(self) -> None:
         """Raise :class:`UserError` for a value out of range."""
         check_range("optim.lr", self.lr, 0.0, 10.0, low_open=True)
         check_range("optim.weight_decay", self.weight_decay, 0.0, 1e3)
         check_range("optim.clip", self.clip, 0.0, 1e9)
-        check_range("optim.final_lr", self.final_lr, 0.0, self.lr)
+        check_range("optim.final_lr", self.final_lr, 0.0, 10.0)
         check_range("optim.warmup_steps", self.warmup_steps, 0, 10**9)
         check_range("optim.decay_steps", self.decay_steps, 0, 10**9)
         check_range("optim.decay_share", self.decay_share, 0.0, 1.0)

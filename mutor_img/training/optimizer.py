@@ -55,21 +55,22 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 
     A linear warm-up reaches ``lr`` at step ``warmup_steps``; then constant, a half cosine to ``final_lr``, or (wsd)
     constant until the last ``decay_steps``, which fall linearly to ``final_lr``. At each of ``restarts`` all of this
-    starts anew, as if the run began there and ended at the next one.
+    starts anew, as if the run began there and ended at the next one. Where ``lr`` is below ``final_lr``, it stays.
     """
     bounds = [0, *(restart for restart in config.restarts if restart < steps)]
     begin = bounds[bisect_right(bounds, step) - 1]
     end = next((bound for bound in bounds if bound > begin), steps)
     step, steps = step - begin, end - begin
+    last = min(config.final_lr, config.lr)
     decay_steps = config.decay_steps or round(config.decay_share * steps)
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
     if config.schedule == "cosine":
         progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-        return config.final_lr + (config.lr - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return last + (config.lr - last) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     if config.schedule == "wsd" and decay_steps and step >= steps - decay_steps:
         left = max(0, steps - step) / decay_steps
-        return config.final_lr + (config.lr - config.final_lr) * left
+        return last + (config.lr - last) * left
     return config.lr
 
 

@@ -153,6 +153,12 @@ def test_learning_rate_schedules_at_chosen_steps(schedule, at):
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "wsd"])
+def test_a_learning_rate_below_the_last_one_stays(schedule):
+    config = OptimConfig(lr=0.05, schedule=schedule, decay_steps=20, final_lr=0.1)
+    assert {learning_rate(config, step, 100) for step in (0, 50, 90, 99)} == {0.05}
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "wsd"])
 def test_a_restart_begins_the_whole_schedule_anew(schedule):
     """Each part of 30, 50 and 20 updates has the rates of a run of that length of its own."""
     one = OptimConfig(lr=1.0, schedule=schedule, warmup_steps=3, decay_share=0.2, final_lr=0.1)
