@@ -45,7 +45,7 @@ class CodesInfo:
     class_names: list[str]  # in label order
     views: list[str]  # e.g. ["plain", "mirror"]
     crop: str  # the crop rule with its numbers
-    image_size: int  # pixels per side
+    image_size: int | None  # pixels per side; None: nothing says it
     tokenizer: str  # path the tokenizer was read from
     tokenizer_hash: str
     checksums: list[str] = field(default_factory=list)  # sha256 of each block of BLOCK images' codes and labels
@@ -65,7 +65,7 @@ class CodesInfo:
             if not isinstance(getattr(self, name), str):
                 raise UserError(f"{origin}: {name} is no text; encode the images again")
         sides = list(self.grid) if isinstance(self.grid, (list, tuple)) else []
-        numbers = [*sides, self.vocabulary, self.image_size]
+        numbers = [*sides, self.vocabulary, *([] if self.image_size is None else [self.image_size])]
         if len(sides) != 2 or not all(type(number) is int and number > 0 for number in numbers):
             raise UserError(f"{origin}: grid, vocabulary and image_size are {self.grid}, {self.vocabulary} and "
                             f"{self.image_size}; encode the images again")

@@ -175,7 +175,7 @@ def save_reference(path: str | os.PathLike, *, role: str, name: str, source_hash
 
 def _open_own(path: Path, digest: str, members: set[str]) -> Reference:
     try:
-        about = parse_json(read_npz_array(path, _ABOUT).tobytes(), path)
+        about = parse_json(read_npz_array(path, _ABOUT).tobytes(), f"{path}: its description")
         role, name, count = about["role"], about["name"], about["count"]
         network, weights_hash = about["features"], about["weights_sha256"]
         size = None if about.get("image_size") is None else tuple(about["image_size"])

@@ -158,12 +158,16 @@ def copy_rows(target: Tensor, group: TensorGroup, name: str) -> None:
     rows.tensor.copy_(group.read(name, rows.start, rows.start + len(rows.tensor)))
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Return whether all numbers of a tensor, of a sharded one those that this process holds, are finite."""
-    held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    if not held.numel() or not held.is_floating_point():
-        return True
-    return bool(torch.stack(held.detach().aminmax()).isfinite().all())  # both are NaN where one number is
+def not_finite(tensors: dict[str, Tensor], runtime: Runtime) -> str | None:
+    """Return the name of the first tensor with a number that is not finite, or None; one read from the device.
+
+    Of a sharded tensor those numbers count that this process holds.
+    """
+    held = {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
+    ends = {name: torch.stack(tensor.detach().aminmax()).double().to(runtime.device)  # both are NaN where one number is
+            for name, tensor in held.items() if tensor.numel() and tensor.is_floating_point()}
+    sound = torch.stack(list(ends.values())).isfinite().all(dim=1).tolist() if ends else []
+    return next((name for name, good in zip(ends, sound) if not good), None)
 
 
 def other_copy(tensors: dict[str, Tensor], runtime: Runtime) -> str | None:

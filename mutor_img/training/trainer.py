@@ -201,8 +201,8 @@ class Trainer:
 
     def _refuse_broken(self, tensors: dict[str, dict[str, Tensor]]) -> None:
         """Raise :class:`UserError` on every process where one of them would save a number that is not finite."""
-        bad = next((f"{group} {name}" for group, content in tensors.items() for name, tensor in content.items()
-                    if not parallel.is_finite(tensor)), None)
+        bad = parallel.not_finite({f"{group} {name}": tensor for group, content in tensors.items()
+                                   for name, tensor in content.items()}, self.runtime)
         share_mistake(bad and f"step {self.step}: {bad} holds NaN or infinity; nothing was saved and "
                               f"{self._last_good()} is the last good state; {_REMEDY}")
 

@@ -44,7 +44,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of Fa
 
 GPU = Runtime(torch.device("cuda"))
 OPEN, UPDATE = "mutor_img.pretraining.task.open_codes", "mutor_img.training.task.read_numbers"
-SAVE = "mutor_img.checkpoints.tensor_files._bytes_of"
+SAVE = ("mutor_img.checkpoints.tensor_files._bytes_of", "mutor_img.training.parallel.not_finite")
 TO_NHWC = "mutor_img.common.images.to_nhwc"
 CHECKS = tuple(f"tokenizer.network.interface.ImageTokenizer.{name}" for name in ("_check_images", "_check_codes"))
 PICTURES = ("mutor_img.decoding.sampler.Sampler.generate", CHECKS[1], TO_NHWC)
@@ -122,10 +122,10 @@ def test_a_generators_run_its_pictures_and_its_resume(run_file, codes_folder, ti
     write_json(codes_folder / "codes.json", {**info, "tokenizer": vq.path, "tokenizer_hash": vq.hash,
                                              "image_size": None})
     overrides = ("pictures.per_class=1", "train.validate_every=1", "train.ema=0.9", "train.precision=bf16")
-    with FakeCuda([OPEN, UPDATE, SAVE, "mutor_img.pretraining.held_out.next_token_loss", *PICTURES]):
+    with FakeCuda([OPEN, UPDATE, *SAVE, "mutor_img.pretraining.held_out.next_token_loss", *PICTURES]):
         train_generator(["--config", str(run_file), *overrides, "train.steps=1", "train.picture_every=1"])
     assert len(list((tmp_path / "runs" / "run" / "pictures").glob("*.png"))) == 1
-    with FakeCuda([OPEN, UPDATE, SAVE, "mutor_img.pretraining.held_out.next_token_loss"]):
+    with FakeCuda([OPEN, UPDATE, *SAVE, "mutor_img.pretraining.held_out.next_token_loss"]):
         train_generator(["--config", str(run_file), *overrides, "train.steps=2"])
     assert find_checkpoint(tmp_path / "runs" / "run").name == "step_00000002"
 
@@ -161,10 +161,10 @@ def test_a_tokenizers_run_its_pictures_and_its_resume(digit_folders, tmp_path, m
     path = tmp_path / "tokenizer.yaml"
     path.write_text(TOKENIZER.format(images=digit_folders["train"]))
     command = ["--config", str(path), f"run_dir={tmp_path}/run", *overrides]
-    with FakeCuda([UPDATE, SAVE, TO_NHWC]):
+    with FakeCuda([UPDATE, *SAVE, TO_NHWC]):
         train_tokenizer(command)
     if resumed:
-        with FakeCuda([UPDATE, SAVE, TO_NHWC]):
+        with FakeCuda([UPDATE, *SAVE, TO_NHWC]):
             train_tokenizer([*command, "train.steps=2", f"data.val_images={digit_folders['val']}"])
     assert len(list((tmp_path / "run" / "pictures").glob("*.png"))) == 1 + resumed
 

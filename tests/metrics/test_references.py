@@ -70,7 +70,7 @@ def test_roles_must_agree_unless_forced(noise):
     ({"mu": np.zeros(3, int), "sigma": np.eye(3)}, "int64"),
     ({"mu": np.array([0, np.nan]), "sigma": np.eye(2)}, "NaN"),
     ({"mu": np.zeros(2), "sigma": np.full((2, 2), np.inf)}, "NaN or infinity"),
-    ({"mu": np.array([None]), "sigma": np.eye(1)}, "cannot be read"),
+    ({"mu": np.array([None]), "sigma": np.eye(1)}, "Python objects"),
     ({"other": np.zeros(3)}, "neither mu and sigma nor images"),
     ({"about": np.zeros(3, np.uint8)}, "description"),
     ({"about": np.frombuffer(b"[]", np.uint8)}, "description"),

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.training.log import RunLog, thinned
 
 
@@ -27,7 +28,8 @@ def test_a_short_curve_stays_as_it_is():
 
 
 def test_a_run_folder_with_dollar_signs_has_its_curve_drawn(tmp_path, curves):
-    log = RunLog(tmp_path / "$\\frac$", 0)
+    config = GeneratorConfig(run_dir=str(tmp_path / "$\\frac$"))
+    log = RunLog(config, 0)
     log.write(1, {"loss": 1.0})
     assert log.draw(("loss",)).stat().st_size > 1000
     log.close()
