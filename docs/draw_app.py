@@ -1,7 +1,7 @@
 """Draw app.png and app_runs.png from the page that runs at an address. Needs playwright and Chromium.
 
-    python -m mutor_img.app --checkpoint runs/mnist/mutor2d --cfg-scale 2.3 --cfg-schedule linear --top-p 0.98 --runs runs
-    python docs/draw_app.py http://127.0.0.1:7860 mnist/mutor2d
+  python -m mutor_img.app --checkpoint runs/mnist/mutor2d --runs=runs --cfg-scale=2.3 --cfg-schedule linear --top-p .98
+  python docs/draw_app.py http://127.0.0.1:7860 mnist/mutor2d
 """
 
 import shutil
