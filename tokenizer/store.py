@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mutor_img.checkpoints.tensor_files import save_file
+from mutor_img.common.arrays import write_npy
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import clear, parse_json, read_json, remove, wait_until_seen, write_atomic, write_sealed
 from mutor_img.data.store import BLOCK, Codes, CodesInfo, block_checksum, code_dtype
@@ -271,14 +272,7 @@ def _digest(value: object) -> str:
 
 
 def _write_array(path: Path, dtype: type, shape: tuple[int, ...], parts: Iterable[np.ndarray]) -> None:
-    """Write an array as ``numpy.save`` would, a part at a time; the parts join along the first axis.
-
-    On a full disk numpy's own ways to a file end in an error that doesn't say so, or, memory-mapped, in a signal.
-    """
-    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
     with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for part in parts:
-            file.write(np.ascontiguousarray(part, dtype).data)
+        write_npy(file, dtype, shape, parts)
         file.flush()
         os.fsync(file.fileno())

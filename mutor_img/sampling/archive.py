@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from mutor_img.common.arrays import write_npy
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import clear, read_json, remove, wait_until_seen, write_atomic, write_json, write_sealed
 from mutor_img.metrics.image_sets import npz_layout, read_npz_array
@@ -216,11 +217,8 @@ def _flush(path: Path) -> None:
 def write_array(archive: zipfile.ZipFile, name: str, dtype: np.dtype, shape: tuple[int, ...],
                 parts: Iterable[np.ndarray]) -> None:
     """Write one array into a zip as ``numpy.savez`` would, a part at a time; the parts join along the first axis."""
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     with archive.open(zipfile.ZipInfo(name, _EPOCH), "w", force_zip64=True) as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for part in parts:
-            file.write(np.ascontiguousarray(part).data)
+        write_npy(file, dtype, shape, parts)
 
 
 def _short(value: Any) -> str:
