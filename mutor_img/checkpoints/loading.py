@@ -128,25 +128,25 @@ def _load_folder(path: Path, ema: bool | None, grid: tuple[int, int] | None, hea
             if given is not None and given != own:
                 raise UserError(f"{folder}: {name} {given} was asked for, but the run has {own}; leave {name} out")
         weights = open_group(folder, _group(which))
-        _check_size(config, sampled_weights(weights.shapes), origin, weights.origin)
-        model = _build(config)
+        model = _checked(config, sampled_weights(weights.shapes), origin, weights.origin)
     except (ArithmeticError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{origin}: does not describe a generator ({error})") from None
-    load_strict(model, sampled_weights(weights.read_all()), weights.origin)
+    load_strict(model.to_empty(device="cpu"), sampled_weights(weights.read_all()), weights.origin)
     model.origin = folder
     return Loaded(model, folder, which, meta)
 
 
-def _check_size(config: ModelConfig, shapes: dict[str, tuple[int, ...]], origin: Path, weights: Path) -> None:
-    """Check that a described model has the weights that are there, before it takes any memory.
+def _checked(config: ModelConfig, shapes: dict[str, tuple[int, ...]], origin: Path, weights: Path) -> Transformer:
+    """Return a described model without memory, once it is known to have the weights that are there.
 
     Raises:
         UserError: it has not.
     """
     check_range(f"{origin}: layers", config.layers, 1, len(shapes))
     check_range(f"{origin}: codes of the grid", config.length, 1, MOST_CODES)
-    with torch.device("meta"):
-        check_shapes(Transformer(config), shapes, weights)
+    model = _blank(config)
+    check_shapes(model, shapes, weights)
+    return model
 
 
 def _group(which: str) -> str:
@@ -164,7 +164,7 @@ def _load_file(path: Path, ema: bool, grid: tuple[int, int] | None, heads: int |
                         f"{grid[0]} x {grid[1]} was asked for; leave the grid out, or give a file for that grid")
     chosen = own or (RELEASED_GRID if grid is None else tuple(grid))
     config = config_from_weights(weights, path, chosen, heads)
-    model = _build(config).to(weights["output.weight"].dtype)
+    model = _blank(config).to_empty(device="cpu").to(weights["output.weight"].dtype)
     load_strict(model, sampled_weights(weights), path)
     return Loaded(model, path, "ema" if ema else "raw", {}, guessed_grid=own is None and grid is None)
 
@@ -210,7 +210,7 @@ def _offsets_of(rows: int, grid: tuple[int, int], origin: str | Path) -> Sequenc
     return tuple(range(1, rows + 1))
 
 
-def _build(config: ModelConfig) -> Transformer:
-    """Build a model whose weights are yet to be loaded; torch's global random state stays as it was."""
-    with torch.random.fork_rng(devices=[]):
+def _blank(config: ModelConfig) -> Transformer:
+    """Build a model without memory for its weights, and without a draw from the global random generator."""
+    with torch.device("meta"):
         return Transformer(config)
