@@ -22,13 +22,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mutor_img.checkpoints.tensor_files import Files, Slice, TensorGroup, flush, write_groups
+from mutor_img.checkpoints.tensor_files import Files, Slice, TensorGroup, differs, flush, write_groups
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import (
     check_format,
     clear,
     discard,
-    file_hash,
     read_json,
     remove,
     wait_until_seen,
@@ -177,8 +176,7 @@ def newest_intact(run_dir: str | Path) -> Path | None:
 def _is_intact(folder: Path) -> bool:
     try:
         files = _read_meta(folder)["files"]
-        return all((folder / name).stat().st_size == file["bytes"] and file_hash(folder / name) == file["sha256"]
-                   for name, file in files.items())
+        return not any(differs(folder / name, file) for name, file in files.items())
     except (UserError, OSError):
         return False
 

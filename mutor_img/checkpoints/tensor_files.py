@@ -106,6 +106,11 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
+def differs(path: Path, expected: dict[str, Any], content: bool = True) -> bool:
+    """Tell whether a file is not what a checkpoint's JSON says of it: by its size and, with ``content``, its sha256."""
+    return path.stat().st_size != expected["bytes"] or (content and file_hash(path) != expected["sha256"])
+
+
 def has_group(files: Files, group: str) -> bool:
     """Tell from a checkpoint's files whether it holds a group of tensors."""
     return bool(group_files(files, group))
@@ -147,7 +152,7 @@ class TensorGroup:
     def _open(self, path: Path, expected: dict[str, Any], check: bool) -> None:
         if not path.is_file():
             raise UserError(f"{path}: no such file in this checkpoint")
-        if path.stat().st_size != expected["bytes"] or (check and file_hash(path) != expected["sha256"]):
+        if differs(path, expected, check):
             raise UserError(f"{path}: damaged (its size or sha256 differs from checkpoint.json); use another "
                             "checkpoint")
         file = _open_safetensors(path)
