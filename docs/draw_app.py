@@ -14,6 +14,7 @@ DOCS = Path(__file__).parent
 
 
 def draw_samples(page: Page) -> None:
+    """Draw the samples that the page makes first."""
     page.locator("#count input[type=number]").fill("30")
     page.click("#generate")
     page.wait_for_function("document.querySelector('#status').innerText.includes('images in')")
@@ -22,6 +23,7 @@ def draw_samples(page: Page) -> None:
 
 
 def draw_runs(page: Page, run: str) -> None:
+    """Draw the browser of runs with one of them chosen."""
     page.get_by_role("tab", name="Runs").click()
     page.wait_for_selector("#runs td")
     page.locator("#run input").click()

@@ -82,24 +82,17 @@ int rename(const char *from, const char *to)
 
 int mkdir(const char *path, mode_t mode) { return fails(path) ? -1 : REAL(int, mkdir, const char *, mode_t)(path, mode); }
 
-int open64(const char *path, int flags, ...)
-{
-    va_list more;
-    va_start(more, flags);
-    mode_t mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(more, mode_t) : 0;
-    va_end(more);
-    if (flags & O_CREAT && fails(path))
-        return -1;
-    return REAL(int, open64, const char *, int, ...)(path, flags, mode);
-}
+#define OPEN(name)                                                             \
+    int name(const char *path, int flags, ...)                                 \
+    {                                                                          \
+        va_list more;                                                          \
+        va_start(more, flags);                                                 \
+        mode_t mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(more, mode_t) : 0; \
+        va_end(more);                                                          \
+        if (flags & O_CREAT && fails(path))                                    \
+            return -1;                                                         \
+        return REAL(int, name, const char *, int, ...)(path, flags, mode);     \
+    }
 
-int open(const char *path, int flags, ...)
-{
-    va_list more;
-    va_start(more, flags);
-    mode_t mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(more, mode_t) : 0;
-    va_end(more);
-    if (flags & O_CREAT && fails(path))
-        return -1;
-    return REAL(int, open, const char *, int, ...)(path, flags, mode);
-}
+OPEN(open64)
+OPEN(open)
