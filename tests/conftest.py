@@ -3,6 +3,7 @@
 import gc
 import multiprocessing
 import sys
+import tempfile
 from pathlib import Path
 
 # `tests/` is on the path and holds a folder `mutor_img` of its own: the package's folder must come first.
@@ -58,6 +59,16 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):  # not item.keywords, which hold the names of folders too
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_folder(tmp_path_factory):
+    """Have what programs leave in the temporary folder, such as caches and logs, go with the tests' own files."""
+    folder = str(tmp_path_factory.mktemp("tmp"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", folder)
+        yield
 
 
 @pytest.fixture(autouse=True)
