@@ -34,7 +34,7 @@ from mutor_img.blocks import ModelConfig
 from mutor_img.common.cli import Parser, run
 from mutor_img.common.config import OptimConfig
 from mutor_img.common.errors import check_range
-from mutor_img.common.threads import CHOICES, LONG, OURS, SHORT
+from mutor_img.common.threads import CHOICES, LONG, NEVER, OURS
 from mutor_img.registers import RegisterLaw
 from mutor_img.training.hardware import keep_freed_memory, precision_on
 from mutor_img.training.optimizer import build_optimizer
@@ -140,8 +140,8 @@ def main(argv: Sequence[str]) -> None:
         print(json.dumps(measure(args.seconds, args.only)))
         return
     print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}; {args.rounds} rounds; the "
-          f"project's own setting: GOMP_SPINCOUNT={LONG['GOMP_SPINCOUNT']}, or {SHORT['GOMP_SPINCOUNT']} where other "
-          "work uses the processors")
+          f"project's own setting: GOMP_SPINCOUNT={LONG['GOMP_SPINCOUNT']}, or {NEVER['GOMP_SPINCOUNT']} where other "
+          "work uses the processors", flush=True)
     names, found = list(SETTINGS), {}
     with tqdm(total=args.rounds * len(NEIGHBOURS) * len(names), unit="process", disable=None) as bar:
         for turn in range(args.rounds):

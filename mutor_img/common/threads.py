@@ -1,8 +1,8 @@
 """How long OpenMP's threads spin at a barrier before they sleep.
 
-A thread that spins uses the core that the last thread of its team may need. So beside other work a long spin can make
-a step several times slower. On an idle machine a short spin costs speed instead, where waking a thread is slow: on a
-virtual machine up to a third. So each command looks whether its processors are in use before it decides
+A thread that spins uses the core that the last thread of its team may need. So beside other work spinning can make a
+step several times slower. On an idle machine sleeping costs speed instead, where waking a thread is slow: on a virtual
+machine up to two thirds. So each command looks whether its processors are in use before it decides
 (docs/results.md has the figures). OpenMP reads the setting once, when torch is loaded.
 """
 
@@ -12,22 +12,22 @@ import os
 import sys
 
 # Turns of the waiting loop of GNU's libgomp, which torch's wheels for Linux bring; milliseconds for LLVM's and Intel's.
-SHORT = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
+NEVER = {"GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 LONG = {"GOMP_SPINCOUNT": "300000", "KMP_BLOCKTIME": "200"}  # the runtimes' own defaults
-CHOICES = ("OMP_WAIT_POLICY", *SHORT)  # any of them set by the user is the user's choice of all
+CHOICES = ("OMP_WAIT_POLICY", *NEVER)  # any of them set by the user is the user's choice of all
 OURS = "MUTOR_IMG_SPINNING"  # marks a setting made here: a child that is a command looks anew
 _LOOK = 0.1  # seconds
 
 
 def set_spinning() -> None:
-    """Set a short spin if other work uses the processors, else a long one, for this process and its children.
+    """Let no thread spin if other work uses the processors, else long, for this process and its children.
 
     What the user has set in the environment stays. For commands only, before torch is loaded: importing the packages
     changes no environment. Nor does a command that prints its help, or that has one thread, which waits for no other.
     """
     chosen = OURS not in os.environ and any(name in os.environ for name in CHOICES)
     if not chosen and not {"-h", "--help"} & set(sys.argv) and _threads() != "1":
-        os.environ.update(SHORT if in_use() else LONG, **{OURS: "1"})
+        os.environ.update(NEVER if in_use() else LONG, **{OURS: "1"})
 
 
 def _threads() -> str:
