@@ -104,7 +104,22 @@ def block_bytes(config: ModelConfig, step: Step) -> float:
     else:  # fp32: both inputs and both normalised; what products read; feed-forward: w1, w3, silu, product
         casts = 3 if w < FP32 else 2  # wqkv's input, and w1's and w3's own casts of one tensor
         kept = 4 * FP32 * d + casts * w * d + 4 * w * h
-    return kept + masks + statistics + attention_bytes(config, step)
+    return kept + masks + statistics + qk_norm_bytes(config, step) + attention_bytes(config, step)
+
+
+def qk_norm_bytes(config: ModelConfig, step: Step) -> float:
+    """Return the bytes per token that the norms of queries and keys keep: a statistic of each head.
+
+    Eager also what was normalised, and what the norms read: in bf16 q and k once more in fp32, in fp32 the whole of
+    qkv, which attention keeps itself unless it reads copies.
+    """
+    if not config.qk_norm:
+        return 0
+    statistics, d, w = 2 * FP32 * config.heads, config.dim, step.width
+    if step.compiled:
+        return statistics
+    copies = step.flex if step.registers else d // config.heads % 8
+    return statistics + 2 * w * d + (2 * FP32 * d if w < FP32 else 3 * FP32 * d if copies else 0)
 
 
 def attention_bytes(config: ModelConfig, step: Step) -> float:

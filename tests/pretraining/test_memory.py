@@ -71,14 +71,17 @@ def masked(length, registers):
     return attend
 
 
-CASES = [  # precision, dropout, registers, attention, preset
-    ("bf16", 0.1, 0, "flash", "B"), ("bf16", 0.0, 256, "flex", "B"), ("bf16", 0.1, 80, "flex", "3B"),
-    ("bf16", 0.1, 0, "flash", "3B"), ("bf16", 0.1, 80, "masked", "L"), ("fp32", 0.1, 256, "flex", "B")]
+CASES = [  # precision, dropout, registers, attention, preset, QK-norm
+    ("bf16", 0.1, 0, "flash", "B", False), ("bf16", 0.0, 256, "flex", "B", False),
+    ("bf16", 0.1, 80, "flex", "3B", False), ("bf16", 0.1, 0, "flash", "3B", False),
+    ("bf16", 0.1, 80, "masked", "L", False), ("fp32", 0.1, 256, "flex", "B", False),
+    ("bf16", 0.0, 0, "flash", "B", True), ("bf16", 0.0, 80, "flex", "B", True), ("fp32", 0.0, 0, "flash", "B", True),
+    ("fp32", 0.0, 80, "flex", "B", True), ("fp32", 0.0, 0, "flash", "3B", True)]
 
 
-@pytest.mark.parametrize("precision, dropout, registers, attention, preset", CASES)
-def test_an_eager_block_keeps_the_bytes_of_the_formula(precision, dropout, registers, attention, preset):
-    config = ModelConfig.preset(preset, dropout=dropout, register_offsets=())
+@pytest.mark.parametrize("precision, dropout, registers, attention, preset, qk_norm", CASES)
+def test_an_eager_block_keeps_the_bytes_of_the_formula(precision, dropout, registers, attention, preset, qk_norm):
+    config = ModelConfig.preset(preset, dropout=dropout, register_offsets=(), qk_norm=qk_norm)
     with fake_gpu(precision):
         block = Block(config, 0.0)
         tokens = 256 + registers
@@ -98,10 +101,12 @@ def partitioned(graph, inputs):
     return compile_fx(graph, inputs, inner_compile=lambda part, example_inputs, **options: part)
 
 
-@pytest.mark.parametrize("precision, dropout, attention", [("bf16", 0.1, "flex"), ("fp32", 0.0, "flash")])
-def test_a_compiled_block_keeps_the_bytes_of_the_formula(precision, dropout, attention):
+@pytest.mark.parametrize("precision, dropout, attention, qk_norm", [
+    ("bf16", 0.1, "flex", False), ("fp32", 0.0, "flash", False), ("bf16", 0.0, "flash", True)])
+def test_a_compiled_block_keeps_the_bytes_of_the_formula(precision, dropout, attention, qk_norm):
     torch.manual_seed(0)
-    config = ModelConfig(1, 2, 64, grid=(4, 8), vocabulary=96, classes=5, dropout=dropout, register_offsets=())
+    config = ModelConfig(1, 8, 64, grid=(4, 8), vocabulary=96, classes=5, dropout=dropout, register_offsets=(),
+                         qk_norm=qk_norm)
     model, registers = Transformer(config), 24 if attention == "flex" else 0
     block = model.layers[0]
     block.compile(backend=partitioned, dynamic=False)
