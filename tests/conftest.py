@@ -1,7 +1,9 @@
 """What all tests share: one thread, `gpu` tests skipped without CUDA, small models, code stores, runs and images."""
 
 import gc
-import multiprocessing
+import multiprocessing.util
+import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -12,6 +14,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from mutor_img.common.threads import set_spinning
 
 set_spinning()  # before torch is loaded: the tests' own threads, and their child processes'
+# What programs leave in the temporary folder, such as caches, sockets and logs, goes with the tests; what a test that
+# fails wrote stays where pytest puts it.
+os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="mutor_img_tests_")
+multiprocessing.util.Finalize(None, shutil.rmtree, (tempfile.tempdir, True), exitpriority=-101)  # after its own folders
 
 import numpy as np
 import pytest
@@ -59,16 +66,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):  # not item.keywords, which hold the names of folders too
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def temporary_folder(tmp_path_factory):
-    """Have what programs leave in the temporary folder, such as caches and logs, go with the tests' own files."""
-    folder = str(tmp_path_factory.mktemp("tmp"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TMPDIR", folder)
-        patch.setattr(tempfile, "tempdir", folder)
-        yield
 
 
 @pytest.fixture(autouse=True)
