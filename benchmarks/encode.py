@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from benchmarks.train_step import processor
+from benchmarks.turns import processor
 from mutor_img.common.cli import Parser, run
 from mutor_img.common.errors import check_range
 from mutor_img.training.hardware import keep_freed_memory

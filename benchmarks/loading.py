@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.train_step import make_step, processor
+from benchmarks.train_step import make_step
+from benchmarks.turns import processor
 from mutor_img.common.cli import Parser, run
 from mutor_img.common.errors import check_range
 from mutor_img.common.files import write_json

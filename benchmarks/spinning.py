@@ -19,7 +19,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +27,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks.train_step import make_step, processor
+from benchmarks.train_step import make_step
+from benchmarks.turns import measure, per_second, processor
 from mutor_img import generate
 from mutor_img.blocks import ModelConfig
 from mutor_img.common.cli import Parser, run
@@ -83,7 +83,7 @@ def works(folder: Path) -> dict[str, Callable[[], object]]:
     }
 
 
-def measure(seconds: float, only: str) -> dict[str, float]:
+def rates_here(seconds: float, only: str) -> dict[str, float]:
     """Return units per second of each work whose name begins with ``only``: calls within about ``seconds``.
 
     One call before them warms up.
@@ -94,13 +94,7 @@ def measure(seconds: float, only: str) -> dict[str, float]:
         for name, build in works(Path(folder)).items():
             if not name.startswith(only):
                 continue
-            work = build()
-            work()
-            begun, calls = time.perf_counter(), 0
-            while (elapsed := time.perf_counter() - begun) < seconds or not calls:
-                work()
-                calls += 1
-            rates[name] = calls / elapsed
+            rates[name] = per_second(build(), seconds)
     return rates
 
 
@@ -117,12 +111,10 @@ def beside(commands: Sequence[Sequence[str]]) -> Iterator[None]:
 
 
 def measured(setting: dict[str, str], seconds: float, only: str) -> dict[str, float]:
-    """Run :func:`measure` in a process of its own under one setting."""
+    """Run :func:`rates_here` in a process of its own under one setting."""
     clean = {name: value for name, value in os.environ.items() if name not in (*CHOICES, OURS)}
-    words = [sys.executable, "-m", "benchmarks.spinning", "--measure", "--seconds", str(seconds)]
-    words += ["--only", only] * bool(only)
-    done = subprocess.run(words, env=clean | setting, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    words = ["benchmarks.spinning", "--measure", "--seconds", str(seconds)]
+    return measure([*words, *["--only", only] * bool(only)], clean | setting)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -137,7 +129,7 @@ def main(argv: Sequence[str]) -> None:
     check_range("--rounds", args.rounds, 1, 1000)
     check_range("--seconds", args.seconds, 0.1, 1000)
     if args.measure:
-        print(json.dumps(measure(args.seconds, args.only)))
+        print(json.dumps(rates_here(args.seconds, args.only)))
         return
     print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}; {args.rounds} rounds; the "
           f"project's own setting: GOMP_SPINCOUNT={LONG['GOMP_SPINCOUNT']}, or {NEVER['GOMP_SPINCOUNT']} where other "

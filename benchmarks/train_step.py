@@ -2,10 +2,12 @@
 
     python -m benchmarks.train_step                       # B, batch 4, N = 256, bf16: the paper's comparison
     python -m benchmarks.train_step --preset tiny --batch 64 --rounds 9
+    python -m benchmarks.train_step --against public      # the next-token step beside that of public code
 
 A round times every variant once, in an order that rotates; the ratios are medians over rounds of the same round's
 times, so that a machine that speeds up or slows down touches both sides. A step is an update of a run's Trainer:
-reading random codes, drawing registers, forward, backward, clipping and the optimiser.
+reading random codes, drawing registers, forward, backward, clipping and the optimiser. Against public code
+(benchmarks/public.py) each measurement is a process of its own, and both keep freed memory.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ if __name__ == "__main__":
 
     set_spinning()  # before torch is loaded
 
-import platform
+import argparse
+import json
 import statistics
 import tempfile
 import time
@@ -24,7 +27,9 @@ from pathlib import Path
 
 import torch
 
-from mutor_img.blocks import LLAMAGEN_PRESETS
+from benchmarks.public import PublicTransformer, training_step
+from benchmarks.turns import in_turn, median_of, per_second, processor, product_peak
+from mutor_img.blocks import LLAMAGEN_PRESETS, ModelConfig, model_flops
 from mutor_img.common.cli import Parser, run
 from mutor_img.common.config import check_choice
 from mutor_img.common.errors import UserError, check_range
@@ -59,15 +64,49 @@ def make_step(folder: Path, preset: str, law: RegisterLaw, batch: int, precision
     return Trainer(random_task(config, runtime), config, runtime).update
 
 
-def processor() -> str:
-    """Return the processor's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+def measure(who: str, args: argparse.Namespace) -> dict[str, float]:
+    """Return image tokens per second of our next-token step or the public one, and its share of the product peak."""
+    keep_freed_memory()
+    config = ModelConfig.preset(args.preset, grid=side(args.preset), vocabulary=VOCABULARY, classes=CLASSES)
+    peak = product_peak(torch.bfloat16 if args.dtype == "bf16" else torch.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        if who == "ours":
+            law = RegisterLaw("none", config.grid)
+            step = make_step(Path(folder), args.preset, law, args.batch, args.dtype, args.compile)
+        else:
+            model = PublicTransformer(config.layers, config.heads, config.dim, config.hidden, config.grid[0],
+                                      VOCABULARY, CLASSES)
+            if args.compile:
+                model.compile()
+            step = training_step(model, args.batch, args.dtype == "bf16")
+        rate = args.batch * per_second(step, args.seconds)
+    flops = 3 * model_flops(config, config.length, config.length * (config.length + 1) / 2)
+    return {"tokens per second": rate * config.length, "share of the peak": rate * flops / peak}
+
+
+def against_public(args: argparse.Namespace) -> dict[str, float]:
+    """Measure both in turn and print a table; returns the median over rounds of ours over the public one's rate."""
+    words = ["benchmarks.train_step", "--preset", args.preset, "--batch", str(args.batch), "--dtype", args.dtype,
+             "--seconds", str(args.seconds), *["--compile"] * args.compile]
+    found = in_turn({who: [*words, "--measure", who] for who in ("ours", "public")}, args.rounds)
+    print(f"{'':<10}{'tokens/s':>10}{'of the peak of matrix products':>32}")
+    for who, rows in found.items():
+        print(f"{who:<10}{median_of(rows, 'tokens per second'):>10.0f}{median_of(rows, 'share of the peak'):>31.1%}")
+    ratios = [mine["tokens per second"] / its["tokens per second"] for mine, its in zip(*found.values())]
+    print(f"ours over public, pair by pair: {', '.join(f'{ratio:.2f}' for ratio in ratios)}; median "
+          f"{statistics.median(ratios):.2f}")
+    return {"ours": statistics.median(ratios)}
+
+
+def side(preset: str) -> tuple[int, int]:
+    """Return the grid that a preset is timed on."""
+    return GRID if preset in LLAMAGEN_PRESETS else (8, 8)
 
 
 def main(argv: Sequence[str]) -> dict[str, float]:
-    """Time the variants and print a table; returns the median ratio to the first by name."""
-    parser = Parser(description="Cost of registers in a training step, on this machine's CPU.",
+    """The command; see ``--help``. Returns median ratios by name."""
+    parser = Parser(description="Cost of registers in a training step on this machine's CPU, or the step "
+                    "beside that of public code.",
                     example="python -m benchmarks.train_step --rounds 5")
     parser.add_argument("--preset", default="B", help="size of the transformer")
     parser.add_argument("--batch", type=int, default=4, help="sequences per step")
@@ -75,17 +114,32 @@ def main(argv: Sequence[str]) -> dict[str, float]:
     parser.add_argument("--dtype", default="bf16", help="bf16 (autocast over fp32 weights) or fp32")
     parser.add_argument("--compile", action="store_true", help="compile the blocks, as training does")
     parser.add_argument("--only", default="", metavar="TEXT", help="time only variants with this in their name")
+    parser.add_argument("--against", metavar="public", help="time the next-token step beside that of public code, in "
+                        "processes of their own")
+    parser.add_argument("--seconds", type=float, default=10.0, help="with --against: seconds per measurement")
+    parser.add_argument("--measure", metavar="WHO", help="measure ours or public in this process; print JSON")
     args = parser.parse_args(argv)
+    check_choice("--against", args.against or "public", ("public",))
+    check_choice("--measure", args.measure or "ours", ("ours", "public"))
+    check_range("--seconds", args.seconds, 0.1, 1000)
     check_range("--batch", args.batch, 1, 4096)
     check_range("--rounds", args.rounds, 1, 1000)
     check_choice("--dtype", args.dtype, ("bf16", "fp32"))
-    grid = GRID if args.preset in LLAMAGEN_PRESETS else (8, 8)
+    if args.measure:
+        print(json.dumps(found := measure(args.measure, args)))
+        return found
+    print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}; {args.preset}, batch "
+          f"{args.batch}, {args.dtype}, {'compiled' if args.compile else 'eager'}", flush=True)
+    return against_public(args) if args.against else register_costs(args)
+
+
+def register_costs(args: argparse.Namespace) -> dict[str, float]:
+    """Time the variants and print a table; returns the median ratio to the first by name."""
+    grid = side(args.preset)
     laws = {name: law for i, (name, law) in enumerate(variants(grid).items()) if i == 0 or args.only in name}
     if len(laws) == 1:
         raise UserError(f"--only {args.only!r} matches none of {', '.join(variants(grid))}")
     keep_freed_memory()  # as the training loop does
-    print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}; {args.preset}, batch "
-          f"{args.batch}, {args.dtype}, {'compiled' if args.compile else 'eager'}", flush=True)
     names = list(laws)
     times: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:  # a step reads its codes from there
