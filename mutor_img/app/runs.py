@@ -32,7 +32,7 @@ from mutor_img.metrics import report
 from mutor_img.training.log import Point, plot_curves, read_metrics, save_figure
 
 STUDY_SIGNS = {"rows.jsonl", "scores.json"}
-INSIDE = {"checkpoints", "pictures", "tensorboard"}  # parts of a run, which hold no runs
+INSIDE = {"checkpoints", "pictures", "tensorboard", "wandb"}  # parts of a run, which hold no runs
 MOST_FOLDERS, MOST_RUNS = 20_000, 500
 MOST_ROWS = 200  # of a table
 MOST_PANELS, COLUMNS = 18, 2  # curves in one picture
