@@ -135,6 +135,13 @@ def test_a_path_with_nothing_there_is_not_asked_for_on_the_hub(hub, path):
     assert not hub.asked
 
 
+def test_a_damaged_line_of_the_log_is_named_before_anything_is_published(run_of, tmp_path):
+    (Path(run_of()) / "metrics.jsonl").write_text('{"loss": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1: says no step; mend or remove that line"):
+        save_pretrained(tmp_path / "run", tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
 def test_a_tokenizer_keeps_its_hash_and_is_called_by_its_commit(hub, tmp_path):
     own = write_tokenizer(tmp_path / "vq")
     name = own.push_to_hub("org/vq")
