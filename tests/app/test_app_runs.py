@@ -267,6 +267,8 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied", path)
         return scan(path)
 
-    monkeypatch.setattr(os, "scandir", scandir)
-    assert "closed: this folder cannot be read (Permission denied)" in overview(list_runs(tmp_path))
-    assert list(list_runs(tmp_path).folders) == ["run"]
+    with monkeypatch.context() as patch:  # over before pytest removes the folder
+        patch.setattr(os, "scandir", scandir)
+        listing = list_runs(tmp_path)
+    assert "closed: this folder cannot be read (Permission denied)" in overview(listing)
+    assert list(listing.folders) == ["run"]
