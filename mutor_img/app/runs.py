@@ -22,17 +22,17 @@ from matplotlib.figure import Figure
 from mutor_img.app import markup
 from mutor_img.checkpoints.folder import newest_checkpoint, read_meta
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import read_json, read_lines
+from mutor_img.common.files import read_json, read_lines, read_metrics
 from mutor_img.common.folders import is_hidden
 from mutor_img.common.images import naming, read_image
 from mutor_img.common.locks import folder_lock, owner_of
 from mutor_img.common.outputs import RUN_SIGNS
 from mutor_img.common.plain_yaml import parse
 from mutor_img.metrics import report
-from mutor_img.training.log import Point, plot_curves, read_metrics, save_figure
+from mutor_img.training.log import Point, plot_curves, save_figure
 
 STUDY_SIGNS = {"rows.jsonl", "scores.json"}
-INSIDE = {"checkpoints", "pictures", "tensorboard"}  # parts of a run, which hold no runs
+INSIDE = {"checkpoints", "pictures", "tensorboard", "wandb"}  # parts of a run, which hold no runs
 MOST_FOLDERS, MOST_RUNS = 20_000, 500
 MOST_ROWS = 200  # of a table
 MOST_PANELS, COLUMNS = 18, 2  # curves in one picture

@@ -14,7 +14,7 @@ import yaml
 from mutor_img.checkpoints.folder import open_group
 from mutor_img.checkpoints.tensor_files import group_hash
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import read_json, read_lines
+from mutor_img.common.files import read_json, read_metrics
 from mutor_img.common.hub import import_hub, is_hub_name
 from mutor_img.metrics.report import table
 
@@ -151,7 +151,7 @@ def _scores(result: dict[str, Any]) -> str:
 
 def _while_training(run: Path, meta: dict[str, Any]) -> list[str]:
     """Return the last scores that the run itself logged by this step, with what they were computed of."""
-    rows = [row for row in read_lines(run / "metrics.jsonl") if row["step"] <= meta["step"]]
+    rows = [row for row in read_metrics(run) if row["step"] <= meta["step"]]
     last = {name: (row["step"], row[name]) for row in rows for name in row if name.startswith(("eval_", "val_"))}
     if not last:
         return []

@@ -35,7 +35,7 @@ from mutor_img.common.files import (
     write_json,
     write_sealed,
 )
-from mutor_img.common.hub import hub_folder, is_hub_name, pinned
+from mutor_img.common.hub import PACKED, hub_folder, is_hub_name, pinned
 
 FORMAT = "mutor_img checkpoint 1"
 
@@ -222,6 +222,15 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """
     with _naming_intact(folder):
         return _read_meta(folder)
+
+
+def codes_of(folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
+    """Return what a run knows of its codes: tokenizer, tokenizer_hash, class_names, image_size; {} where it says none.
+
+    A tokenizer that lies in the checkpoint's folder, as in a repository on the Hub, is the one that it names.
+    """
+    codes, packed = meta.get("codes", {}), folder / PACKED
+    return {**codes, "tokenizer": str(packed)} if (packed / "checkpoint.json").is_file() else codes
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from mutor_img.blocks import PRESETS, ModelConfig
-from mutor_img.checkpoints.folder import check_shapes, find_checkpoint, load_strict, open_group, read_meta
+from mutor_img.checkpoints.folder import check_shapes, codes_of, find_checkpoint, load_strict, open_group, read_meta
 from mutor_img.checkpoints.llamagen import read_released
 from mutor_img.checkpoints.tensor_files import group_hash, has_group
 from mutor_img.common.errors import UserError, check_range
 from mutor_img.common.files import file_hash
-from mutor_img.common.hub import PACKED
 from mutor_img.registers import RegisterLaw
 from mutor_img.transformer import Transformer, sampled_weights
 
@@ -47,12 +46,8 @@ class Loaded:
 
     @property
     def codes(self) -> dict[str, Any]:
-        """What the run knows of its codes: tokenizer, tokenizer_hash, class_names, image_size; {} for a ``.pt``.
-
-        A tokenizer that lies in the checkpoint's folder, as in a repository on the Hub, is the one that it names.
-        """
-        codes, packed = self.meta.get("codes", {}), self.path / PACKED
-        return {**codes, "tokenizer": str(packed)} if (packed / "checkpoint.json").is_file() else codes
+        """What the run knows of its codes, as :func:`~mutor_img.checkpoints.folder.codes_of`; {} for a ``.pt``."""
+        return codes_of(self.path, self.meta)
 
     @property
     def trained_offsets(self) -> tuple[int, ...] | None:

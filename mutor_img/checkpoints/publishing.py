@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from mutor_img.checkpoints.card import write_card
-from mutor_img.checkpoints.folder import find_checkpoint, read_meta, read_tensors
+from mutor_img.checkpoints.folder import codes_of, find_checkpoint, read_meta, read_tensors
 from mutor_img.checkpoints.tensor_files import group_files, group_hash, has_group
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import clear, file_hash
-from mutor_img.common.hub import PACKED, hub_errors, import_hub, is_hub_name, pinned
+from mutor_img.common.hub import PACKED, hub_errors, import_hub, is_hub_name, pinned, repository_of
 from mutor_img.common.outputs import keep_apart
 from mutor_img.transformer import sampled_weights
 
@@ -33,7 +33,7 @@ def push_to_hub(path: str | Path, repo: str, *, tokenizer: str | Path | None = N
 
     Args:
         path: run folder or checkpoint folder; averaged weights are published where there are any.
-        repo: ``org/name``; made where it does not exist.
+        repo: ``org/name``, with or without ``hf://``; made where it does not exist.
         tokenizer: of a generator, where it is not where the run says: a path, or its own name on the Hub
             (``hf://org/name``). A folder is packed with the generator; a Hub name is noted. A ``.pt`` file is neither:
             whoever samples must then give it.
@@ -46,6 +46,7 @@ def push_to_hub(path: str | Path, repo: str, *, tokenizer: str | Path | None = N
         UserError: no checkpoint there, a file of it is damaged, the tokenizer is not the one that made the codes,
             scores are of other weights, the package huggingface_hub is missing, or the Hub refuses.
     """
+    repo = repository_of(repo)
     told = f"hf://{repo}"
     hub = import_hub(told)
     files = repository(path, repo, tokenizer=tokenizer, scores=scores, licence=licence)
@@ -73,7 +74,7 @@ def save_pretrained(path: str | Path, folder: str | Path, *, repo: str = "org/na
         raise UserError(f"{folder} exists already; give another folder or remove it")
     aside = folder.with_name(f".{folder.name}.part")
     clear(aside)  # of a killed one
-    for name, content in repository(path, repo, **options).items():
+    for name, content in repository(path, repository_of(repo), **options).items():
         (aside / name).parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, Path):
             shutil.copyfile(content, aside / name)
@@ -82,20 +83,20 @@ def save_pretrained(path: str | Path, folder: str | Path, *, repo: str = "org/na
     return aside.rename(folder)
 
 
-def push_model(model: nn.Module, repo: str, **options: Any) -> str:
-    """Publish the checkpoint that a model was read from, as :func:`push_to_hub` does.
+def unchanged_origin(model: nn.Module) -> Path:
+    """Return the checkpoint folder that a model was read from, whose weights it still has.
 
     Raises:
-        UserError: it was not read from one, its weights are not those that would be published, or as there.
+        UserError: it was not read from one, or its weights are not those that would be published.
     """
-    fix = "publish the folder of a run: mutor_img.push_to_hub(folder, repo)"
+    fix = "give the folder of a run: mutor_img.push_to_hub(folder, repo), or save_pretrained"
     if model.origin is None:
-        raise UserError(f"hf://{repo}: this model was not read from a checkpoint of this project; {fix}")
+        raise UserError(f"this model was not read from a checkpoint of this project; {fix}")
     kept = sampled_weights(read_tensors(model.origin, _group(read_meta(model.origin))))
     own = model.state_dict()
     if kept.keys() != own.keys() or not all(torch.equal(own[name].cpu(), kept[name]) for name in kept):
-        raise UserError(f"hf://{repo}: this model's weights are not those that {model.origin} publishes; {fix}")
-    return push_to_hub(model.origin, repo, **options)
+        raise UserError(f"{model.origin}: this model's weights are not those that it publishes; {fix}")
+    return model.origin
 
 
 def repository(path: str | Path, repo: str, *, tokenizer: str | Path | None = None,
@@ -103,7 +104,7 @@ def repository(path: str | Path, repo: str, *, tokenizer: str | Path | None = No
     """Return the files of a repository by their paths in it; arguments and errors as :func:`push_to_hub`."""
     folder = find_checkpoint(path)
     meta, files = _checkpoint(folder)
-    codes = meta.get("codes", {})
+    codes = codes_of(folder, meta)
     named = tokenizer or codes.get("tokenizer")
     packed: Published = {}
     if meta["kind"] == "generator" and named:

@@ -149,6 +149,20 @@ def read_lines(path: str | os.PathLike) -> list[Any]:
         raise UserError(f"{error}; mend or remove that line") from None
 
 
+def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
+    """Return the rows of a run's ``metrics.jsonl``; a last row that a kill cut short is left out.
+
+    Raises:
+        UserError: a row is damaged.
+    """
+    path = Path(run_dir) / "metrics.jsonl"
+    rows = read_lines(path)
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise UserError(f"{path}, line {number}: says no step; mend or remove that line")
+    return rows
+
+
 def file_hash(path: str | os.PathLike) -> str:
     """Return the sha256 of a file as hexadecimal digits, reading in pieces."""
     with open(path, "rb") as file:

@@ -21,7 +21,7 @@ from mutor_img.common.files import read_json
 MAJOR = 2  # of huggingface_hub, as in pyproject.toml
 FORM = "hf://org/name, or hf://org/name@revision"
 PACKED = "tokenizer"  # folder of a generator's repository that holds its tokenizer
-_NAME = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([^\s@]+))?")
+_NAME = re.compile(r"hf://((?!\.)[\w.-]+/(?!\.)[\w.-]+)(?:@([^\s@]+))?")
 
 
 def is_hub_name(path: str | Path) -> bool:
@@ -66,12 +66,31 @@ def pinned(name: str | Path) -> str:
 
 
 def hub_path(name: str | Path, revision: str | None = None) -> str:
-    """Return what ``from_pretrained(name)`` means: a path that exists as it is, else the Hub name of ``org/name``."""
+    """Return what ``from_pretrained(name)`` means: a path that exists as it is, else the Hub name of ``org/name``.
+
+    Raises:
+        UserError: a path where nothing is, of a form that no repository has; or a revision of what is no ``org/name``.
+    """
     if is_hub_name(name) or Path(name).exists():
         if revision is not None:
             raise UserError(f"{name}: revision={revision} is for a name on the Hub, as in org/name; give that alone")
         return str(name)
+    if not _NAME.fullmatch(f"hf://{name}"):
+        raise UserError(f"{name}: no such file or folder, and not the name of a model on the Hub, as in org/name; "
+                        "check the path")
     return f"hf://{name}" + f"@{revision}" * (revision is not None)
+
+
+def repository_of(name: str) -> str:
+    """Return the ``org/name`` that is published to; ``hf://`` may stand before it.
+
+    Raises:
+        UserError: another form, or a revision.
+    """
+    repo, revision = _parse(name if is_hub_name(name) else f"hf://{name}")
+    if revision is not None:
+        raise UserError(f"{name}: is published to the default branch; leave @{revision} out")
+    return repo
 
 
 def _parse(name: str | Path) -> tuple[str, str | None]:
@@ -156,7 +175,7 @@ def _first_line(error: Exception) -> str:
 
 
 class HubModel:
-    """What the models of this project have for the Hub: ``from_pretrained`` and ``push_to_hub``.
+    """What the models of this project have for the Hub: ``from_pretrained``, ``push_to_hub`` and ``save_pretrained``.
 
     What loads and publishes lies on floors above this one, so it is imported by name.
 
@@ -189,4 +208,14 @@ class HubModel:
         Raises:
             UserError: it was not read from one, its weights have changed since, or as there.
         """
-        return import_module("mutor_img.checkpoints.publishing").push_model(self, repo, **options)
+        publishing = import_module("mutor_img.checkpoints.publishing")
+        return publishing.push_to_hub(publishing.unchanged_origin(self), repo, **options)
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
+        """Write what :meth:`push_to_hub` would publish into a new folder, which ``from_pretrained`` takes; returns it.
+
+        Raises:
+            UserError: as there, or the folder exists.
+        """
+        publishing = import_module("mutor_img.checkpoints.publishing")
+        return publishing.save_pretrained(publishing.unchanged_origin(self), folder, **options)

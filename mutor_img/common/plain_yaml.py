@@ -80,7 +80,9 @@ def parse(text: str, origin: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}: " if mark else ""
-        raise UserError(f"{origin}: not valid YAML ({where}{error.problem or error.context})") from None
+        alias = "alias" in f"{error.context} {error.problem}"
+        quotes = "; put quotes around what begins with *, as in ['*.weight']" * alias
+        raise UserError(f"{origin}: not valid YAML ({where}{error.problem or error.context}){quotes}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{origin}: not valid YAML ({str(error).strip().splitlines()[0]})") from None
     except RecursionError:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from mutor_img.checkpoints.folder import find_checkpoint, read_meta, read_tensors, write_checkpoint
-from mutor_img.common.files import file_hash, read_json, write_json
+from mutor_img.common.files import file_hash, read_json, read_metrics, write_json
 from mutor_img.gpu_report.images import CLASSES, JUDGED, SIZE, tokenizer_run, write_images
 from mutor_img.gpu_report.place import CheckFailed, Place, draw_convolutions, relative
 from mutor_img.gpu_report.training import EMA, SmallConfig, small_run
@@ -23,7 +23,6 @@ from mutor_img.pretraining.config import CodesConfig, EvalConfig
 from mutor_img.pretraining.rehearsal import random_task
 from mutor_img.pretraining.task import GeneratorTask
 from mutor_img.registers import RegisterLaw
-from mutor_img.training.log import read_metrics
 from mutor_img.training.loop import train
 from mutor_img.training.task import Task
 from tokenizer.encode import encode_images

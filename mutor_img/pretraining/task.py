@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mutor_img.checkpoints.folder import load_strict
-from mutor_img.checkpoints.loading import load_run
+from mutor_img.blocks import ModelConfig
+from mutor_img.checkpoints.folder import load_strict, newest_checkpoint
+from mutor_img.checkpoints.loading import Loaded, load_run
 from mutor_img.chunked_loss import read_out_losses
 from mutor_img.common.config import to_dict
 from mutor_img.common.errors import UserError
@@ -60,9 +61,8 @@ class GeneratorTask(Task):
         codebook = open_codebook(config, self._about_codes())
         torch.manual_seed(generator_seed(config.seed, Stream.INIT))  # the model's weights, then the objective's
         self.model = Transformer(config.model_config())
-        if config.init_from:
-            names = self.codes.info.class_names if runtime.is_main else None
-            taken = start_from(self.model, config.init_from, names)
+        if config.init_from and runtime.from_main(lambda: newest_checkpoint(config.run_dir) is None):
+            taken = start_from(self.model, config.init_from, self._about_codes() if runtime.is_main else None)
             runtime.agree({f"the content of init_from={config.init_from}": taken})
         self.model.objective = objective = config.build_objective()
         freeze(self.model, config.freeze)
@@ -181,16 +181,17 @@ class GeneratorTask(Task):
                      "views": store.info.views} for store in stores]}
 
 
-def start_from(model: Transformer, path: str, class_names: list[str] | None = None) -> str:
+def start_from(model: Transformer, path: str, codes: dict[str, Any] | None = None) -> str:
     """Take a checkpoint's weights; returns their hash.
 
     A register embedding that it lacks stays as drawn, and so does the table of classes where it has another number of
-    them. Where its classes have other names than ``class_names``, a line says so: another data set may be meant.
+    them. Where its classes have other names, or its codes were made by another tokenizer, a line says so: another data
+    set may be meant.
 
     Args:
         model: takes the weights; every other name and shape must fit.
         path: run folder, checkpoint folder (averaged weights where it has any), or LlamaGen ``.pt``.
-        class_names: those of the run's classes, where this process speaks; None: nothing is said.
+        codes: what the run knows of its codes, where this process speaks; None: nothing is said.
 
     Raises:
         UserError: nothing readable is there, or a weight does not fit.
@@ -203,19 +204,30 @@ def start_from(model: Transformer, path: str, class_names: list[str] | None = No
                         f"model.qk_norm={str(found.qk_norm).lower()}")
     if found.classes != wanted.classes:
         weights[CLASS_TABLE] = model.get_parameter(CLASS_TABLE).detach()
-        if class_names is not None:
-            print(f"note: init_from={path} has {found.classes} classes, and data.codes {wanted.classes}: the table of "
-                  "classes is drawn anew", file=sys.stderr)
-        class_names = None
-    for label, (theirs, ours) in enumerate(zip(loaded.codes.get("class_names") or (), class_names or ())):
-        if theirs != ours:
-            print(f"note: class {label} is {theirs!r} in init_from={path}, and {ours!r} in data.codes: its weights "
-                  "begin as those of another class", file=sys.stderr)
-            break
+    for note in _differences(path, loaded, wanted, codes) if codes else ():
+        print(f"note: {note}", file=sys.stderr)
     if model.config.register_offsets is not None:
         weights.setdefault("register_embedding.weight", model.register_embedding.weight.detach())
     load_strict(model, weights, path)
     return loaded.weights_hash
+
+
+def _differences(path: str, loaded: Loaded, wanted: ModelConfig, codes: dict[str, Any]) -> Iterator[str]:
+    """Yield what a person should know of weights that begin on other codes than those that they come from."""
+    theirs, ours = loaded.codes.get("tokenizer_hash"), codes["tokenizer_hash"]
+    classes = loaded.model.config.classes
+    if theirs not in (None, ours):
+        yield (f"init_from={path} knows codes of a tokenizer with sha256 {theirs[:16]}, and those of data.codes are of "
+               f"one with {ours[:16]}: the same code may mean something else")
+    if classes != wanted.classes:
+        yield (f"init_from={path} has {classes} classes, and data.codes {wanted.classes}: the table of classes is "
+               "drawn anew")
+        return
+    for label, (name, own) in enumerate(zip(loaded.codes.get("class_names") or (), codes["class_names"])):
+        if name != own:
+            yield (f"class {label} is {name!r} in init_from={path}, and {own!r} in data.codes: its weights begin as "
+                   "those of another class")
+            return
 
 
 def open_codebook(config: GeneratorConfig, codes: dict[str, Any]) -> Tensor | None:

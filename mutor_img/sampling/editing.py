@@ -13,7 +13,7 @@ from mutor_img.common.images import read_image
 from mutor_img.common.processes import from_main
 from mutor_img.sampling.source import SampleSource
 from tokenizer.images.crops import pil_mode, pixels, to_float
-from tokenizer.network.vq import VQModel
+from tokenizer.network.interface import ImageTokenizer
 
 MASKED = 128  # pixels of a mask from this on are made anew
 
@@ -51,7 +51,7 @@ def edit(source: SampleSource, keep: str | None, mask: str | None, mix_with: int
     return dataclasses.replace(source, settings=settings, kept_from=None if keep is None else (keep, mask))
 
 
-def kept_codes(tokenizer: VQModel, grid: tuple[int, int], image: str, mask: str) -> tuple[int, ...]:
+def kept_codes(tokenizer: ImageTokenizer, grid: tuple[int, int], image: str, mask: str) -> tuple[int, ...]:
     """Return the codes (N) of an image, -1 in every cell where the mask has a white pixel.
 
     Args:
@@ -72,7 +72,7 @@ def kept_codes(tokenizer: VQModel, grid: tuple[int, int], image: str, mask: str)
     if hidden.all():
         raise UserError(f"{mask}: covers every cell of {image}, so that nothing is kept; leave --keep and --mask out, "
                         "or paint black what is to stay")
-    [codes] = tokenizer.encode(to_float(pixels(picture))[None].to(tokenizer.quant_conv.weight.device)).tolist()
+    [codes] = tokenizer.encode(to_float(pixels(picture))[None]).tolist()
     return tuple(-1 if anew else code for anew, code in zip(hidden.tolist(), codes))
 
 

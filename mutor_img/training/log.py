@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from torch.utils.tensorboard import SummaryWriter
 
-from mutor_img.common.errors import UserError
-from mutor_img.common.files import read_lines, write_atomic
+from mutor_img.common.files import read_metrics, write_atomic
 from mutor_img.training.task import Task
 from mutor_img.training.trackers import open_wandb, show_picture
 
@@ -80,19 +79,6 @@ class RunLog:
             self.events.close()
         if self.wandb:
             self.wandb.finish()
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the rows of a run's ``metrics.jsonl``; a last row that a kill cut short is left out.
-
-    Raises:
-        UserError: a row is damaged.
-    """
-    rows = read_lines(run_dir / "metrics.jsonl")
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or type(row.get("step")) is not int:
-            raise UserError(f"{run_dir / 'metrics.jsonl'}, line {number}: says no step; mend or remove that line")
-    return rows
 
 
 def plot_curves(axes: Axes, curves: dict[str, Sequence[Point]]) -> None:

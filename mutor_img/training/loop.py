@@ -53,9 +53,9 @@ def _train(task: Task, config: Any, runtime: Runtime, stop: StopRequest) -> Trai
             print(f"{config.run_dir}: all {trainer.step} updates are done already{more}; nothing to do"
                   + "".join(f"; not applied: {change}" for change in trainer.changes))
         return trainer
+    if runtime.is_main:
+        _record(trainer)  # before a tracker that may not begin: what it leaves must not look like a stranger's folder
     log = RunLog(config, trainer.step) if runtime.is_main else None
-    if log:
-        _record(trainer)
     try:
         _run(trainer, log, stop)
     finally:
@@ -69,11 +69,12 @@ def _train(task: Task, config: Any, runtime: Runtime, stop: StopRequest) -> Trai
 def _record(trainer: Trainer) -> None:
     """Write the resolved config; where a resume changed it, the earlier one stays under the step it led to."""
     path = trainer.run_dir / "config.yaml"
+    earlier = path.with_name(f"config_until_{trainer.step:08d}.yaml")
     if trainer.step:
         print(f"{trainer.run_dir}: going on after update {trainer.step}"
               + "".join(f"; {change}" for change in trainer.changes))
-    if trainer.changes and path.is_file():
-        os.replace(path, path.with_name(f"config_until_{trainer.step:08d}.yaml"))
+    if trainer.changes and path.is_file() and not earlier.exists():  # a killed sitting has set it aside already
+        os.replace(path, earlier)
     write_atomic(path, lambda aside: aside.write_text(record(trainer.config)))
 
 

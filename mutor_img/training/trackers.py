@@ -28,7 +28,8 @@ def open_wandb(config: Any) -> GeneralTracker:
         config: of the run; ``run_dir`` is the run's name.
 
     Raises:
-        UserError: the package is missing, or it cannot begin: nobody is logged in, or its server cannot be reached.
+        UserError: the package is missing, the record of the run's id is damaged, or it cannot begin: nobody is logged
+            in, its server cannot be reached, or its settings cannot be.
     """
     try:
         import wandb
@@ -42,9 +43,11 @@ def open_wandb(config: Any) -> GeneralTracker:
     try:
         tracker.start()
         tracker.store_init_configuration(to_dict(config))
-    except wandb.errors.Error as error:
-        raise UserError(f"train.trackers: wandb cannot begin ({str(error).strip().splitlines()[0]}); run wandb login, "
-                        "or set WANDB_MODE=offline and wandb sync later") from None
+    except (wandb.errors.Error, ValueError) as error:  # the latter: settings of the environment, as pydantic sees them
+        lines = [line.strip() for line in str(error).strip().splitlines()]
+        why = lines[0] if isinstance(error, wandb.errors.Error) else " ".join(lines[:3])
+        raise UserError(f"train.trackers: wandb cannot begin ({why}); run wandb login, or set WANDB_MODE=offline and "
+                        "wandb sync later") from None
     return tracker
 
 
@@ -57,9 +60,14 @@ def show_picture(tracker: GeneralTracker, name: str, path: Path, step: int) -> N
 
 
 def _run_id(record: Path) -> str:
-    """Return the run's id, which is drawn and noted before the first sitting."""
+    """Return the run's id, which is drawn and noted before the first sitting.
+
+    Raises:
+        UserError: something else is noted there.
+    """
     known = read_json(record) if record.is_file() else {}
-    if "wandb" not in known:
-        known["wandb"] = secrets.token_hex(4)
-        write_json(record, known)
+    if not isinstance(known, dict) or not isinstance(known.setdefault("wandb", secrets.token_hex(4)), str):
+        raise UserError(f"{record}: says no id of wandb's run, as in {{'wandb': '1a2b3c4d'}}; mend it, or remove it to "
+                        "begin another one there")
+    write_json(record, known)
     return known["wandb"]

@@ -75,6 +75,13 @@ def test_what_training_left_is_shown(run_training, curves, tmp_path):
     assert {"loss", "next_token", "lr"} < logged.keys() and [step for step, _ in logged["loss"]] == [1, 2, 3]
 
 
+def test_what_a_tracker_keeps_in_a_run_is_no_run(tmp_path):
+    files = write_run(tmp_path / "run") / "wandb" / "run-20260101_000000-1a2b3c4d" / "files"
+    files.mkdir(parents=True)
+    (files / "config.yaml").write_text("_wandb: {}\n")
+    assert list(list_runs(tmp_path).folders) == ["run"]
+
+
 @pytest.mark.parametrize(("step", "steps", "words"), [
     (4, 4, "4 of 4</td><td>done"), (3, 4, "3 of 4</td><td>stopped; the same command goes on"),
     (0, 4, "run</td><td>0 of 4</td><td>no complete checkpoint"), (4, None, "4</td><td>weights alone")])
@@ -260,6 +267,8 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied", path)
         return scan(path)
 
-    monkeypatch.setattr(os, "scandir", scandir)
-    assert "closed: this folder cannot be read (Permission denied)" in overview(list_runs(tmp_path))
-    assert list(list_runs(tmp_path).folders) == ["run"]
+    with monkeypatch.context() as patch:  # over before pytest removes the folder
+        patch.setattr(os, "scandir", scandir)
+        listing = list_runs(tmp_path)
+    assert "closed: this folder cannot be read (Permission denied)" in overview(listing)
+    assert list(listing.folders) == ["run"]

@@ -1,6 +1,7 @@
 """Checkpoints and tokenizers on the Hugging Face Hub: named, fetched once, verified, published; one line if not."""
 
 import importlib.metadata
+import re
 from importlib import import_module
 from pathlib import Path
 
@@ -108,6 +109,37 @@ def test_a_card_without_a_licence_has_a_place_for_it(hub, tmp_path):
     assert same(VQModel.from_pretrained(folder), load_tokenizer(tmp_path / "vq"))
     with pytest.raises(UserError, match="out exists already"):
         save_pretrained(tmp_path / "vq", folder)
+
+
+def test_what_was_published_can_be_published_again_from_the_model_that_was_read(hub, run_of, tmp_path):
+    name = push_to_hub(run_of(), "hf://org/model")
+    assert name.startswith(f"{NAME}@")
+    (tmp_path / "tokenizer").rename(tmp_path / "elsewhere")  # the packed one is taken
+    there = Transformer.from_pretrained("org/model")
+    assert same(Transformer.from_pretrained(there.save_pretrained(tmp_path / "copy")), there)
+    Transformer.from_pretrained(tmp_path / "copy").push_to_hub("org/copy")
+    ours, theirs = (hub.commits[repo, hub.refs[repo, "main"]] for repo in ("org/model", "org/copy"))
+    assert {**ours, "README.md": b""} == {**theirs, "README.md": b""}
+
+
+@pytest.mark.parametrize("repo", ["model", "org/model@v1", "org/model/file", "", "./model", "org/a model"])
+def test_a_repository_that_cannot_be_published_to_is_one_line_before_anything_is_read(repo):
+    with pytest.raises(UserError, match=r"not the name of a model on the Hub|published to the default branch"):
+        push_to_hub("absent", repo)
+
+
+@pytest.mark.parametrize("path", ["/nowhere", "/nowhere/run", "./runs/run", "runs/a/b", "../run", "run.pt"])
+def test_a_path_with_nothing_there_is_not_asked_for_on_the_hub(hub, path):
+    with pytest.raises(UserError, match=f"^{re.escape(path)}: no such file or folder"):
+        Transformer.from_pretrained(path)
+    assert not hub.asked
+
+
+def test_a_damaged_line_of_the_log_is_named_before_anything_is_published(run_of, tmp_path):
+    (Path(run_of()) / "metrics.jsonl").write_text('{"loss": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1: says no step; mend or remove that line"):
+        save_pretrained(tmp_path / "run", tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_a_tokenizer_keeps_its_hash_and_is_called_by_its_commit(hub, tmp_path):

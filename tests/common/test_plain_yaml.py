@@ -41,3 +41,9 @@ def test_what_cannot_be_read_is_one_line_that_names_the_file(text):
     with pytest.raises(UserError) as caught:
         parse(text, "f.yaml")
     assert str(caught.value).startswith("f.yaml: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[*.weight]", "[*norm*]", "a: *norm.weight"])
+def test_a_pattern_that_yaml_takes_for_an_alias_is_told_to_be_quoted(text):
+    with pytest.raises(UserError, match=r"not valid YAML \(.*\); put quotes around what begins with \*"):
+        parse(text, "x")

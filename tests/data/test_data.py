@@ -111,6 +111,18 @@ def test_a_start_from_other_classes_is_said(run_training, make_codes, tmp_path, 
         assert ("class 1 is 'b' in init_from" in capsys.readouterr().err) == said
 
 
+def test_a_start_from_codes_of_another_tokenizer_is_said_and_a_resume_reads_it_no_more(run_training, make_codes,
+                                                                                      tmp_path, capsys):
+    first = run_training("train.steps=1").run_dir
+    flags = (f"data.codes={make_codes(tmp_path / 'other', tokenizer_hash='b' * 64)}", "data.val_codes=null",
+             f"init_from={first}", f"run_dir={tmp_path}/start")
+    run_training(*flags, "train.steps=1")
+    assert f"tokenizer with sha256 {'a' * 16}, and those of data.codes are of one with {'b' * 16}" in (
+        capsys.readouterr().err)
+    first.rename(tmp_path / "away")
+    assert run_training(*flags, "train.steps=2").step == 2 and "note:" not in capsys.readouterr().err
+
+
 def test_a_start_from_another_number_of_classes_draws_their_table_anew_and_nothing_else(run_training, make_codes,
                                                                                        tmp_path, capsys):
     first = run_training("train.steps=1").model.state_dict()

@@ -9,11 +9,13 @@ from PIL import Image
 from reference import sampling as reference
 from tiny_runs import edit_flags, sample, write_tokenizer
 
+from mutor_img.checkpoints.folder import write_checkpoint
 from mutor_img.common.errors import UserError
 from mutor_img.sampling import main
 from mutor_img.sampling.editing import kept_codes
 from mutor_img.sampling.pictures import GREY
 from tokenizer import load_tokenizer
+from tokenizer.network.maskgit import MaskGITModel
 
 
 def test_cells_without_white_keep_their_codes_and_the_others_follow_the_model(run_of, random_model, tmp_path):
@@ -56,13 +58,21 @@ def test_a_strip_shows_what_is_kept_from_the_beginning(run_of, tmp_path):
     assert [cell for cell in range(16) if grey[cell]] == [6, 10]
 
 
-def test_a_cell_is_made_anew_for_a_single_white_pixel_of_a_colour_image(tmp_path):
-    vq = write_tokenizer(tmp_path / "vq", image_channels=3)
+def maskgit(folder):
+    model = MaskGITModel(channels=8, multipliers=(1, 2), blocks=1, code_dim=4, vocabulary=11, groups=4)
+    write_checkpoint(folder, 1, {"model": model.state_dict()}, {"kind": "tokenizer", "model": model.options,
+                                                                "image_size": 8}, 1)
+    return load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("tokenizer", [lambda folder: write_tokenizer(folder, image_channels=3), maskgit],
+                         ids=["vq", "maskgit"])
+def test_a_cell_is_made_anew_for_a_single_white_pixel_of_a_colour_image(tmp_path, tokenizer):
     mask = np.zeros((8, 4), np.uint8)
     mask[7, 0], mask[0, 2] = 128, 127  # white enough, and not
     for name, pixels in (("photo", np.zeros((8, 4, 4), np.uint8)), ("mask", mask)):  # one with transparency
         Image.fromarray(pixels).save(tmp_path / f"{name}.png")
-    kept = kept_codes(vq, (4, 2), str(tmp_path / "photo.png"), str(tmp_path / "mask.png"))
+    kept = kept_codes(tokenizer(tmp_path / "vq"), (4, 2), str(tmp_path / "photo.png"), str(tmp_path / "mask.png"))
     assert [cell for cell, code in enumerate(kept) if code < 0] == [6]
 
 

@@ -1,9 +1,12 @@
 """A run goes on as the run that it is: what makes another run is refused, what else changes is said and kept."""
 
+import shutil
+
 import numpy as np
 import pytest
 import yaml
 
+from mutor_img.checkpoints.folder import checkpoint_at
 from mutor_img.common.config import field_names
 from mutor_img.common.errors import UserError
 from mutor_img.convert import main as convert
@@ -45,6 +48,10 @@ def test_a_changed_setting_is_said_and_the_earlier_config_stays(run_training, ca
     kept = [yaml.safe_load((trainer.run_dir / name).read_text())["optim"]["lr"]
             for name in (f"config_until_{trainer.step:08d}.yaml", "config.yaml")]
     assert kept == [lr, 1e-5]
+    for step in (4, 5, 6):  # as if that sitting was killed before it had saved
+        shutil.rmtree(checkpoint_at(trainer.run_dir, step))
+    run_training("train.steps=4", "optim.lr=1e-6")
+    assert yaml.safe_load((trainer.run_dir / f"config_until_{trainer.step:08d}.yaml").read_text())["optim"]["lr"] == lr
 
 
 def test_an_average_that_a_run_has_not_kept_cannot_go_on(run_training):

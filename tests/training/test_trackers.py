@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -12,8 +13,10 @@ from mutor_img.checkpoints.folder import newest_checkpoint
 from mutor_img.common import cli
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import read_json
+from mutor_img.pretraining.command import main as train_generator
 from mutor_img.training import log
 from mutor_img.training.log import read_metrics
+from mutor_img.training.trackers import open_wandb
 from tokenizer.train import main as train_tokenizer
 
 BOTH = "train.trackers=[tensorboard,wandb]"
@@ -144,16 +147,36 @@ def test_without_the_package_or_a_login_a_run_says_so_before_its_first_update(ru
     assert newest_checkpoint(tmp_path / "runs" / "run") is None
 
 
-def test_a_tracker_that_cannot_begin_is_one_line(run_training, monkeypatch, tmp_path):
+def test_a_tracker_that_cannot_begin_is_one_line_and_the_same_command_begins_once_it_can(run_training, monkeypatch,
+                                                                                         recorder, tmp_path):
     wandb = pytest.importorskip("wandb")
 
     def refuse(**options):
         raise wandb.errors.UsageError("No API key configured.\nmore")
 
+    monkeypatch.setattr(log, "open_wandb", open_wandb)
     monkeypatch.setattr(wandb, "init", refuse)
     with pytest.raises(UserError, match=r"wandb cannot begin \(No API key configured\.\); run wandb login"):
         run_training(BOTH)
     assert newest_checkpoint(tmp_path / "runs" / "run") is None
+    monkeypatch.setattr(log, "open_wandb", lambda config: recorder)
+    train_generator(["--config", str(tmp_path / "configs" / "run.yaml"), BOTH, "train.steps=1"])
+    assert [row["step"] for row in recorder.values] == [1]
+
+
+@pytest.mark.parametrize("record", ["[]", '{"wandb": 5}', '{"wandb": null}'])
+def test_a_record_without_an_id_is_one_line(tmp_path, record):
+    pytest.importorskip("wandb")
+    (tmp_path / "trackers.json").write_text(record)
+    with pytest.raises(UserError, match=r"trackers\.json: says no id of wandb's run, .*; mend it, or remove it"):
+        open_wandb(SimpleNamespace(run_dir=tmp_path))
+
+
+def test_a_setting_of_the_environment_that_cannot_be_is_one_line(monkeypatch, tmp_path):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offlin")
+    with pytest.raises(UserError, match=r"wandb cannot begin \(.*mode Input should be 'online', 'offline'"):
+        open_wandb(SimpleNamespace(run_dir=tmp_path))
 
 
 def test_an_unknown_tracker_names_the_nearest(run_training):
