@@ -158,7 +158,7 @@ def _first_line(error: Exception) -> str:
 class HubModel:
     """What the models of this project have for the Hub: ``from_pretrained`` and ``push_to_hub``.
 
-    What loads and publishes lies on floors above this one, so it is imported by name.
+    What loads and publishes is in layers above this one, so it is imported by name.
 
     Attributes:
         loader: module and function that load such a model.
