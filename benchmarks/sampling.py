@@ -1,7 +1,7 @@
 """Images per second of :func:`mutor_img.generate`, beside a plain Python sampling loop, on random weights.
 
-    python benchmarks/sampling.py                                   # B, bf16, 49 codes, batches of 8 and 32
-    python benchmarks/sampling.py --dtype fp32 --grid 16 --rounds 1 # all codes of an image of 256 pixels
+    python -m benchmarks.sampling                                   # B, bf16, 49 codes, batches of 8 and 32
+    python -m benchmarks.sampling --dtype fp32 --grid 16 --rounds 1 # all codes of an image of 256 pixels
 
 Both make whole images in turn, in one process, and the medians are compared; the first image of a shape is not timed.
 The plain loop does what public samplers of such models do: a cache of the full length in the weights' dtype with a
@@ -106,7 +106,7 @@ def machine(device: torch.device) -> str:
 def main(argv: Sequence[str]) -> None:
     """The command; see ``--help``."""
     parser = Parser(description="Images per second of the sampler, beside a plain sampling loop.",
-                    example="python benchmarks/sampling.py --batch-sizes 8,32 --threads 2")
+                    example="python -m benchmarks.sampling --batch-sizes 8,32 --threads 2")
     parser.add_argument("--preset", default="B", help="model size")
     parser.add_argument("--grid", type=int, default=7, help="rows and columns of codes")
     parser.add_argument("--vocabulary", type=int, default=16384, help="number of codes")
