@@ -54,8 +54,8 @@ def hub_folder(name: str | Path) -> Path:
     with hub_errors(told):
         folder = _fetch(hub, repo, revision, ["checkpoint.json", packed])
         if not (folder / "checkpoint.json").is_file():
-            raise UserError(f"{told}: holds no checkpoint.json, so it is no model of this project; of other files, "
-                            "such as LlamaGen's .pt, download the one you need and give its path")
+            raise UserError(f"{told}: has no checkpoint.json, so it is not a model of this project; of other files, "
+                            "such as LlamaGen's .pt, download the one that you need and give its path")
         wanted = [*_files_of(folder, ""), *_files_of(folder, f"{PACKED}/")]
         return _fetch(hub, repo, folder.name, ["checkpoint.json", packed, *wanted])  # of the same commit
 
@@ -140,7 +140,7 @@ def hub_errors(what: str) -> Iterator[None]:
         raise UserError(f"{what}: not the name of a model on the Hub ({_first_line(error)}); give {FORM}") from None
     except errors.LocalEntryNotFoundError:
         why = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else f"{constants.ENDPOINT} cannot be reached"
-        raise UserError(f"{what}: not whole in the cache {constants.HF_HUB_CACHE}, and {why}; run the command once "
+        raise UserError(f"{what}: not complete in the cache {constants.HF_HUB_CACHE}, and {why}; run the command once "
                         "where there is a network, or copy the cache from there") from None
     except errors.HfHubHTTPError as error:
         status = error.response.status_code

@@ -71,7 +71,7 @@ def build_objective(config: ObjectiveConfig, model: ModelConfig, law: RegisterLa
     known = dict(list(inspect.signature(kind).parameters.items())[1:]) if kind else {}  # without the model's sizes
     for name in given:
         if name not in known:
-            where = f"it has {', '.join(known)}" if known else "its settings stand under registers"
+            where = f"it has {', '.join(known)}" if known else "its settings are under registers"
             raise UserError(f"objective.{name} is no setting of objective.kind={config.kind}; {where}")
     if kind is None:
         return Mutor(model, law, register_weight) if law.registers else Objective(model)

@@ -204,13 +204,13 @@ def start_from(model: Transformer, path: str, class_names: list[str] | None = No
     if found.classes != wanted.classes:
         weights[CLASS_TABLE] = model.get_parameter(CLASS_TABLE).detach()
         if class_names is not None:
-            print(f"note: init_from={path} has {found.classes} classes, and data.codes {wanted.classes}: the table of "
-                  "classes is drawn anew", file=sys.stderr)
+            print(f"note: init_from={path} has {found.classes} classes, and data.codes {wanted.classes}: all class "
+                  "embeddings start at random", file=sys.stderr)
         class_names = None
     for label, (theirs, ours) in enumerate(zip(loaded.codes.get("class_names") or (), class_names or ())):
         if theirs != ours:
-            print(f"note: class {label} is {theirs!r} in init_from={path}, and {ours!r} in data.codes: its weights "
-                  "begin as those of another class", file=sys.stderr)
+            print(f"note: class {label} is {theirs!r} in init_from={path}, and {ours!r} in data.codes: it starts "
+                  "with the embedding of another class", file=sys.stderr)
             break
     if model.config.register_offsets is not None:
         weights.setdefault("register_embedding.weight", model.register_embedding.weight.detach())

@@ -62,7 +62,7 @@ def command(*arguments: str | Path) -> None:
             process.wait()
             raise
     if status:
-        raise UserError(f"the step above ended with status {status}; fix what it says and run the same command again")
+        raise UserError(f"the command above ended with status {status}; fix what it says and run the study again")
 
 
 def prepare(config: StudyConfig) -> None:

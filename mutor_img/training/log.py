@@ -91,7 +91,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     rows = read_lines(run_dir / "metrics.jsonl")
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or type(row.get("step")) is not int:
-            raise UserError(f"{run_dir / 'metrics.jsonl'}, line {number}: says no step; mend or remove that line")
+            raise UserError(f"{run_dir / 'metrics.jsonl'}, line {number}: has no step; correct or remove that line")
     return rows
 
 

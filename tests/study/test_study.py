@@ -61,7 +61,7 @@ def test_the_guidance_scale_is_not_chosen_on_the_samples_that_are_reported(tmp_p
 
 
 @pytest.mark.parametrize("word, message", [("[]", "cfg_schedules is empty"), ("[linaer]", "mean 'linear'"),
-                                           ("[power-cosine]", "needs cfg-parameter"), ("[interval:x]", "no number")])
+                                           ("[power-cosine]", "needs cfg-parameter"), ("[interval:x]", "not a number")])
 def test_a_guidance_schedule_that_cannot_be_is_refused_before_anything_is_trained(word, message):
     with pytest.raises(UserError, match=message):
         load_config(StudyConfig, ROOT / "configs" / "mnist" / "study.yaml", [f"cfg_schedules={word}"])
