@@ -247,7 +247,7 @@ def test_a_name_that_means_no_generator_of_ours_is_one_line(hub, run_of, tmp_pat
 
 
 def test_no_network_and_nothing_cached_is_one_line(hub, offline, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="not complete in the cache .* be reached"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"not complete in the cache .* be reached"):
         patch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
         load_checkpoint(NAME)
     offline()
