@@ -131,7 +131,7 @@ def test_a_small_study_runs_from_images_to_scores_and_reuses_what_is_done(digits
     scores, tokenizer = everything["generators"], everything["tokenizer"]
     assert {"psnr", "fd", "recall", "recognised", "per_class", "tokenizer_hash"} <= tokenizer.keys()
     assert tokenizer == json.loads((tmp_path / "runs" / "study" / "reconstructions.json").read_text())
-    assert f"fd {tokenizer['fd']:.2f}" in done.stdout
+    assert f"FD {tokenizer['fd']:.2f}" in done.stdout
     assert scores["mutor2d"]["per_class"].keys() == tokenizer["per_class"].keys() == set("0123456789")
     assert {"fd", "recognised", "recall", "distinct", "same_codes", "real_against_real"} <= scores["mutor2d"].keys()
     assert (tmp_path / "runs" / "mutor2d" / "samples.png").is_file()
