@@ -146,7 +146,7 @@ def read_lines(path: str | os.PathLike) -> list[Any]:
     try:
         return [parse_json(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
     except UserError as error:
-        raise UserError(f"{error}; mend or remove that line") from None
+        raise UserError(f"{error}; correct or remove that line") from None
 
 
 def file_hash(path: str | os.PathLike) -> str:

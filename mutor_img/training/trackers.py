@@ -43,7 +43,7 @@ def open_wandb(config: Any) -> GeneralTracker:
         tracker.start()
         tracker.store_init_configuration(to_dict(config))
     except wandb.errors.Error as error:
-        raise UserError(f"train.trackers: wandb cannot begin ({str(error).strip().splitlines()[0]}); run wandb login, "
+        raise UserError(f"train.trackers: wandb cannot start ({str(error).strip().splitlines()[0]}); run wandb login, "
                         "or set WANDB_MODE=offline and wandb sync later") from None
     return tracker
 

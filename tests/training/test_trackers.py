@@ -151,7 +151,7 @@ def test_a_tracker_that_cannot_begin_is_one_line(run_training, monkeypatch, tmp_
         raise wandb.errors.UsageError("No API key configured.\nmore")
 
     monkeypatch.setattr(wandb, "init", refuse)
-    with pytest.raises(UserError, match=r"wandb cannot begin \(No API key configured\.\); run wandb login"):
+    with pytest.raises(UserError, match=r"wandb cannot start \(No API key configured\.\); run wandb login"):
         run_training(BOTH)
     assert newest_checkpoint(tmp_path / "runs" / "run") is None
 
