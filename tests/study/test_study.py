@@ -77,7 +77,7 @@ def test_the_table_has_columns_of_real_images_and_lines_per_class():
     assert lines[0].split("  ")[-1].strip() == "real held-out" and "ntp" in lines[0]
     assert any(line.startswith("training seconds") and line.split()[2:4] == ["3", "-"] for line in lines)
     assert any(line.startswith("recognised") and line.count("90.0%") == 6 for line in lines)
-    assert any(line.startswith("Frechet") and line.split()[-2:] == ["5.50", "2.00"] for line in lines)
+    assert any(line.startswith("FD (Frechet") and line.split()[-2:] == ["5.50", "2.00"] for line in lines)
     ones = next(line for line in lines if line.startswith("1 "))
     assert ones.split() == ["1", *["90.0%"] * 4, *["3.0%"] * 4]  # two generators, decoded and real: below the scores
 
