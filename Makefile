@@ -3,7 +3,7 @@
 # make test     the whole test suite, in two processes; make test TEST_PROCESSES=8 where there are cores and memory
 # make test-gpu the tests that need a GPU; python -m mutor_img.gpu_report prints what they check as a report
 # make test-app the page of mutor_img.app in a headless Chromium; installs Gradio, playwright and, as root on Debian, Chromium
-# make lint     ruff, and that imports point down the floors (pyproject.toml)
+# make lint     ruff, and that packages import only from lower layers (pyproject.toml)
 
 PYTHON ?= python3
 VENV := .venv

@@ -27,16 +27,17 @@ SCHEMAS = (
 )
 HEAD = """# Configuration
 
-A config is a YAML file with the keys below. A key that is left out has its default. `extends: other.yaml` starts from
-another file. `key=value` after `--config FILE` overrides both, as in `optim.lr=1e-4 registers.count=null`. An unknown
-key is an error that names the nearest key. A value of another type is an error, and so is a key that is in a file
-twice. `format: mutor_img config 1` may stand in a file; runs write it into theirs ([formats.md](formats.md)). If
-`run_dir` is not given, it is the path of the config with `runs/` instead of `configs/`. `--dry-run` prints the whole
-config and what it costs.
+A config is a YAML file with the keys below. If a key is left out, it has its default. `extends: other.yaml` takes the
+keys of another file first. `key=value` after `--config FILE` overrides both: `optim.lr=1e-4 registers.count=null`.
+An unknown key is an error that names the nearest key. A value of the wrong type is an error, and so is a key that
+occurs twice in a file. A file may contain `format: mutor_img config 1`; runs write it into theirs
+([formats.md](formats.md)). If `run_dir` is not given, it is the path of the config with `runs/` instead of `configs/`.
+`--dry-run` prints the whole config and what the run costs.
 
-You can call the shipped configs by name, from any folder and after any kind of install:
-`--config imagenet256/mutor2d_b_80`, `extends: imagenet256/ntp_b`. A `configs/` in the current folder comes first. The
-run folder is then `runs/imagenet256/mutor2d_b_80` in the current folder.
+You can give the shipped configs by name, from any folder and after any kind of installation:
+`--config imagenet256/mutor2d_b_80`, `extends: imagenet256/ntp_b`. The run folder is then
+`runs/imagenet256/mutor2d_b_80` in the current folder. If the current folder has a `configs/`, that one is searched
+first.
 
 The value of a text field stays as you typed it: `run_dir=0010` is the folder `0010`, and `run_dir=2024-01-01` is not a
 date. `~` at the beginning means the home folder, in files, in overrides and in every flag. A list is set as a whole:
@@ -47,8 +48,8 @@ For a variation of a run, write a file of a few lines, or use the same file with
     python train.py --config configs/mnist/mutor2d.yaml registers.d_max=3 run_dir=runs/mnist/mutor2d_d3
 
 An existing run can only continue with the same seed, model, objective, registers, data and global batch. If the
-learning rate, the precision or EMA changes, the run says so at the start, and the earlier config stays beside the new
-one.
+learning rate, the precision or EMA changes, the run prints the change at the start, and keeps the earlier config beside
+the new one.
 """
 
 

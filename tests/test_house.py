@@ -1,4 +1,4 @@
-"""The layout: which rooms there are, and that imports point down."""
+"""The layout: which packages there are, and that imports point down."""
 
 import contextlib
 import re
@@ -17,7 +17,7 @@ def classes(folder: str) -> list[str]:
     return [name for text in texts for name in re.findall(r"^class (\w+)", text, re.MULTILINE)]
 
 
-def test_imports_point_down_the_floors(capsys):
+def test_imports_point_down_the_layers(capsys):
     with contextlib.chdir(ROOT):
         assert lint_imports(config_filename="pyproject.toml", no_cache=True) == 0, capsys.readouterr().out
 
@@ -27,8 +27,8 @@ def test_a_reader_who_opens_mutor_img_sees_the_method_alone():
 
 
 def test_the_engine_and_the_metrics_know_no_model():
-    for room in ("training", "metrics", "common", "data"):
-        for path in (ROOT / "mutor_img" / room).glob("*.py"):
+    for package in ("training", "metrics", "common", "data"):
+        for path in (ROOT / "mutor_img" / package).glob("*.py"):
             assert "mutor_img.transformer" not in path.read_text(), path
 
 

@@ -64,7 +64,7 @@ def _check(parser: Parser, args: argparse.Namespace) -> None:
     if not args.checkpoint and not args.runs:
         raise UserError("--checkpoint is missing, or --runs to browse training runs (see --help)")
     if args.runs and not Path(args.runs).is_dir():
-        raise UserError(f"--runs {args.runs}: no such folder; give the one that holds run folders, as in runs")
+        raise UserError(f"--runs {args.runs}: no such folder; give one that contains run folders, such as runs")
     for name, value in vars(args).items():
         if not args.checkpoint and name not in ("runs", "port", "share") and value != parser.get_default(name):
             raise UserError(f"--{name.replace('_', '-')} has no use without --checkpoint")

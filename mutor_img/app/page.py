@@ -103,7 +103,7 @@ def _editing(side: Side) -> list[gr.components.Component]:
         with gr.Row():
             keep, mask = (gr.Image(type="filepath", image_mode=None, sources=["upload"], label=label, height=140,
                                    elem_id=name)
-                          for name, label in (("keep", "Image to keep"), ("mask", "Mask: white is made anew")))
+                          for name, label in (("keep", "Image to keep"), ("mask", "Mask: white is sampled")))
     return [mix_with, mix_share, keep, mask]
 
 

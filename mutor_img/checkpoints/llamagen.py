@@ -93,7 +93,7 @@ def _refuse_compressed(path: Path) -> None:
 def _choose(content: object, path: str | Path, ema: bool) -> dict:
     if ema:
         if not isinstance(content, dict) or "ema" not in content:
-            raise UserError(f"{path}: holds no EMA weights; leave ema off")
+            raise UserError(f"{path}: holds no EMA weights; give --weights raw (in Python ema=False)")
         content = content["ema"]
     elif isinstance(content, dict):
         content = next((content[name] for name in _WRAPPERS if isinstance(content.get(name), dict)), content)

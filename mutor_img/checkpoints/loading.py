@@ -115,13 +115,14 @@ def _load_folder(path: Path, ema: bool | None, grid: tuple[int, int] | None, hea
                         "give the run folder of a generator")
     averaged = has_group(meta["files"], "ema")
     if ema and not averaged:
-        raise UserError(f"{folder}: holds no EMA weights; leave ema off")
+        raise UserError(f"{folder}: holds no EMA weights; give --weights raw (in Python ema=False)")
     which = "ema" if averaged and ema is not False else "raw"
     try:
         config = ModelConfig.from_json(meta["model"])
-        for name, given, own in (("grid", grid, config.grid), ("heads", heads, config.heads)):
+        for name, flag, given, own in (("grid", "--grid-size", grid, config.grid),
+                                       ("heads", "heads=", heads, config.heads)):
             if given is not None and given != own:
-                raise UserError(f"{folder}: {name} {given} was asked for, but the run has {own}; leave {name} out")
+                raise UserError(f"{folder}: {name} {given} was asked for, but the run has {own}; leave {flag} out")
         weights = open_group(folder, _group(which))
         model = _checked(config, sampled_weights(weights.shapes), origin, weights.origin)
     except (ArithmeticError, KeyError, TypeError, AttributeError, RuntimeError) as error:

@@ -146,7 +146,7 @@ def read_lines(path: str | os.PathLike) -> list[Any]:
     try:
         return [parse_json(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
     except UserError as error:
-        raise UserError(f"{error}; mend or remove that line") from None
+        raise UserError(f"{error}; correct or remove that line") from None
 
 
 def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
@@ -159,7 +159,7 @@ def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
     rows = read_lines(path)
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or type(row.get("step")) is not int:
-            raise UserError(f"{path}, line {number}: says no step; mend or remove that line")
+            raise UserError(f"{path}, line {number}: has no step; correct or remove that line")
     return rows
 
 

@@ -54,8 +54,8 @@ def hub_folder(name: str | Path) -> Path:
     with hub_errors(told):
         folder = _fetch(hub, repo, revision, ["checkpoint.json", packed])
         if not (folder / "checkpoint.json").is_file():
-            raise UserError(f"{told}: holds no checkpoint.json, so it is no model of this project; of other files, "
-                            "such as LlamaGen's .pt, download the one you need and give its path")
+            raise UserError(f"{told}: has no checkpoint.json, so it is not a model of this project; of other files, "
+                            "such as LlamaGen's .pt, download the one that you need and give its path")
         wanted = [*_files_of(folder, ""), *_files_of(folder, f"{PACKED}/")]
         return _fetch(hub, repo, folder.name, ["checkpoint.json", packed, *wanted])  # of the same commit
 
@@ -159,7 +159,7 @@ def hub_errors(what: str) -> Iterator[None]:
         raise UserError(f"{what}: not the name of a model on the Hub ({_first_line(error)}); give {FORM}") from None
     except errors.LocalEntryNotFoundError:
         why = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else f"{constants.ENDPOINT} cannot be reached"
-        raise UserError(f"{what}: not whole in the cache {constants.HF_HUB_CACHE}, and {why}; run the command once "
+        raise UserError(f"{what}: not complete in the cache {constants.HF_HUB_CACHE}, and {why}; run the command once "
                         "where there is a network, or copy the cache from there") from None
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
@@ -177,7 +177,7 @@ def _first_line(error: Exception) -> str:
 class HubModel:
     """What the models of this project have for the Hub: ``from_pretrained``, ``push_to_hub`` and ``save_pretrained``.
 
-    What loads and publishes lies on floors above this one, so it is imported by name.
+    What loads and publishes is in layers above this one, so it is imported by name.
 
     Attributes:
         loader: module and function that load such a model.

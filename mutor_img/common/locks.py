@@ -176,8 +176,8 @@ def _acquire(lock: Lock) -> SoftFileLease | None:
                 continue
             raise alive
         if last is None:
-            print(f"note: {words} or was when it was killed; waiting for a sign of life from that machine, up to "
-                  f"{SILENCE:.0f} s", file=sys.stderr, flush=True)
+            print(f"note: {words}, or was when it was killed; waiting up to {SILENCE:.0f} s to see whether it is still "
+                  "alive", file=sys.stderr, flush=True)
         elif last != (owner.token, touched):
             raise alive
         elif time.monotonic() - begun > SILENCE + 2 * BEAT:

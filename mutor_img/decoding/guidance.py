@@ -15,8 +15,8 @@ from mutor_img.common.errors import UserError
 
 SCHEDULES = ("constant", "interval", "linear", "power-cosine")
 _PARAMETERS = {  # what a schedule's one number means
-    "interval": "the step n > -1 after which guidance ends; the first n + 2 tokens are guided",
-    "power-cosine": "the power > 0; above 1 guidance sets in later",
+    "interval": "n, a whole number >= 0: the first n + 2 tokens are guided",
+    "power-cosine": "the power, > 0; above 1, guidance rises later",
 }
 
 
@@ -30,7 +30,7 @@ def parse_schedule(text: str) -> tuple[str, float | None]:
     try:
         parameter = float(number) if colon else None
     except ValueError:
-        raise UserError(f"schedule {text!r}: {number!r} is no number; write it as in power-cosine:2") from None
+        raise UserError(f"schedule {text!r}: {number!r} is not a number; write it as in power-cosine:2") from None
     guidance_scales(name, 1.0, parameter, 1)
     return name, parameter
 
@@ -61,8 +61,9 @@ def guidance_scales(schedule: str, scale: float, parameter: float | None, length
     """
     check_choice("cfg-schedule", schedule, SCHEDULES)
     if (parameter is not None) != (schedule in _PARAMETERS):
-        raise UserError(f"cfg-schedule {schedule} needs cfg-parameter: {_PARAMETERS[schedule]}"
-                        if parameter is None else f"cfg-schedule {schedule} takes no cfg-parameter; leave it out")
+        raise UserError(f"cfg-schedule {schedule} needs cfg-parameter, {_PARAMETERS[schedule]}; give --cfg-parameter, "
+                        f"or in a list a number after a colon, as in {schedule}:2" if parameter is None else
+                        f"cfg-schedule {schedule} takes no cfg-parameter; leave it out")
     if schedule == "constant":
         return [scale] * length
     if schedule == "interval":

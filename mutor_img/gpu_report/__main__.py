@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--quick", action="store_true", help="fewer masks: those of the paper's image rows")
     parser.add_argument("--batch", type=int, default=32, help="sequences in a measured update of B")
     parser.add_argument("--jobs", type=int, default=1,
-                        help="checks at a time; compilers take most of the time, so as many as there are processors "
+                        help="checks at a time; most of the time is compiling, so as many as there are processor cores "
                              "is fastest. Updates of B are measured alone")
     parser.add_argument("--out", metavar="FILE", help="file to write the report to; it is printed as well")
     args = parser.parse_args(argv)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 
-def _shortened(count: int) -> str:
+def shortened(count: int) -> str:
     """50000 -> "50k", 1500 -> "1500"."""
     return f"{count // 1000}k" if count % 1000 == 0 else str(count)
 
@@ -18,7 +18,7 @@ def table(result: dict[str, Any]) -> str:
             columns["samples, same N"] = result["samples_at_same_n"]
         columns["held-out real"] = result["real_against_real"]
     # A column of another N must not stand under the name of this one.
-    size = f"-{_shortened(result['num_samples'])}" if len(columns) == 1 else ""
+    size = f"-{shortened(result['num_samples'])}" if len(columns) == 1 else ""
     names = {"fid": f"FID{size}", "fd": f"FD{size}", "sfid": f"sFID{size}", "is": "Inception Score",
              "precision": "precision", "recall": "recall", "kid": f"KID{size}", "kd": f"KD{size}",
              "recognised": "recognised", "distinct": "distinct", "nearest_training_distance": "nearest training image",

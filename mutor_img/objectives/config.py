@@ -29,21 +29,21 @@ class ObjectiveConfig:
     """What the run trains for. A setting that is left out has its kind's own default (docs/objectives.md)."""
 
     kind: str = "mutor"  # mutor (next-token if registers.kind is none), or another of docs/objectives.md
-    weight: float | None = None  # parallel-heads: a; 0.1. sequential-heads, rear: lambda; 0.3, 1. mirai: c; 2
-    offsets: list[int] = field(default_factory=list)  # parallel-heads, mirai: raster offsets; [2], [0, 1, columns]
-    tap_from_end: int | None = None  # parallel-heads: how many of the model's last blocks the heads leave out; 1
-    blocks: int | None = None  # parallel-heads: blocks of each head; 1
-    own_output: bool | None = None  # parallel-heads: an output matrix for each head; false: the model's
-    depths: int | None = None  # sequential-heads: links of the chain; 1
-    late_weight: float | None = None  # sequential-heads, mirai: weight from update late_from on; 0.1, 1
-    late_from: int | None = None  # sequential-heads, mirai: null: the weight stays
-    tap: int | None = None  # mirai: after which block states are compared; two thirds of the model's
-    starts_at: int | None = None  # mirai: the update from which its terms count; 0
-    noise_until: int | None = None  # rear: the update from which inputs are clean; must be given; 0: no noise
-    code_dim: int | None = None  # rear: numbers per vector of the tokenizer's codebook; 8
-    mlp_layers: int | None = None  # rear: of the networks that give such vectors: 2 (GELU) or 3 (SiLU); 2
-    keep_replaced: bool | None = None  # rear: the encode term counts changed inputs too; false
-    patches: list[int] = field(default_factory=list)  # next-patch: patch sides of the stages, falling to 1; [2, 1]
+    weight: float | None = None  # default: parallel-heads (a) 0.1; sequential-heads, rear (lambda) 0.3, 1; mirai (c) 2
+    offsets: list[int] = field(default_factory=list)  # raster offsets; default: parallel-heads [2], mirai [0, 1, width]
+    tap_from_end: int | None = None  # parallel-heads: how many of the model's last blocks the heads skip; default 1
+    blocks: int | None = None  # parallel-heads: blocks of each head; default 1
+    own_output: bool | None = None  # parallel-heads: an output matrix for each head; default false: the model's
+    depths: int | None = None  # sequential-heads: number of depths; default 1
+    late_weight: float | None = None  # weight from update late_from on; default: sequential-heads 0.1; mirai 1
+    late_from: int | None = None  # sequential-heads, mirai: see late_weight; null: the weight stays the same
+    tap: int | None = None  # mirai: block whose outputs are compared; default: two thirds of the blocks
+    starts_at: int | None = None  # mirai: update at which its losses start; default 0
+    noise_until: int | None = None  # rear: update from which inputs have no noise; must be given; 0: no noise at all
+    code_dim: int | None = None  # rear: numbers per vector of the tokenizer's codebook; default 8
+    mlp_layers: int | None = None  # rear: layers of the networks for these vectors: 2 (GELU; default) or 3 (SiLU)
+    keep_replaced: bool | None = None  # rear: the encode loss includes inputs that noise changed; default false
+    patches: list[int] = field(default_factory=list)  # next-patch: patch side of each stage, down to 1; default [2, 1]
     stage_ends: list[int] = field(default_factory=list)  # next-patch: updates at which the stages after the first begin
 
     def given(self) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def build_objective(config: ObjectiveConfig, model: ModelConfig, law: RegisterLa
     known = dict(list(inspect.signature(kind).parameters.items())[1:]) if kind else {}  # without the model's sizes
     for name in given:
         if name not in known:
-            where = f"it has {', '.join(known)}" if known else "its settings stand under registers"
+            where = f"it has {', '.join(known)}" if known else "its settings are under registers"
             raise UserError(f"objective.{name} is no setting of objective.kind={config.kind}; {where}")
     if kind is None:
         return Mutor(model, law, register_weight) if law.registers else Objective(model)

@@ -144,10 +144,10 @@ class GeneratorConfig:
     """A generator's training run."""
 
     run_dir: str = ""  # folder of the run; empty: the config's path, with runs/ instead of configs/
-    seed: int = 0  # seed of the weights, data order, views, registers, class drops and dropout
+    seed: int = 0  # seed of the weights, data order, views, registers, class dropout and dropout
     init_from: str | None = None  # weights to start from: a run, a checkpoint, hf://org/name, or a LlamaGen .pt
-    freeze: list[str] = field(default_factory=list)  # names of weights to leave as they are; * matches anything
-    expected_loss: list[float] = field(default_factory=list)  # [low, high] of next_token at step 200, else a warning
+    freeze: list[str] = field(default_factory=list)  # names of weights that are not trained; * matches anything
+    expected_loss: list[float] = field(default_factory=list)  # [low, high]: warn if next_token at step 200 is outside
     data: CodesConfig = field(default_factory=CodesConfig)
     model: ModelSection = field(default_factory=ModelSection)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -220,13 +220,13 @@ def _differences(path: str, loaded: Loaded, wanted: ModelConfig, codes: dict[str
         yield (f"init_from={path} knows codes of a tokenizer with sha256 {theirs[:16]}, and those of data.codes are of "
                f"one with {ours[:16]}: the same code may mean something else")
     if classes != wanted.classes:
-        yield (f"init_from={path} has {classes} classes, and data.codes {wanted.classes}: the table of classes is "
-               "drawn anew")
+        yield (f"init_from={path} has {classes} classes, and data.codes {wanted.classes}: all class embeddings "
+               "start at random")
         return
     for label, (name, own) in enumerate(zip(loaded.codes.get("class_names") or (), codes["class_names"])):
         if name != own:
-            yield (f"class {label} is {name!r} in init_from={path}, and {own!r} in data.codes: its weights begin as "
-                   "those of another class")
+            yield (f"class {label} is {name!r} in init_from={path}, and {own!r} in data.codes: it starts with "
+                   "the embedding of another class")
             return
 
 

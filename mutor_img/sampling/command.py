@@ -57,7 +57,7 @@ def _parser() -> Parser:
                                         "images in the grid, rounded up to full rows (default: 8 per class)")
     add_sampling_flags(parser)
     add("--keep", metavar="IMAGE", help="image file whose codes are kept where --mask is black")
-    add("--mask", metavar="IMAGE", help="image file of the same size: white where the image of --keep is made anew")
+    add("--mask", metavar="IMAGE", help="image file of the same size: white where new codes are sampled")
     add("--mix-with", metavar="CLASS", help="mix the embedding of every class with that of this one")
     add("--mix-share", type=float, help="share of --mix-with in the mix, from 0 to 1 (default: 0.5)")
     add("--batch-size", type=int, default=64, help="images at a time on each device; changes memory use, not "

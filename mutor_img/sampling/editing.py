@@ -68,9 +68,9 @@ def kept_codes(tokenizer: ImageTokenizer, grid: tuple[int, int], image: str, mas
     covers = np.asarray(_read(mask, "L", (width, height), f"{image} is")) >= MASKED  # (H, W)
     hidden = reduce(covers, "(rows h) (columns w) -> (rows columns)", "max", rows=grid[0], columns=grid[1])  # (N,)
     if not hidden.any():
-        raise UserError(f"{mask}: has no white pixel, so that nothing is made anew; paint that part white")
+        raise UserError(f"{mask}: has no white pixel, so nothing would be sampled; paint white what is to be sampled")
     if hidden.all():
-        raise UserError(f"{mask}: covers every cell of {image}, so that nothing is kept; leave --keep and --mask out, "
+        raise UserError(f"{mask}: covers every cell of {image}, so nothing is kept; leave --keep and --mask out, "
                         "or paint black what is to stay")
     [codes] = tokenizer.encode(to_float(pixels(picture))[None]).tolist()
     return tuple(-1 if anew else code for anew, code in zip(hidden.tolist(), codes))

@@ -22,11 +22,11 @@ class StudyConfig:
     baseline: str = "configs/mnist/ntp.yaml"  # next-token config for compare=true
     compare: bool = False  # train the baseline too: for as many updates, and for as many seconds
     samples: int = 1000  # number of samples scored for the table
-    selection_samples: int = 500  # number of samples that judge one choice of guidance; of one alone, none are drawn
+    selection_samples: int = 500  # samples per guidance setting to choose between them; none if there is only one
     selection_seed: int = 1  # their seed; not the same as seed, so nothing is chosen on the reported samples
     cfg_scales: list[float] = field(default_factory=lambda: [1.0, 1.5, 2.0, 2.5])  # guidance scales to choose from
     cfg_schedules: list[str] = field(default_factory=lambda: ["constant"])  # and schedules, as in power-cosine:2
-    top_p: float = 1.0  # with all of them, a code is one of the most likely that have this probability together
+    top_p: float = 1.0  # of all samples: only the most likely codes with this total probability; 1: all
 
     def inputs(self) -> dict[str, Any]:
         """Return every path that a study reads, and those of its own that runs read, by its key."""

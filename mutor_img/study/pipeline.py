@@ -62,7 +62,7 @@ def command(*arguments: str | Path) -> None:
             process.wait()
             raise
     if status:
-        raise UserError(f"the step above ended with status {status}; fix what it says and run the same command again")
+        raise UserError(f"the command above ended with status {status}; fix what it says and run the study again")
 
 
 def prepare(config: StudyConfig) -> None:
@@ -238,7 +238,7 @@ def score_guidance(config: StudyConfig, loaded: Loaded, reference: Reference, ne
     for row in sweep(source, points, config.selection_samples, reference, network, metrics=("fid", "pr")):
         rows.append({key: row[key] for key in (*CHOSEN, "fd", "recognised", "precision", "recall")})
         schedule = schedule_text(row["cfg_schedule"], row["cfg_parameter"])
-        print(f"guidance {row['cfg_scale']:<4} {schedule}  fd {row['fd']:.2f}  recognised {row['recognised']:.1%}  "
+        print(f"guidance {row['cfg_scale']:<4} {schedule}  FD {row['fd']:.2f}  recognised {row['recognised']:.1%}  "
               f"precision {row['precision']:.3f}  recall {row['recall']:.3f}  ({row['seconds']:.0f} s)", flush=True)
     return rows
 

@@ -14,7 +14,7 @@ ROWS = (  # key, what a reader calls it, format
     ("cfg_schedule", "guidance schedule", "{}"),
     ("top_p", "top-p", "{:g}"),
     ("num_samples", "images scored (N)", "{:,.0f}"),
-    ("fd", "Frechet distance (fd)", "{:.2f}"),
+    ("fd", "FD (Frechet distance)", "{:.2f}"),
     ("recognised", "recognised as asked", "{:.1%}"),
     ("precision", "precision", "{:.3f}"),
     ("recall", "recall", "{:.3f}"),
@@ -52,7 +52,7 @@ def score_table(scores: dict[str, dict[str, Any]], reconstructions: dict[str, An
 
 def tokenizer_line(scores: dict[str, Any], classifier: dict[str, Any]) -> str:
     """Return one line on what the generators build on: the tokenizer and the digit classifier."""
-    return (f"tokenizer on held-out digits: fd {scores['fd']:.2f}, PSNR {scores['psnr']:.2f} dB, "
+    return (f"tokenizer on held-out digits: FD {scores['fd']:.2f}, PSNR {scores['psnr']:.2f} dB, "
             f"SSIM {scores['ssim']:.3f}, {scores['codes_used']:.0%} of the codes in use; "
             f"digit classifier: {classifier['accuracy']:.1%} of held-out real digits")
 

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 
 from mutor_img.common.files import write_atomic
 from mutor_img.decoding.guidance import schedule_text
-from mutor_img.metrics.report import aligned
+from mutor_img.metrics.report import aligned, shortened
 
 _COLUMNS = {"fid": "FID", "fd": "FD", "sfid": "sFID", "is": "IS", "precision": "precision", "recall": "recall",
             "kid": "KID", "kd": "KD", "recognised": "recognised", "distinct": "distinct"}
@@ -28,7 +28,7 @@ def schedule_note(row: dict[str, Any]) -> str:
 def table(rows: Sequence[dict[str, Any]], best: dict[str, Any]) -> str:
     """Return one line per point; a star marks the best."""
     keys = [key for key in _COLUMNS if key in rows[0]]
-    size = rows[0]["num_samples"]
+    size = shortened(rows[0]["num_samples"])
     lines = [["cfg-scale", "temperature", *(f"{_COLUMNS[key]}-{size}" if key in ("fid", "fd", "sfid") else _COLUMNS[key]
                                             for key in keys), "seconds", ""]]
     for row in rows:
@@ -40,10 +40,10 @@ def table(rows: Sequence[dict[str, Any]], best: dict[str, Any]) -> str:
 def advice(rows: Sequence[dict[str, Any]], best: dict[str, Any], key: str) -> list[str]:
     """Return sentences on the best point and on how far to trust it."""
     size, name = best["num_samples"], _COLUMNS[key]
-    lines = [f"lowest {name}-{size}: cfg-scale {best['cfg_scale']:g}, temperature {best['temperature']:g}"
+    lines = [f"lowest {name}-{shortened(size)}: cfg-scale {best['cfg_scale']:g}, temperature {best['temperature']:g}"
              + schedule_note(best),
-             f"{name} of {size} samples stands above that of 50000, since its bias falls as 1/N: compare these rows "
-             "with each other only"]
+             f"{name} of {size} samples is higher than that of 50000, because its bias falls as 1/N: compare these "
+             "rows only with each other"]
     for setting in ("cfg_scale", "temperature"):
         values = sorted({row[setting] for row in rows if schedule_note(row) == schedule_note(best)})
         if len(values) > 1 and best[setting] in (values[0], values[-1]) and not (

@@ -46,7 +46,7 @@ def open_wandb(config: Any) -> GeneralTracker:
     except (wandb.errors.Error, ValueError) as error:  # the latter: settings of the environment, as pydantic sees them
         lines = [line.strip() for line in str(error).strip().splitlines()]
         why = lines[0] if isinstance(error, wandb.errors.Error) else " ".join(lines[:3])
-        raise UserError(f"train.trackers: wandb cannot begin ({why}); run wandb login, or set WANDB_MODE=offline and "
+        raise UserError(f"train.trackers: wandb cannot start ({why}); run wandb login, or set WANDB_MODE=offline and "
                         "wandb sync later") from None
     return tracker
 

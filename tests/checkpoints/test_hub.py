@@ -137,7 +137,7 @@ def test_a_path_with_nothing_there_is_not_asked_for_on_the_hub(hub, path):
 
 def test_a_damaged_line_of_the_log_is_named_before_anything_is_published(run_of, tmp_path):
     (Path(run_of()) / "metrics.jsonl").write_text('{"loss": 3}\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1: says no step; mend or remove that line"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1: has no step; correct or remove that line"):
         save_pretrained(tmp_path / "run", tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))
 
@@ -258,7 +258,7 @@ MALFORMED = ["hf://model", "hf:org/model", "hf://org/model/file", "hf://org/mode
     *((name, r"not the name of a model on the Hub.*; give hf://org/name") for name in MALFORMED),
     ("hf://org/model@v9", "no such revision"),
     ("hf://org/gated", "gated; ask for access on its page, then log in"),
-    ("hf://org/foreign", "holds no checkpoint.json"),
+    ("hf://org/foreign", "has no checkpoint.json"),
     ("hf://org/another", "its format is None, not 'mutor_img checkpoint 1'"),
     ("hf://org/odd", "its format is None, not 'mutor_img checkpoint 1'"),
     ("hf://org/vq", "a checkpoint of a tokenizer, not of a generator"),
@@ -279,11 +279,11 @@ def test_a_name_that_means_no_generator_of_ours_is_one_line(hub, run_of, tmp_pat
 
 
 def test_no_network_and_nothing_cached_is_one_line(hub, offline, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"not whole in the cache .* cannot be reached"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"not complete in the cache .* be reached"):
         patch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
         load_checkpoint(NAME)
     offline()
-    with pytest.raises(UserError, match=r"not whole in the cache .* HF_HUB_OFFLINE is set"):
+    with pytest.raises(UserError, match=r"not complete in the cache .* HF_HUB_OFFLINE is set"):
         load_checkpoint(NAME)
     with pytest.raises(UserError, match="no connection to"):
         import_module("mutor_img.common.hub").import_hub("x")

@@ -181,7 +181,7 @@ def broken(case, model, folder):
         meta["model"] = {**meta["model"], "colour": 1} if case == "strange model" else None
         (saved / "checkpoint.json").write_text(json.dumps(meta))
         return folder, {}, "does not describe a generator"
-    return {"no average": (folder, {"ema": True}, "holds no EMA weights; leave ema off"),
+    return {"no average": (folder, {"ema": True}, "holds no EMA weights; give --weights raw"),
             "grid": (folder, {"grid": (16, 16)}, "the run has (4, 5)"),
             "heads": (folder, {"heads": 7}, "the run has 2")}[case]
 

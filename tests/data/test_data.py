@@ -134,7 +134,7 @@ def test_a_start_from_another_number_of_classes_draws_their_table_anew_and_nothi
     start = run_training(f"run_dir={tmp_path}/start", f"init_from={tmp_path}/runs/run", *flags).model.state_dict()
     said = capsys.readouterr().err
     assert said.count("note:") == 1
-    assert "runs/run has 3 classes, and data.codes 4: the table of classes is drawn anew" in said
+    assert "runs/run has 3 classes, and data.codes 4: all class embeddings start at random" in said
     for name, weight in start.items():
         expected = (fresh if name.startswith("cls_embedding") else first)[name]
         assert torch.allclose(weight, expected, rtol=0, atol=1e-20), name

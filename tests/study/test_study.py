@@ -61,7 +61,7 @@ def test_the_guidance_scale_is_not_chosen_on_the_samples_that_are_reported(tmp_p
 
 
 @pytest.mark.parametrize("word, message", [("[]", "cfg_schedules is empty"), ("[linaer]", "mean 'linear'"),
-                                           ("[power-cosine]", "needs cfg-parameter"), ("[interval:x]", "no number")])
+                                           ("[power-cosine]", "needs cfg-parameter"), ("[interval:x]", "not a number")])
 def test_a_guidance_schedule_that_cannot_be_is_refused_before_anything_is_trained(word, message):
     with pytest.raises(UserError, match=message):
         load_config(StudyConfig, ROOT / "configs" / "mnist" / "study.yaml", [f"cfg_schedules={word}"])
@@ -77,7 +77,7 @@ def test_the_table_has_columns_of_real_images_and_lines_per_class():
     assert lines[0].split("  ")[-1].strip() == "real held-out" and "ntp" in lines[0]
     assert any(line.startswith("training seconds") and line.split()[2:4] == ["3", "-"] for line in lines)
     assert any(line.startswith("recognised") and line.count("90.0%") == 6 for line in lines)
-    assert any(line.startswith("Frechet") and line.split()[-2:] == ["5.50", "2.00"] for line in lines)
+    assert any(line.startswith("FD (Frechet") and line.split()[-2:] == ["5.50", "2.00"] for line in lines)
     ones = next(line for line in lines if line.startswith("1 "))
     assert ones.split() == ["1", *["90.0%"] * 4, *["3.0%"] * 4]  # two generators, decoded and real: below the scores
 
@@ -131,7 +131,7 @@ def test_a_small_study_runs_from_images_to_scores_and_reuses_what_is_done(digits
     scores, tokenizer = everything["generators"], everything["tokenizer"]
     assert {"psnr", "fd", "recall", "recognised", "per_class", "tokenizer_hash"} <= tokenizer.keys()
     assert tokenizer == json.loads((tmp_path / "runs" / "study" / "reconstructions.json").read_text())
-    assert f"fd {tokenizer['fd']:.2f}" in done.stdout
+    assert f"FD {tokenizer['fd']:.2f}" in done.stdout
     assert scores["mutor2d"]["per_class"].keys() == tokenizer["per_class"].keys() == set("0123456789")
     assert {"fd", "recognised", "recall", "distinct", "same_codes", "real_against_real"} <= scores["mutor2d"].keys()
     assert (tmp_path / "runs" / "mutor2d" / "samples.png").is_file()

@@ -89,7 +89,7 @@ def test_points_of_other_settings_are_not_mixed(flags):
     (["--cfg-scales", "1,x"], "numbers with commas"), (["--cfg-scales", "1,1.0"], "given twice"),
     (["--cfg-scales", "0.5"], "cfg_scale is 0.5"), (["--temperatures", "0"], "temperature is 0"),
     (["--metrics", "is"], "with fid among them"), (["--metrics", "fdi"], "did you mean 'fid'"),
-    (["--cfg-schedules", "linear,linear"], "given twice"), (["--cfg-schedules", "power-cosine:x"], "is no number"),
+    (["--cfg-schedules", "linear,linear"], "given twice"), (["--cfg-schedules", "power-cosine:x"], "is not a number"),
     (["--cfg-schedules", "linear", "--cfg-schedule", "linear"], "exclude each other"),
     (["--num-samples", "1"], "--num-samples is 1"), (["--cfg-scale", "2"], "did you mean '--cfg-scales'"),
 ])

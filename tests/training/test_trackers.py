@@ -156,7 +156,7 @@ def test_a_tracker_that_cannot_begin_is_one_line_and_the_same_command_begins_onc
 
     monkeypatch.setattr(log, "open_wandb", open_wandb)
     monkeypatch.setattr(wandb, "init", refuse)
-    with pytest.raises(UserError, match=r"wandb cannot begin \(No API key configured\.\); run wandb login"):
+    with pytest.raises(UserError, match=r"wandb cannot start \(No API key configured\.\); run wandb login"):
         run_training(BOTH)
     assert newest_checkpoint(tmp_path / "runs" / "run") is None
     monkeypatch.setattr(log, "open_wandb", lambda config: recorder)
@@ -175,7 +175,7 @@ def test_a_record_without_an_id_is_one_line(tmp_path, record):
 def test_a_setting_of_the_environment_that_cannot_be_is_one_line(monkeypatch, tmp_path):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offlin")
-    with pytest.raises(UserError, match=r"wandb cannot begin \(.*mode Input should be 'online', 'offline'"):
+    with pytest.raises(UserError, match=r"wandb cannot start \(.*mode Input should be 'online', 'offline'"):
         open_wandb(SimpleNamespace(run_dir=tmp_path))
 
 

@@ -34,7 +34,8 @@ def is_comparison(config: str) -> bool:
 def add_flags(parser: Parser) -> None:
     """Add the flags that only a comparison has."""
     parser.add_argument("--jobs", type=int, default=FLAGS["jobs"], metavar="N",
-                        help="runs of a study with rows at a time; they share the processor's threads")
+                        help="how many runs of a study with rows to do at a time; they share the processor's "
+                             "threads")
     parser.add_argument("--print-commands", nargs="?", const=LAUNCHERS[0], metavar="LAUNCHER",
                         help="print a line for each run that is not done in place of running it: "
                              f"{' or '.join(LAUNCHERS)} (without a word: {LAUNCHERS[0]})")

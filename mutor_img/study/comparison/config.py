@@ -27,11 +27,11 @@ class RowConfig:
 class ComparisonConfig:
     """Rows, seeds, and how each run is judged."""
 
-    run_dir: str = ""  # folder of all that it writes; empty: the config's path, with runs/ instead of configs/
+    run_dir: str = ""  # folder for all outputs; empty: the config's path, with runs/ instead of configs/
     base: str = ""  # the config that rows start from
     rows: list[RowConfig] = field(default_factory=list)  # what is compared: a name, overrides, and perhaps a config
-    baseline: str = ""  # the row that the others are held against; empty: the first
-    seeds: list[int] = field(default_factory=list)  # of training and, for each run the same number, of sampling
+    baseline: str = ""  # the row that the others are compared with; empty: the first
+    seeds: list[int] = field(default_factory=list)  # of training; a run is sampled with the same seed
     checkpoints: list[int] = field(default_factory=list)  # updates after which runs are scored
     guidance: list[float] = field(default_factory=lambda: [1.0])  # guidance scales to score at
     temperature: float = 1.0  # of sampling
@@ -41,9 +41,9 @@ class ComparisonConfig:
     features: str = "inception"  # feature network: inception, mnist, classifier, or timm:NAME
     features_weights: str | None = None  # classifier folder, timm weights, or Inception's if not in the default place
     batch_size: int = 64  # images per process at once
-    held_out: int = 500  # held-out images that the loss per target of registers is measured on; 0: it is not
+    held_out: int = 500  # held-out images for the registers' loss per target; 0: not measured
     grid_images: int = 8  # images of each row in the grid of samples
-    budget_hours: float | None = None  # hours that the study may run, over all sittings; null: no limit
+    budget_hours: float | None = None  # hours that the study may run, all its starts together; null: no limit
 
     def inputs(self) -> dict[str, Any]:
         """Return every path that a study reads, by its key."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from mutor_img.metrics.report import shortened
 from mutor_img.study.comparison.config import ComparisonConfig
 from mutor_img.study.comparison.ledger import Place
 from mutor_img.study.comparison.statistics import Interval, alike, paired, standard_error, t_interval
@@ -84,7 +85,8 @@ def _table(study: ComparisonConfig, found: Sequence[Cell], key: str) -> list[str
     # Three digits of the smallest distance, and two places at least.
     digits = max(2, 2 - math.floor(math.log10(max(1e-9, min(cell.mean(key) for cell in found)))))
     head = ["row", "updates", "FLOPs", "seconds", "sampled parameters", "trained parameters", "seeds",
-            f"{key.upper()}-{study.samples}", f"against {study.baseline_name}", *(SCORES[name][0] for name in extra)]
+            f"{key.upper()}-{shortened(study.samples)}", f"against {study.baseline_name}",
+            *(SCORES[name][0] for name in extra)]
     rows = [head, ["---", *["--:"] * (len(head) - 1)]]
     for cell in found:
         first = next(iter(cell.lines.values()))
