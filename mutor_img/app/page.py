@@ -36,13 +36,15 @@ def build_page(sides: Sequence[Side], runs: Path | None = None) -> gr.Blocks:
         runs: the folder whose runs can be browsed; None: no runs.
     """
     alone = not sides or runs is None
-    with gr.Blocks(title="mutor_img", analytics_enabled=False, fill_width=True) as page:
+    with gr.Blocks(title="mutor_img", analytics_enabled=False, fill_width=True,
+                   delete_cache=(60, limits.KEPT)) as page:  # looks each minute for uploads that are too old
         if sides:
             with contextlib.nullcontext() if alone else gr.Tab("Samples"):
                 _samples(sides)
         if runs is not None:
             with contextlib.nullcontext() if alone else gr.Tab("Runs"):
                 build_runs_tab(page, runs)
+    page.state_session_capacity = limits.SESSIONS
     return page.queue(max_size=limits.WAITING, api_open=False)
 
 
@@ -107,12 +109,13 @@ def _editing(side: Side) -> list[gr.components.Component]:
     return [mix_with, mix_share, keep, mask]
 
 
-def serve(page: gr.Blocks, listener: socket.socket, share: bool = False) -> None:
+def serve(page: gr.Blocks, listener: socket.socket, uploads: Path, share: bool = False) -> None:
     """Serve the page at a listening socket until the program is interrupted.
 
     Args:
         page: what is served.
         listener: where.
+        uploads: the folder that Gradio was told to keep uploaded files in.
         share: open a public address, too, which leads here through Gradio's servers.
 
     Raises:
@@ -122,7 +125,7 @@ def serve(page: gr.Blocks, listener: socket.socket, share: bool = False) -> None
     app = gr.mount_gradio_app(FastAPI(), page, "/", *listener.getsockname(), footer_links=[], run_history=False,
                               show_error=False, ssr_mode=False, enable_monitoring=False, mcp_server=False, pwa=False,
                               css=markup.STYLE)
-    server = uvicorn.Server(uvicorn.Config(limits.Limits(app), limit_concurrency=limits.CONNECTIONS,
+    server = uvicorn.Server(uvicorn.Config(limits.Limits(app, uploads), limit_concurrency=limits.CONNECTIONS,
                                            log_level="warning", timeout_graceful_shutdown=1))
     if share:
         print(f"{_public_address(*listener.getsockname())} (whoever has this address can use the page; what it shows "

@@ -33,9 +33,11 @@ def served(monkeypatch, free_port) -> Callable[..., SimpleNamespace]:
     def start(*argv: str) -> SimpleNamespace:
         seen = SimpleNamespace()
         page = SimpleNamespace(build_page=lambda sides, runs: seen.__dict__.update(sides=sides, runs=runs),
-                               serve=lambda page, listener, share: seen.__dict__.update(where=listener.getsockname(),
-                                                                                        share=share))
+                               serve=lambda page, listener, uploads, share: seen.__dict__.update(
+                                   where=listener.getsockname(), share=share, uploads=uploads,
+                                   private=uploads.stat().st_mode & 0o077 == 0))
         monkeypatch.setattr(command, "_import_page", lambda: page)
+        monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # what the command sets goes again
         command.main([*argv] if "--port" in argv else [*argv, "--port", str(free_port)])
         return seen
 
