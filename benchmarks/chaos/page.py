@@ -31,6 +31,7 @@ from benchmarks.chaos.case import Case, Fault, Place
 from mutor_img.common.child import child_environment, die_with_parent, module_command
 
 CLIENTS, SECONDS = 200, 60.0
+IMAGES = 8  # that a click asks for
 GROWTH = 48 << 20  # bytes that the page may be larger in the last third of the time than in the second
 PATIENCE = 180.0  # seconds that an answer may take: 200 clicks wait for one another
 SECRET = "a line that nobody may read"
@@ -169,7 +170,7 @@ async def _client(server: Server, habit: str, end: float, seen: Counter) -> None
         if (await server.ask("GET", "/"))[0] == 200:
             seen["pages"] += 1
         keep = await _upload(server, seen) if habit == "uploads" else None
-        button, data = ("refresh", [None]) if habit == "browses" else ("generate", _values(8 + len(session), keep))
+        button, data = ("refresh", [None]) if habit == "browses" else ("generate", _values(IMAGES, keep))
         status, body = await server.click(button, session, data)
         if status in (429, 503) and json.loads(body)["detail"]:
             seen["told to come later"] += 1
@@ -254,7 +255,7 @@ def _addresses(secret: Path) -> dict[str, bytes]:
               "x.hf.space/", "/gradio_api/stream/a/b/c/playlist.m3u8", "/gradio_api/deep_link?session_hash=a",
               "/gradio_api/runs", "/monitoring", "/monitoring/summary", "/docs", "/openapi.json", "/login", "/logout",
               "/gradio_api/vibe-code", "/gradio_api/custom_component/0/client/component/index.js"]
-    return {f"GET {path[:60]}": f"GET {path} HTTP/1.0\r\n\r\n".encode() for path in paths}
+    return {f"GET {path}": f"GET {path} HTTP/1.0\r\n\r\n".encode() for path in paths}
 
 
 def _clicks(secret: Path, doors: dict[str, int]) -> dict[str, bytes]:
@@ -267,7 +268,8 @@ def _clicks(secret: Path, doors: dict[str, int]) -> dict[str, bytes]:
         file = {"path": name, "meta": {"_type": "gradio.FileData"}}
         for where, data in (("keep", _values(1, file)), ("classes", [[file], *_values(1)[1:]])):
             body = {"data": data, "fn_index": doors["generate"], "session_hash": "stranger"}
-            found[f"click, {where} is {name[:40]}"] = post("/gradio_api/queue/join", json.dumps(body).encode())
+            for door in ("queue/join", "run/predict"):
+                found[f"{door}, {where} is {name}"] = post(f"/gradio_api/{door}", json.dumps(body).encode())
     for path in ("run/predict", "api/predict", "call/generate", "call/v2/generate", "component_server", "vibe-edit",
                  "process_recording", "stream/a", "run-history/connect", "profiling/clear"):
         found[f"POST {path}"] = post(f"/gradio_api/{path}", b"{}")

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
+from mutor_img.app.limits import Readers
 from mutor_img.app.session import Side, check_comparable
 from mutor_img.common.cli import Parser
 from mutor_img.common.errors import UserError, check_range
@@ -59,7 +60,9 @@ def main(argv: Sequence[str]) -> None:
     with listen(args.port) as listener, tempfile.TemporaryDirectory(prefix="mutor_img_page_") as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads
         sides = open_sides(args) if args.checkpoint else []
-        page.serve(page.build_page(sides, args.runs and Path(args.runs)), listener, Path(uploads), args.share)
+        readers = Readers()
+        drawn = page.build_page(sides, args.runs and Path(args.runs), readers)
+        page.serve(drawn, listener, Path(uploads), readers, args.share)
 
 
 def _check(parser: Parser, args: argparse.Namespace) -> None:

@@ -7,13 +7,17 @@ a tunnel or a proxy all come from one address. What is refused costs next to not
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import sys
 import time
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 from mutor_img.common.cli import one_line
 
@@ -24,13 +28,18 @@ CONNECTIONS = 1000  # at a time; an open page holds two
 WAITING = 250  # clicks that wait for their turn; the page shows each its place
 SESSIONS = 32  # whose last values Gradio keeps, all images among them; a page that it has forgotten works on
 UPLOADS, KEPT = 1 << 30, 3600  # bytes of uploads within as many seconds; after that time they are removed
+UNREAD = 5.0  # seconds after which a click is given up if nobody reads its answer: Gradio would keep all of it
+LONGEST_SESSION = 64  # characters of a session's name
 SMALLEST_UPLOAD = 1 << 20  # bytes that an upload counts for at least: small files fill a disk, too
 
-_CLICK, _UPLOAD, _FILE = "/gradio_api/queue/join", "/gradio_api/upload", "/gradio_api/file="
+_CLICKS = ("/gradio_api/queue/join", "/gradio_api/run/predict")  # the latter: Stop, which does not wait for its turn
+_ANSWERS = "/gradio_api/queue/data"
+_UPLOAD, _FILE = "/gradio_api/upload", "/gradio_api/file="
 _SHOWN = re.compile(r"/|/(config|theme\.css|favicon\.ico|robots\.txt|manifest\.json)/?|/(assets|static|svelte)/.+|"
                     r"/gradio_api/(info|app_id|startup-events|theme\.css|queue/(data|status)|upload_progress|"
                     r"heartbeat/\w+)/?")
-_OPEN = {"GET": _SHOWN, "HEAD": _SHOWN, "POST": re.compile(rf"({_CLICK}|{_UPLOAD}|/gradio_api/(cancel|reset))/?")}
+_ASKED = re.compile(rf"({'|'.join(_CLICKS)}|{_UPLOAD}|/gradio_api/(cancel|reset))/?")
+_OPEN = {"GET": _SHOWN, "HEAD": _SHOWN, "POST": _ASKED}
 
 Refusal = tuple[int, str]  # the HTTP status, and why
 
@@ -41,9 +50,12 @@ class Limits:
     Source: the ASGI specification 3.0, "HTTP connection scope".
     """
 
-    def __init__(self, app: Any, uploads: Path):
-        """Stand before ``app``, an ASGI application that keeps what is uploaded in the folder ``uploads``."""
-        self.app, self.uploads = app, os.path.realpath(uploads)
+    def __init__(self, app: Any, uploads: Path, readers: Readers):
+        """Stand before ``app``, an ASGI application that keeps what is uploaded in the folder ``uploads``.
+
+        ``readers`` is told who reads the answers to clicks.
+        """
+        self.app, self.uploads, self._readers = app, os.path.realpath(uploads), readers
         self._requests, self._bytes = Bucket(PER_SECOND, AT_ONCE), Bucket(UPLOADS / KEPT, UPLOADS)
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
@@ -51,10 +63,13 @@ class Limits:
         if scope["type"] == "websocket":  # the page has none
             await send({"type": "websocket.close", "code": 1008})
             return
-        refusal = self._refusal(scope) if scope["type"] == "http" else None
-        if refusal is None and scope.get("path", "").startswith(_CLICK):
+        if scope["type"] != "http":  # the server's own start and end
+            await self.app(scope, receive, send)
+            return
+        refusal = self._refusal(scope)
+        if refusal is None and scope["path"].startswith(_CLICKS):
             body, receive = await _read(receive)
-            refusal = self._strange_file(body)
+            refusal = self._read_click(body)
         if refusal is None:
             await self._pass_on(scope, receive, send)
             return
@@ -65,9 +80,10 @@ class Limits:
 
     async def _pass_on(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         try:
-            await self.app(scope, receive, send)
-        except Exception as error:  # Gradio's own, at a request that no page of its makes; it has answered with 500
-            print(f"warning: {scope.get('path')!r} failed: {one_line(f'{type(error).__name__}: {error}')}",
+            with self._readers.while_reading(scope):
+                await self.app(scope, receive, send)
+        except Exception as error:  # of Gradio, at a request that its page doesn't make; it has answered with 500
+            print(f"warning: {scope['path']!r} failed: {one_line(f'{type(error).__name__}: {error}')}",
                   file=sys.stderr)
 
     def _refusal(self, scope: dict[str, Any]) -> Refusal | None:
@@ -94,12 +110,17 @@ class Limits:
             return 429, f"the page holds {UPLOADS:,} bytes of uploads already; try again in an hour"
         return None
 
-    def _strange_file(self, body: bytes) -> Refusal | None:
+    def _read_click(self, body: bytes) -> Refusal | None:
         """Refuse a click that names a file which was not uploaded: Gradio would read it, or fetch it if it is a URL."""
         try:
-            waiting = [json.loads(body)]
+            click = json.loads(body)
         except (ValueError, RecursionError):
             return 400, "a click must be JSON"
+        session = click.get("session_hash") if isinstance(click, dict) else None
+        if not isinstance(session, str) or len(session) > LONGEST_SESSION:  # Gradio keeps the names of all sessions
+            return 400, f"a click must name its session, in at most {LONGEST_SESSION} characters"
+        self._readers.expect(session)
+        waiting = [click]
         while waiting:
             value = waiting.pop()
             if isinstance(value, dict) and "path" in value and not self._holds(value["path"]):
@@ -114,6 +135,43 @@ class Limits:
             return os.path.isabs(path) and os.path.realpath(path).startswith(self.uploads + os.sep)
         except (TypeError, ValueError):  # no text, or text that can be no path
             return False
+
+
+class Readers:
+    """Who reads the answers to clicks just now, by session of the page."""
+
+    def __init__(self):
+        self._reading: Counter[str] = Counter()
+        self._clicked: OrderedDict[str, float] = OrderedDict()  # when each last clicked; of the newest sessions
+
+    def expect(self, session: str) -> None:
+        """Note that a session has clicked: it may take a moment until it reads the answer."""
+        self._clicked[session] = time.monotonic()
+        self._clicked.move_to_end(session)
+        if len(self._clicked) > CONNECTIONS:
+            self._clicked.popitem(last=False)
+
+    @contextlib.contextmanager
+    def while_reading(self, scope: dict[str, Any]) -> Iterator[None]:
+        """Count a request, if it reads answers, while it is answered."""
+        if not scope["path"].startswith(_ANSWERS):
+            yield
+            return
+        session = parse_qs(scope["query_string"].decode(errors="replace")).get("session_hash", [""])[0]
+        self._reading[session] += 1
+        try:
+            yield
+        finally:
+            self._reading[session] -= 1
+            if not self._reading[session]:
+                del self._reading[session]
+
+    def wait_for(self, session: str) -> bool:
+        """Return whether somebody reads a session's answers, now or until ``UNREAD`` seconds after its click."""
+        end = self._clicked.get(session, 0.0) + UNREAD
+        while session not in self._reading and time.monotonic() < end:
+            time.sleep(0.05)
+        return session in self._reading
 
 
 class Bucket:

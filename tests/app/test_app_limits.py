@@ -15,8 +15,10 @@ from mutor_img.app.limits import (
     SMALLEST_UPLOAD,
     UPLOADS,
     Limits,
+    Readers,
 )
 
+PRESS = b'{"session_hash": "s"}'
 CLICK, UPLOAD, FILE = "/gradio_api/queue/join", "/gradio_api/upload", "/gradio_api/file="
 
 
@@ -43,14 +45,14 @@ def uploads(tmp_path):
 def ask(clock, uploads):
     """Ask a page behind the limits, as a server would; returns the status and the words of a refusal."""
     async def page(scope, receive, send):
-        message = await receive()
-        assert not message.get("more_body") or (await receive())["body"] == b"]"
+        while (await receive())["more_body"]:
+            pass
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
-    app = Limits(page, uploads)
+    app = Limits(page, uploads, Readers())
 
-    def request(length: int | None = 2, method: str = "POST", path: str = UPLOAD, body: bytes = b"[]"):
+    def request(length: int | None = 2, method: str = "POST", path: str = UPLOAD, body: bytes = PRESS):
         sent = []
         messages = [{"type": "http.request", "body": body[:-1], "more_body": True},
                     {"type": "http.request", "body": body[-1:], "more_body": False}]
@@ -127,18 +129,21 @@ def test_an_uploaded_file_is_shown_and_no_other(ask, uploads):
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "https://example.com/x.png", "photo.png", "", 3, None, ["x"], "\0"])
+@pytest.mark.parametrize("door", [CLICK, "/gradio_api/run/predict"])
 @pytest.mark.parametrize("wrap", [lambda file: [1, file], lambda file: {"keep": [{"deep": file}]}],
                          ids=["control", "deep"])
-def test_a_click_names_no_file_but_an_uploaded_one(ask, uploads, path, wrap):
+def test_a_click_names_no_file_but_an_uploaded_one(ask, uploads, path, wrap, door):
     def click(path):
-        return ask(path=CLICK, body=json.dumps({"data": wrap({"path": path, "meta": {}})}).encode())
+        return ask(path=door, body=json.dumps({"session_hash": "s", "data": wrap(
+            {"path": path, "meta": {}})}).encode())
 
     assert click(path) == (403, "a click may name files that were uploaded to the page, and no others")
     assert click(f"{uploads}/link")[0] == 403
 
 
 def test_a_click_with_an_uploaded_file_comes_through_whole(clock, uploads):
-    body, seen = json.dumps({"data": [{"path": f"{uploads}/photo.png", "url": "http://x/photo.png"}]}).encode(), []
+    file = {"path": f"{uploads}/photo.png", "url": "http://x/photo.png"}
+    body, seen = json.dumps({"session_hash": "s", "data": [file]}).encode(), []
     messages = [{"body": body[:9], "more_body": True}, {"body": body[9:]}, {"type": "http.disconnect"}]
 
     async def page(scope, receive, send):
@@ -148,7 +153,7 @@ def test_a_click_with_an_uploaded_file_comes_through_whole(clock, uploads):
         return messages.pop(0)
 
     scope = {"type": "http", "method": "POST", "path": CLICK, "headers": [(b"content-length", b"%d" % len(body))]}
-    asyncio.run(Limits(page, uploads)(scope, receive, None))
+    asyncio.run(Limits(page, uploads, Readers())(scope, receive, None))
     assert b"".join(message.get("body", b"") for message in seen) == body and seen[2]["type"] == "http.disconnect"
 
 
@@ -161,9 +166,35 @@ def test_a_request_at_which_gradio_fails_is_one_line(uploads, capsys):
     async def page(scope, receive, send):
         raise KeyError("two\nlines")
 
-    asyncio.run(Limits(page, uploads)({"type": "http", "method": "GET", "path": "/config", "headers": []}, None, None))
+    scope = {"type": "http", "method": "GET", "path": "/config", "headers": []}
+    asyncio.run(Limits(page, uploads, Readers())(scope, None, None))
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and told.startswith("warning: '/config' failed: KeyError:")
+
+
+@pytest.mark.parametrize("body", [[], {"data": []}, {"session_hash": 3}, {"session_hash": "s" * 65}], ids=str)
+def test_a_click_names_its_session_in_few_characters(ask, body):
+    assert ask(path=CLICK, body=json.dumps(body).encode())[0] == 400
+
+
+def test_a_click_whose_answer_nobody_reads_is_given_up(uploads, clock, monkeypatch):
+    monkeypatch.setattr(limits.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    clock[0] = 100.0
+    readers, seen = Readers(), []
+    readers.expect("other")
+    assert not readers.wait_for("other") and clock[0] == pytest.approx(100 + limits.UNREAD, abs=0.1)
+    for number in range(3 * limits.CONNECTIONS):
+        readers.expect(str(number))
+    assert len(readers._clicked) == limits.CONNECTIONS
+
+    async def page(scope, receive, send):
+        seen.append((readers.wait_for("mine"), readers.wait_for("other")))
+
+    scope = {"type": "http", "method": "GET", "path": "/gradio_api/queue/data", "headers": [],
+             "query_string": b"session_hash=mine"}
+    asyncio.run(Limits(page, uploads, readers)(scope, None, None))
+    assert seen == [(True, False)] and not readers.wait_for("mine")
+    assert clock[0] < 101 + limits.UNREAD  # who clicked long ago, or never, is not waited for
 
 
 def test_a_websocket_is_refused(uploads):
@@ -172,7 +203,7 @@ def test_a_websocket_is_refused(uploads):
     async def send(message):
         sent.append(message["type"])
 
-    asyncio.run(Limits(None, uploads)({"type": "websocket", "path": "/"}, None, send))
+    asyncio.run(Limits(None, uploads, Readers())({"type": "websocket", "path": "/"}, None, send))
     assert sent == ["websocket.close"]
 
 
@@ -182,5 +213,5 @@ def test_what_is_no_request_is_passed_on(clock, uploads):
     async def page(scope, receive, send):
         seen.append(scope["type"])
 
-    asyncio.run(Limits(page, uploads)({"type": "lifespan"}, None, None))
+    asyncio.run(Limits(page, uploads, Readers())({"type": "lifespan"}, None, None))
     assert seen == ["lifespan"]
