@@ -3,14 +3,15 @@
 # make test     the whole test suite, in two processes; make test TEST_PROCESSES=8 where there are cores and memory
 # make test-gpu the tests that need a GPU; python -m mutor_img.gpu_report prints what they check as a report
 # make test-app the page of mutor_img.app in a headless Chromium; installs Gradio, playwright and, as root on Debian, Chromium
-# make lint     ruff, and that packages import only from lower layers (pyproject.toml)
+# make lint     ruff, that packages import only from lower layers (pyproject.toml), and make audit
+# make audit    known vulnerabilities in requirements.lock, by pip-audit; skipped where it or a network is missing
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 TEST_PROCESSES ?= 2
 
-.PHONY: demo compare test test-gpu test-app lint
+.PHONY: demo compare test test-gpu test-app lint audit
 
 demo: $(VENV)/installed
 	$(RUN) -m mutor_img.study --config configs/mnist/study.yaml
@@ -30,9 +31,20 @@ test-app: $(VENV)/installed-app
 	  { echo "error: Chromium is missing; on Debian: sudo apt-get install chromium" >&2; exit 2; }
 	$(RUN) -m pytest -m app tests/app
 
-lint: $(VENV)/installed
+lint: $(VENV)/installed audit
 	$(RUN) -m ruff check .
 	$(VENV)/bin/lint-imports
+
+audit:
+	@if ! command -v pip-audit > /dev/null; then \
+	  echo "audit: skipped, pip-audit is not installed (pipx install pip-audit)"; \
+	elif told=$$(pip-audit --requirement requirements.lock --no-deps --disable-pip --progress-spinner off 2>&1); then \
+	  echo "audit: no known vulnerabilities in requirements.lock"; \
+	elif echo "$$told" | grep -q "known vulnerabilit"; then \
+	  echo "$$told"; exit 1; \
+	else \
+	  echo "audit: skipped, pip-audit had no answer: $$(echo "$$told" | tail -n 1 | cut -c 1-200)"; \
+	fi
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'

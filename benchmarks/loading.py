@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.train_step import make_step
+from benchmarks.train_step import make_trainer
 from benchmarks.turns import processor
 from mutor_img.common.cli import Parser, run
 from mutor_img.common.errors import check_range
@@ -107,7 +107,8 @@ def main(argv: Sequence[str]) -> dict[str, float]:
           "(computed, not measured)")
     if args.steps:
         with tempfile.TemporaryDirectory() as folder:
-            step = make_step(Path(folder), "B", RegisterLaw("2d", GRID, 4, 80), args.step_batch, "bf16", compiled=False)
+            law = RegisterLaw("2d", GRID, 4, 80)
+            step = make_trainer(Path(folder), "B", law, args.step_batch, "bf16", compiled=False).update
             step()
             measured = statistics.median(seconds(step) for _ in range(args.steps)) * BATCH / args.step_batch
         shares["cpu"] = whole / measured

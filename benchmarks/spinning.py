@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks.train_step import make_step
+from benchmarks.train_step import make_trainer
 from benchmarks.turns import measure, per_second, processor
 from mutor_img import generate
 from mutor_img.blocks import ModelConfig
@@ -75,11 +75,12 @@ def works(folder: Path) -> dict[str, Callable[[], object]]:
     labels, images = torch.arange(16) % 10, torch.rand(256, 1, 32, 32).mul(2).sub(1)
     return {
         "demo: tokenizer updates": tokenizer_step,
-        "demo: generator updates": lambda: make_step(folder / "demo", "tiny", DEMO, 8, precision, True,
-                                                     vocabulary=256),
+        "demo: generator updates": lambda: make_trainer(folder / "demo", "tiny", DEMO, 8, precision, True,
+                                                        vocabulary=256).update,
         "demo: 16 samples": lambda: lambda: generate(model, labels, cfg_scale=2.0),
         "demo: 256 images encoded": lambda: lambda: vq.encode(images),
-        "B: updates of 4": lambda: make_step(folder / "B", "B", RegisterLaw("none", (16, 16)), 4, precision, False),
+        "B: updates of 4": lambda: make_trainer(folder / "B", "B", RegisterLaw("none", (16, 16)), 4, precision,
+                                                False).update,
     }
 
 

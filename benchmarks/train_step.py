@@ -3,6 +3,7 @@
     python -m benchmarks.train_step                       # B, batch 4, N = 256, bf16: the paper's comparison
     python -m benchmarks.train_step --preset tiny --batch 64 --rounds 9
     python -m benchmarks.train_step --against public      # the next-token step beside that of public code
+    python -m benchmarks.train_step --compare-ranks --only none  # what train.check_ranks_every costs, and nothing else
 
 A round times every variant once, in an order that rotates; the ratios are medians over rounds of the same round's
 times, so that a machine that speeds up or slows down touches both sides. A step is an update of a run's Trainer:
@@ -26,12 +27,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from benchmarks.public import PublicTransformer, training_step
 from benchmarks.turns import in_turn, median_of, per_second, processor, product_peak
 from mutor_img.blocks import LLAMAGEN_PRESETS, ModelConfig, model_flops
 from mutor_img.common.cli import Parser, run
-from mutor_img.common.config import check_choice
+from mutor_img.common.config import TrainConfig, check_choice
 from mutor_img.common.errors import UserError, check_range
 from mutor_img.pretraining.rehearsal import random_run, random_task
 from mutor_img.registers import RegisterLaw
@@ -40,6 +42,7 @@ from mutor_img.training.runtime import Runtime
 from mutor_img.training.trainer import Trainer
 
 GRID, VOCABULARY, CLASSES = (16, 16), 16384, 1000
+COMPARISON = "the comparison of copies"
 
 
 def variants(grid: tuple[int, int]) -> dict[str, RegisterLaw]:
@@ -55,13 +58,31 @@ def variants(grid: tuple[int, int]) -> dict[str, RegisterLaw]:
     return laws
 
 
-def make_step(folder: Path, preset: str, law: RegisterLaw, batch: int, precision: str, compiled: bool,
-              vocabulary: int = VOCABULARY) -> Callable[[], object]:
-    """Return a function that does one update of a run of ``batch`` random sequences, whose files are in ``folder``."""
+def make_trainer(folder: Path, preset: str, law: RegisterLaw, batch: int, precision: str, compiled: bool,
+                 vocabulary: int = VOCABULARY) -> Trainer:
+    """Return the Trainer of a run whose updates are of ``batch`` random sequences; its files are in ``folder``."""
     config = random_run(folder, law, model={"preset": preset, "vocabulary": vocabulary, "classes": CLASSES},
                         train={"global_batch": batch, "precision": precision, "compile": compiled})
     runtime = Runtime(torch.device("cpu"))
-    return Trainer(random_task(config, runtime), config, runtime).update
+    return Trainer(random_task(config, runtime), config, runtime)
+
+
+def make_comparison(trainer: Trainer) -> tuple[Callable[[], object], int]:
+    """Return a function that compares a run's tensors as it does among processes, and the bytes that it reads.
+
+    The group of processes is this one alone: what travels among several is one number for each tensor.
+    """
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+    def compare() -> None:
+        alone, trainer.runtime = trainer.runtime, Runtime(torch.device("cpu"), 0, 2)  # one process compares nothing
+        try:
+            trainer.compare_ranks()
+        finally:
+            trainer.runtime = alone
+
+    weights = sum(weight.numel() * weight.element_size() for weight in trainer.model.parameters())
+    return compare, weights * (3 + (trainer.ema is not None))  # AdamW has two moments for each weight
 
 
 def measure(who: str, args: argparse.Namespace) -> dict[str, float]:
@@ -72,7 +93,7 @@ def measure(who: str, args: argparse.Namespace) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         if who == "ours":
             law = RegisterLaw("none", config.grid)
-            step = make_step(Path(folder), args.preset, law, args.batch, args.dtype, args.compile)
+            step = make_trainer(Path(folder), args.preset, law, args.batch, args.dtype, args.compile).update
         else:
             model = PublicTransformer(config.layers, config.heads, config.dim, config.hidden, config.grid[0],
                                       VOCABULARY, CLASSES)
@@ -113,6 +134,8 @@ def main(argv: Sequence[str]) -> dict[str, float]:
     parser.add_argument("--rounds", type=int, default=5, help="how often each variant is timed")
     parser.add_argument("--dtype", default="bf16", help="bf16 (autocast over fp32 weights) or fp32")
     parser.add_argument("--compile", action="store_true", help="compile the blocks, as training does")
+    parser.add_argument("--compare-ranks", action="store_true", help="also time the comparison of all weights, moments "
+                        "and averages that train.check_ranks_every asks for")
     parser.add_argument("--only", default="", metavar="TEXT", help="time only variants with this in their name")
     parser.add_argument("--against", metavar="public", help="time the next-token step beside that of public code, in "
                         "processes of their own")
@@ -137,14 +160,16 @@ def register_costs(args: argparse.Namespace) -> dict[str, float]:
     """Time the variants and print a table; returns the median ratio to the first by name."""
     grid = side(args.preset)
     laws = {name: law for i, (name, law) in enumerate(variants(grid).items()) if i == 0 or args.only in name}
-    if len(laws) == 1:
+    if len(laws) == 1 and not args.compare_ranks:
         raise UserError(f"--only {args.only!r} matches none of {', '.join(variants(grid))}")
     keep_freed_memory()  # as the training loop does
-    names = list(laws)
-    times: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:  # a step reads its codes from there
-        steps = {name: make_step(Path(folder) / str(i), args.preset, law, args.batch, args.dtype, args.compile)
-                 for i, (name, law) in enumerate(laws.items())}
+        trainers = {name: make_trainer(Path(folder) / str(i), args.preset, law, args.batch, args.dtype, args.compile)
+                    for i, (name, law) in enumerate(laws.items())}
+        steps: dict[str, Callable[[], object]] = {name: trainer.update for name, trainer in trainers.items()}
+        if args.compare_ranks:
+            steps[COMPARISON], read = make_comparison(next(iter(trainers.values())))
+        names, times = list(steps), {name: [] for name in steps}  # seconds
         for turn in range(args.rounds + 1):  # the first round warms up
             for name in names[turn % len(names):] + names[: turn % len(names)]:
                 begun = time.perf_counter()
@@ -154,9 +179,14 @@ def register_costs(args: argparse.Namespace) -> dict[str, float]:
     base = times[names[0]]
     ratios = {name: statistics.median(t / b for t, b in zip(times[name], base)) for name in names}
     print(f"{'variant':<28}{'s per step':>10}{'ratio':>8}{'tokens/s':>10}")
-    for name in names:
+    for name in laws:
         median = statistics.median(times[name])
         print(f"{name:<28}{median:>10.3f}{ratios[name]:>8.2f}{args.batch * laws[name].length / median:>10.0f}")
+    if args.compare_ranks:
+        dist.destroy_process_group()
+        every = TrainConfig().check_ranks_every
+        print(f"{COMPARISON}: {statistics.median(times[COMPARISON]):.3f} s for {read / 2**30:.2f} GiB; once in {every} "
+              f"updates, {100 * ratios[COMPARISON] / every:.5f} % of their time")
     return ratios
 
 

@@ -1,12 +1,16 @@
-"""What a user sets the project up with: the lock file, images, conda, Slurm, citation. Nothing is installed here."""
+"""What a user sets the project up with: lock file, licences, images, conda, Slurm, citation. Nothing is installed."""
 
+import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import tomllib
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -59,6 +63,37 @@ def test_conda_and_the_images_have_a_python_that_the_project_takes():
     assert SpecifierSet(PROJECT["requires-python"]).contains(python)
     assert f"FROM python:{python}-slim" in (ROOT / "Dockerfile").read_text()
     assert found[-1] == {"pip": ["-r requirements.lock", "-e ."]}
+
+
+def test_the_page_of_licences_holds_what_the_packages_say():
+    spec = importlib.util.spec_from_file_location("write_licences", ROOT / "docs" / "write_licences.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    lines = script.PAGE.read_text().splitlines()
+    for name, extras in script.direct().items():
+        [line] = [line for line in lines if line.startswith(f"| {name} | ")]
+        assert line.endswith(f" | {', '.join(extras)} |"), "run python docs/write_licences.py"
+        with suppress(PackageNotFoundError):  # of the extras for the page
+            if distribution(name).version == LOCKED.get(name):
+                assert line.split(" | ")[1] == script.licence(name), "run python docs/write_licences.py"
+    below = script.PAGE.read_text().partition("requirements.lock`\n")[2]
+    assert set(re.findall(r"[\w.-]+", below)) >= set(script.locked()) - set(script.direct())
+
+
+@pytest.mark.parametrize(("answer", "status", "words"), [
+    ("echo No known vulnerabilities found", 0, "audit: no known vulnerabilities in requirements.lock"),
+    ("echo 'Found 1 known vulnerability in 1 package' >&2; echo torch 1 CVE; exit 1", 2, "torch 1 CVE"),
+    ("echo 'ConnectionError: no route' >&2; exit 1", 0, "audit: skipped, pip-audit had no answer: ConnectionError"),
+    (None, 0, "audit: skipped, pip-audit is not installed")])
+def test_the_audit_fails_for_known_faults_alone(tmp_path, answer, status, words):
+    for name in ("sh", "tail", "cut", "grep", "make"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    if answer:
+        (tmp_path / "pip-audit").write_text(f"#!/bin/sh\n{answer}\n")
+        (tmp_path / "pip-audit").chmod(0o755)
+    done = subprocess.run(["make", "--no-print-directory", "-C", ROOT, "audit"], env={"PATH": str(tmp_path)}, text=True,
+                          capture_output=True)
+    assert done.returncode == status and words in done.stdout and (status or done.stdout.count("\n") == 1)
 
 
 def test_the_slurm_script_starts_torchrun_with_the_arguments_it_was_given(tmp_path):

@@ -67,11 +67,11 @@ def write_reference(path: Path) -> Path:
                           spatial=None, pool_features=rows, size=(8, 8))
 
 
-def write_classifier(folder: Path) -> Path:
-    """Write a classifier with drawn weights."""
+def write_classifier(folder: Path, side: int = 8) -> Path:
+    """Write a classifier of square grey images with drawn weights."""
     torch.manual_seed(3)
     folder.mkdir(parents=True)
-    save_file(DigitNet(3, 1, 8).state_dict(), folder / WEIGHTS_FILE)
-    write_sealed(folder / ABOUT_FILE, {"class_names": CLASSES, "image_size": 8, "channels": 1,
+    save_file(DigitNet(3, 1, side).state_dict(), folder / WEIGHTS_FILE)
+    write_sealed(folder / ABOUT_FILE, {"class_names": CLASSES, "image_size": side, "channels": 1,
                                        "weights_sha256": file_hash(folder / WEIGHTS_FILE)})
     return folder

@@ -6,11 +6,13 @@ import argparse
 import errno
 import os
 import socket
+import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
+from mutor_img.app.limits import Readers
 from mutor_img.app.session import Side, check_comparable
 from mutor_img.common.cli import Parser
 from mutor_img.common.errors import UserError, check_range
@@ -54,9 +56,13 @@ def main(argv: Sequence[str]) -> None:
     check_sampling_flags(args)
     _check(parser, args)
     page = _import_page()
-    with listen(args.port) as listener:  # before the models: they take a while
+    # The listener before the models: they take a while. Gradio's own folder of uploads is one for all of the machine.
+    with listen(args.port) as listener, tempfile.TemporaryDirectory(prefix="mutor_img_page_") as uploads:
+        os.environ["GRADIO_TEMP_DIR"] = uploads
         sides = open_sides(args) if args.checkpoint else []
-        page.serve(page.build_page(sides, args.runs and Path(args.runs)), listener, args.share)
+        readers = Readers()
+        drawn = page.build_page(sides, args.runs and Path(args.runs), readers)
+        page.serve(drawn, listener, Path(uploads), readers, args.share)
 
 
 def _check(parser: Parser, args: argparse.Namespace) -> None:

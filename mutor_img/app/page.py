@@ -28,25 +28,28 @@ FIRST_COUNT = 20  # images of each checkpoint until the user says otherwise
 WIDEST_SCALE = 10.0  # of the guidance slider
 
 
-def build_page(sides: Sequence[Side], runs: Path | None = None) -> gr.Blocks:
+def build_page(sides: Sequence[Side], runs: Path | None, readers: limits.Readers) -> gr.Blocks:
     """Return the page.
 
     Args:
         sides: one checkpoint, or several of the same classes, which get the same seeds; none: no samples.
         runs: the folder whose runs can be browsed; None: no runs.
+        readers: knows whose answers are read; samples are made for them alone.
     """
     alone = not sides or runs is None
-    with gr.Blocks(title="mutor_img", analytics_enabled=False, fill_width=True) as page:
+    with gr.Blocks(title="mutor_img", analytics_enabled=False, fill_width=True,
+                   delete_cache=(60, limits.KEPT)) as page:  # looks each minute for uploads that are too old
         if sides:
             with contextlib.nullcontext() if alone else gr.Tab("Samples"):
-                _samples(sides)
+                _samples(sides, readers)
         if runs is not None:
             with contextlib.nullcontext() if alone else gr.Tab("Runs"):
                 build_runs_tab(page, runs)
+    page.state_session_capacity = limits.SESSIONS
     return page.queue(max_size=limits.WAITING, api_open=False)
 
 
-def _samples(sides: Sequence[Side]) -> None:
+def _samples(sides: Sequence[Side], readers: limits.Readers) -> None:
     gr.Markdown("## Samples" + (", side by side from the same seeds" if len(sides) > 1 else ""))
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
@@ -62,8 +65,10 @@ def _samples(sides: Sequence[Side]) -> None:
             commands = gr.Code("", language="shell", label="The same images from the command line", visible=False,
                                elem_id="commands", lines=1, interactive=False, wrap_lines=True)
 
-    def generate(*values: Any) -> Iterator[list[Any]]:
+    def generate(request: gr.Request, *values: Any) -> Iterator[list[Any]]:
         for view in answer(sides, Controls(*values)):
+            if not readers.wait_for(request.session_hash):
+                return
             shown = gr.skip() if view.commands is None else gr.update(value=view.commands, visible=True)
             yield [view.status, shown, *(gr.skip() if grid is None else grid for grid in view.grids)]
 
@@ -107,12 +112,15 @@ def _editing(side: Side) -> list[gr.components.Component]:
     return [mix_with, mix_share, keep, mask]
 
 
-def serve(page: gr.Blocks, listener: socket.socket, share: bool = False) -> None:
+def serve(page: gr.Blocks, listener: socket.socket, uploads: Path, readers: limits.Readers, share: bool = False
+          ) -> None:
     """Serve the page at a listening socket until the program is interrupted.
 
     Args:
         page: what is served.
         listener: where.
+        uploads: the folder that Gradio was told to keep uploaded files in.
+        readers: those of :func:`build_page`.
         share: open a public address, too, which leads here through Gradio's servers.
 
     Raises:
@@ -122,8 +130,8 @@ def serve(page: gr.Blocks, listener: socket.socket, share: bool = False) -> None
     app = gr.mount_gradio_app(FastAPI(), page, "/", *listener.getsockname(), footer_links=[], run_history=False,
                               show_error=False, ssr_mode=False, enable_monitoring=False, mcp_server=False, pwa=False,
                               css=markup.STYLE)
-    server = uvicorn.Server(uvicorn.Config(limits.Limits(app), limit_concurrency=limits.CONNECTIONS,
-                                           log_level="warning", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(uvicorn.Config(limits.Limits(app, uploads, readers), log_level="warning",
+                                           limit_concurrency=limits.CONNECTIONS, timeout_graceful_shutdown=1))
     if share:
         print(f"{_public_address(*listener.getsockname())} (whoever has this address can use the page; what it shows "
               "passes through Gradio's servers)")

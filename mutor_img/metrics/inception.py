@@ -20,7 +20,7 @@ from mutor_img.common.full_precision import full_precision
 from mutor_img.metrics.features import to_nchw
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-INCEPTION_HASH = "6726825d"  # the first digits of the file's sha256
+INCEPTION_HASH = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # sha256
 SPATIAL_CHANNELS = 7
 _TRUNK = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1", "Conv2d_4a_3x3", "MaxPool_2",
           "Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e", "Mixed_7a",
@@ -137,12 +137,12 @@ def load_inception(weights: str | os.PathLike | None = None, device: torch.devic
             raise UserError(f"--inception-weights {path}: no such file; check the path")
         _download(path)
     digest, warnings = file_hash(path), []
-    if not digest.startswith(INCEPTION_HASH):
+    if digest != INCEPTION_HASH:
         if weights is None:
-            raise UserError(f"{path}: sha256 begins {digest[:8]}, not {INCEPTION_HASH}; the file is damaged or another "
-                            "network's: remove it, or name it with --inception-weights to use it anyway")
-        warnings.append(f"Inception weights {path} have sha256 {digest[:8]}..., not {INCEPTION_HASH}...: scores are "
-                        "not comparable with published ones")
+            raise UserError(f"{path}: sha256 begins {digest[:12]}, not {INCEPTION_HASH[:12]}; the file is damaged or "
+                            "another network's: remove it, or name it with --inception-weights to use it anyway")
+        warnings.append(f"Inception weights {path} have sha256 {digest[:12]}..., not {INCEPTION_HASH[:12]}...: scores "
+                        "are not comparable with published ones")
     graph = InceptionGraph()
     try:
         graph.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

@@ -32,10 +32,12 @@ def served(monkeypatch, free_port) -> Callable[..., SimpleNamespace]:
     """Run the command with a stand-in for Gradio's module; returns what would be served: sides, runs, and where."""
     def start(*argv: str) -> SimpleNamespace:
         seen = SimpleNamespace()
-        page = SimpleNamespace(build_page=lambda sides, runs: seen.__dict__.update(sides=sides, runs=runs),
-                               serve=lambda page, listener, share: seen.__dict__.update(where=listener.getsockname(),
-                                                                                        share=share))
+        page = SimpleNamespace(build_page=lambda sides, runs, readers: seen.__dict__.update(sides=sides, runs=runs),
+                               serve=lambda page, listener, uploads, readers, share: seen.__dict__.update(
+                                   where=listener.getsockname(), share=share, uploads=uploads,
+                                   private=uploads.stat().st_mode & 0o077 == 0))
         monkeypatch.setattr(command, "_import_page", lambda: page)
+        monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # what the command sets goes again
         command.main([*argv] if "--port" in argv else [*argv, "--port", str(free_port)])
         return seen
 

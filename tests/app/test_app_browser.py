@@ -20,6 +20,7 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
+from tiny_runs import edit_flags
 
 from mutor_img import sampling
 from mutor_img.checkpoints.folder import write_checkpoint
@@ -181,6 +182,21 @@ def test_stop_keeps_what_was_made(page):
     assert 0 < made == page.locator("#grid-1 img").count() == 256 - page.locator("#grid-1 .pending").count() < 256
 
 
+def test_an_image_is_uploaded_shown_and_kept(page, two_runs, tmp_path):
+    edit_flags(tmp_path)
+    page.locator("#edit button").first.click()
+    for control, file in (("keep", "photo.png"), ("mask", "mask.png")):
+        page.locator(f"#{control} input[type=file]").set_input_files(tmp_path / file)
+        page.wait_for_function("id => document.querySelector(`#${id} img`)?.naturalWidth == 8", arg=control)
+    set_number(page, "count", 2)
+    page.click("#generate")
+    wait_for_status(page, "4 images in")
+    words = shlex.split(page.locator("#commands .cm-content").inner_text().splitlines()[0])
+    kept, made = (Path(words[words.index(flag) + 1]) for flag in ("--keep", "--mask"))
+    assert (kept.name, made.name) == ("photo.png", "mask.png") and kept.is_file()
+    assert kept.read_bytes() == (tmp_path / "photo.png").read_bytes()
+
+
 def test_nothing_leaves_the_machine(page, server):
     set_number(page, "count", 3)
     page.click("#generate")
@@ -256,7 +272,7 @@ def test_a_request_that_is_too_large_is_refused_before_it_is_sent(server):
         connection.putheader("Content-Length", str(2**40))
         connection.endheaders()
         answer = connection.getresponse()
-        assert answer.status == 413 and "the page takes at most 16,777,216" in answer.read().decode()
+        assert answer.status == 413 and "the page takes at most 262,144 here" in answer.read().decode()
 
 
 def test_a_public_address_is_told_or_refused_in_one_line(monkeypatch):

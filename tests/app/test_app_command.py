@@ -1,5 +1,6 @@
 """python -m mutor_img.app: what is served where, and mistakes in one line. Gradio takes no part."""
 
+import os
 import socket
 import sys
 
@@ -28,6 +29,12 @@ def test_one_checkpoint_is_served_alone(served, two_runs):
     seen = served("--checkpoint", two_runs[1])
     assert len(seen.sides) == 1 and seen.sides[0].source.rule == "balanced"
     assert seen.runs is None and seen.share is False
+
+
+def test_uploads_have_a_folder_of_their_own_that_goes_with_the_page(served, tmp_path):
+    seen = served("--runs", str(tmp_path))
+    assert os.environ["GRADIO_TEMP_DIR"] == str(seen.uploads) and not seen.uploads.exists()
+    assert seen.private and served("--runs", str(tmp_path)).uploads != seen.uploads
 
 
 def test_a_folder_of_runs_is_served_without_a_checkpoint_or_beside_one(served, two_runs, tmp_path):

@@ -1,11 +1,13 @@
 """A short form of each part of the failure suite: no case of it finds a fault."""
 
+from contextlib import nullcontext
 from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
 
 from benchmarks.chaos import __main__ as chaos
+from benchmarks.chaos import network
 from benchmarks.chaos.case import Case, Fault, Place, said_no
 from mutor_img.common.files import read_lines
 
@@ -51,6 +53,25 @@ def test_a_disk_that_fails_is_one_line_and_nothing_is_lost(place):
 def test_a_number_that_is_none_is_refused_before_it_is_saved(place):
     found = tried("numbers", place, lambda name: name.startswith("NaN"))
     assert len(found) == 9 and set(found.values()) == {"before the update", "before the checkpoint"}
+
+
+def test_no_command_asks_for_a_network_and_what_is_to_be_fetched_is_missing_in_one_line(place):
+    found = tried("network", place, lambda name: True)
+    outcomes = [outcome.partition(",")[0] for outcome in found.values()]
+    assert outcomes == ["nothing tried", "missing in one line", "missing in one line"]
+
+
+@pytest.mark.parametrize(("event", "details", "told"), [
+    ("socket.connect", (None, ("192.0.2.1", 80)), "('192.0.2.1', 80)"),
+    ("socket.sendto", (None, ("2001:db8::1", 53, 0, 0)), "('2001:db8::1', 53, 0, 0)"),
+    ("socket.getaddrinfo", ("example.com", 443, 0, 0, 0), "('example.com',)"),
+    ("socket.connect", (None, ("127.0.0.1", 80)), None), ("socket.connect", (None, "/tmp/socket"), None),
+    ("socket.getaddrinfo", ("localhost", 80), None), ("open", ("/etc/passwd", "r", 0), None)])
+def test_what_goes_beyond_this_machine_is_noted_and_refused(event, details, told):
+    seen = []
+    with pytest.raises(OSError, match="unreachable") if told else nullcontext():
+        network._refuse(seen, event, details)
+    assert seen == [told] * bool(told)
 
 
 def test_a_trial_that_does_something_or_takes_memory_is_seen(place):

@@ -6,6 +6,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from mutor_img.common.errors import UserError
+from mutor_img.common.files import file_hash
 from mutor_img.common.full_precision import full_precision
 from mutor_img.metrics import inception as inception_module
 from mutor_img.metrics.features import to_nchw
@@ -100,6 +101,17 @@ def test_the_default_place_must_hold_the_published_file(inception_file, tmp_path
     path.write_bytes(inception_file.read_bytes())
     with pytest.raises(UserError, match=r"sha256 begins .*6726825d"):
         load_inception()
+
+
+def test_a_download_whose_hash_only_begins_as_the_published_one_is_refused(tmp_path, monkeypatch):
+    source = tmp_path / "source.pth"
+    source.write_bytes(b"weights")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(inception_module, "URL_INCEPTION_V3", source.as_uri())
+    monkeypatch.setattr(inception_module, "INCEPTION_HASH", file_hash(source)[:8] + "0" * 56)
+    with pytest.raises(UserError, match="invalid hash value"):
+        load_inception()
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_without_weights_and_network_the_message_names_the_place_and_the_option(tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ def folder(tmp_path, features, monkeypatch):
     torch.save({**weights, "classifier.0.weight": torch.zeros(2, 2)}, tmp_path / "vgg16-397923af.pth")
     (tmp_path / "vgg.pth").write_bytes(find_files()[1].read_bytes())
     digest = hashlib.sha256((tmp_path / "vgg16-397923af.pth").read_bytes()).hexdigest()
-    monkeypatch.setattr(perceptual, "VGG_HASH", digest[:8])
+    monkeypatch.setattr(perceptual, "VGG_HASH", digest)
     return tmp_path
 
 
@@ -80,12 +80,12 @@ def test_missing_and_wrong_files_are_one_line_that_says_where_to_get_them(folder
                                         r"--lpips-weights"):
         load_lpips()
     (folder / "vgg.pth").write_bytes(b"something else")
-    with pytest.raises(UserError, match=r"vgg\.pth: sha256 begins .*, not a78928a0: the file is damaged.*"
+    with pytest.raises(UserError, match=r"vgg\.pth: sha256 begins .*, not a78928a0af1e: the file is damaged.*"
                                         r"pip install lpips"):
         load_lpips(folder)
     (folder / "vgg.pth").unlink()
     with pytest.raises(UserError, match=r"vgg\.pth is missing.*pip install lpips"):
         load_lpips(folder)
-    monkeypatch.setattr(perceptual, "VGG_HASH", "397923af")
-    with pytest.raises(UserError, match=r"vgg16-397923af\.pth: sha256 begins .*, not 397923af"):
+    monkeypatch.setattr(perceptual, "VGG_HASH", perceptual.VGG_HASH[:8] + "0" * 56)  # that begins alike is not enough
+    with pytest.raises(UserError, match=r"vgg16-397923af\.pth: sha256 begins .*, not [0-9a-f]{8}0000: the file"):
         load_lpips(folder)

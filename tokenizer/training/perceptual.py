@@ -19,9 +19,9 @@ from mutor_img.common.files import file_hash
 
 VGG_FILE = "vgg16-397923af.pth"  # torchvision's IMAGENET1K_V1
 VGG_URL = f"https://download.pytorch.org/models/{VGG_FILE}"
-VGG_HASH = "397923af"  # first digits of the file's sha256
+VGG_HASH = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"  # sha256
 HEADS_FILE = "vgg.pth"  # weights/v0.1 of the package lpips
-HEADS_HASH = "a78928a0"
+HEADS_HASH = "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"
 SMALLEST = 16  # pixels per side, of which four poolings leave one
 _TAPS = (3, 8, 15, 22, 29)  # the last ReLU before each pooling, and before the one that is left out
 _WIDTHS = (64, 128, 256, 512, 512)
@@ -95,11 +95,11 @@ def load_lpips(folder: str | Path | None = None, device: torch.device | str = "c
     return lpips.to(device)
 
 
-def _check(path: Path, digits: str, source: str) -> None:
+def _check(path: Path, expected: str, source: str) -> None:
     where = "name the folder that holds both files with loss.lpips_weights or --lpips-weights"
     if not path.is_file():
         raise UserError(f"no LPIPS weights: {path} is missing; {source} and put it there, or {where}")
     digest = file_hash(path)
-    if not digest.startswith(digits):
-        raise UserError(f"{path}: sha256 begins {digest[:8]}, not {digits}: the file is damaged, or not that of LPIPS; "
-                        f"{source}, or {where}")
+    if digest != expected:
+        raise UserError(f"{path}: sha256 begins {digest[:12]}, not {expected[:12]}: the file is damaged, or not that "
+                        f"of LPIPS; {source}, or {where}")
