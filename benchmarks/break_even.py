@@ -32,10 +32,10 @@ from mutor_img.common.cli import Parser, parse_numbers, run
 from mutor_img.common.errors import check_range
 from mutor_img.decoding.gpu import MOST_ROWS
 from mutor_img.metrics.report import aligned
+from mutor_img.pretraining.cost import H100_MEMORY
 from mutor_img.training.hardware import gpu_peak
 from mutor_img.transformer import Transformer
 
-MEMORY = 3.35e12  # bytes per second of an H100 SXM's memory, by its data sheet
 ACTIVATIONS = 70  # bytes per row, block and unit of dim, counted over a fused block: norms, products, residuals
 LOGIT = 34  # bytes per row and code of the vocabulary, counted over guidance, softmax, sums in float64 and the draw
 MOST = MOST_ROWS // 2  # images at a time, with guidance, that a sampler hands to a GPU
@@ -52,10 +52,10 @@ def seconds(model: Transformer, images: int, window: int, share: float) -> float
     """
     config, rows = model.config, 2 * images * window
     products = model.forward_flops(1, pairs=0)  # of a row: 2 FLOPs per weight, which has 2 bytes
-    linear = max(products / MEMORY, rows * products / (share * gpu_peak("H100", "bf16")))
+    linear = max(products / H100_MEMORY, rows * products / (share * gpu_peak("H100", "bf16")))
     cache = 2 * images * config.layers * 2 * config.length * config.dim * 2  # halves, keys and values, bf16
     row = ACTIVATIONS * config.layers * config.dim + LOGIT * config.vocabulary
-    return linear + (cache + rows * row) / MEMORY
+    return linear + (cache + rows * row) / H100_MEMORY
 
 
 def break_even(model: Transformer, window: int, codes: float, share: float) -> int:

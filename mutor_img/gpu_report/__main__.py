@@ -10,15 +10,14 @@ if __name__ == "__main__":
 import sys
 from collections.abc import Sequence
 
-import torch
-
 from mutor_img.common.cli import Parser, run
-from mutor_img.common.errors import UserError, check_range
+from mutor_img.common.errors import check_range
 from mutor_img.common.files import write_atomic
 from mutor_img.common.locks import claim, file_lock
 from mutor_img.common.threads import share
 from mutor_img.gpu_report.checks import all_checks, measurements
 from mutor_img.gpu_report.report import Outcome, Worker, run_checks, to_markdown
+from mutor_img.pretraining.speed import require_gpu
 
 
 def main(argv: Sequence[str]) -> None:
@@ -39,9 +38,7 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     check_range("--batch", args.batch, 1, 4096)
     check_range("--jobs", args.jobs, 1, 256)
-    if not torch.cuda.is_available():
-        raise UserError(f"torch {torch.__version__} sees no CUDA device, and these checks need one; on a machine with "
-                        "a GPU look at what nvidia-smi says and whether torch was installed with CUDA")
+    require_gpu("these checks need")
     names, measured = list(all_checks(args.quick)), measurements(args.batch)  # the table ends with what is measured
     # This process leaves the GPU alone: one in exclusive mode has room for the checks' process only.
     question = {"device": "cuda:0", "backend": "inductor", "batch": args.batch}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -24,13 +22,11 @@ from mutor_img.common.config import OptimConfig
 from mutor_img.gpu_report.place import CheckFailed, Place, expect, process_group, relative
 from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.pretraining.examination import HEADS
-from mutor_img.pretraining.memory import step_memory
 from mutor_img.pretraining.parity import draw_at_scale_one, rms_difference
-from mutor_img.pretraining.plan import gpu_step
 from mutor_img.pretraining.rehearsal import random_run, random_task
+from mutor_img.pretraining.speed import measure_speed
 from mutor_img.registers import RegisterLaw
 from mutor_img.training import parallel
-from mutor_img.training.hardware import peak_flops
 from mutor_img.training.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.trainer import Trainer
@@ -257,44 +253,20 @@ def wrap(trainer: Trainer, wrapper: str) -> None:
 
 def measure_update(place: Place, law: RegisterLaw, checkpointing: bool = False, preset: str = "B", batch: int = 32,
                    rounds: int = 10, vocabulary: int = 16384) -> str:
-    """Time of a whole compiled update in bf16: tokens per second, peak memory beside the planned; the first loss.
+    """Time of a whole compiled update in bf16: tokens per second, idle share, peak memory beside the planned.
 
     On a full GPU with half as many sequences, and so on.
     """
-    while True:
-        try:
-            return _measure(place, law, checkpointing, preset, batch, rounds, vocabulary)
-        except torch.OutOfMemoryError:
-            if batch == 1:
-                raise
-        batch //= 2  # outside of the handler, whose traceback holds on to the tensors
-        torch.cuda.empty_cache()
-
-
-def _measure(place: Place, law: RegisterLaw, checkpointing: bool, preset: str, batch: int, rounds: int,
-             vocabulary: int) -> str:
-    gpu, times = place.device.type == "cuda", []
-    with tempfile.TemporaryDirectory() as folder:
-        config = random_run(Path(folder), law, model={"preset": preset, "vocabulary": vocabulary, "classes": 10},
-                            train={"global_batch": batch, "activation_checkpointing": checkpointing})
-        trainer = Trainer(random_task(config, place.runtime), config, place.runtime)
-        if gpu:
-            torch.cuda.reset_peak_memory_stats(place.device)
-        for number in range(rounds + 3):  # the first ones compile and allocate
-            begun = time.perf_counter()
-            logged = trainer.update()
-            if gpu:
-                torch.cuda.synchronize(place.device)
-            times.append(time.perf_counter() - begun)
-            if number == 0 and not abs(logged["next_token"] - math.log(vocabulary)) < 0.01:  # the head is 0
-                raise CheckFailed(f"the first loss is {logged['next_token']:.4f}, not ln {vocabulary}")
-    median = statistics.median(times[3:])
-    planned = step_memory(trainer.model.config, trainer.model.parameter_count(),
-                          replace(gpu_step(config), sequences=batch)).total / 2**30
-    parts = [f"{batch} sequences: {1000 * median:.1f} ms per update", f"{batch * law.length / median:,.0f} tokens/s"]
-    if gpu and (peak := peak_flops(place.device, "bf16")):
-        parts.append(f"MFU {batch * trainer.task.flops_per_sample(0) / median / peak:.1%}")
-    if gpu:
-        held = torch.cuda.max_memory_allocated(place.device) / 2**30
-        parts.append(f"peak memory {held:.1f} GiB, planned {planned:.1f}")
+    found = measure_speed(place.runtime, law, preset=preset, batch=batch, rounds=rounds, vocabulary=vocabulary,
+                          checkpointing=checkpointing)
+    if not abs(found.first_loss - math.log(vocabulary)) < 0.01:  # the head is 0
+        raise CheckFailed(f"the first loss is {found.first_loss:.4f}, not ln {vocabulary}")
+    parts = [f"{found.sequences} sequences: {1000 * found.seconds:.1f} ms per update",
+             f"{found.sequences * law.length / found.seconds:,.0f} tokens/s"]
+    if found.mfu is not None:
+        parts.append(f"MFU {found.mfu:.1%}")
+    if found.idle is not None:
+        parts.append(f"idle {found.idle:.1%}, {found.kernels:.0f} kernels")
+    if found.held is not None:
+        parts.append(f"peak memory {found.held:.1f} GiB, planned {found.planned:.1f}")
     return ", ".join(parts)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import gc
 import platform
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ import torch
 from mutor_img.common.child import serve
 from mutor_img.gpu_report.checks import Check, all_checks
 from mutor_img.gpu_report.place import CheckFailed, Place
+from mutor_img.pretraining.speed import forget_all
 
 PACKAGES = ("mutor_img", "torch", "triton", "torchvision", "timm", "accelerate", "safetensors", "numpy")
 ENVIRONMENT = "environment"  # the question for the machine, in place of a check's name
@@ -55,9 +55,7 @@ def run_check(check: Check, place: Place) -> dict[str, Any]:
         return {"passed": False, "detail": f"{text}\n\n{''.join(traceback.format_exception(error)[-6:])}"}
     finally:
         with suppress(Exception):  # a device that has failed fails here again
-            torch.compiler.reset()
-            gc.collect()
-            torch.cuda.empty_cache()
+            forget_all()
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -103,7 +103,8 @@ class PlanConfig:
     device_gib: float = 80.0  # memory of one device, GiB
     usable: float = 0.9  # share of that memory for tensors; CUDA, NCCL and fragmentation take the rest
     peak_tflops: float | None = None  # dense peak of one device; null: H100 SXM (989 in bf16, 67 in fp32)
-    mfu: float = 0.4  # expected share of that peak that the model's FLOPs reach
+    memory_tbs: float | None = None  # TB/s of one device's memory; null: H100 SXM (3.35)
+    mfu: float | None = None  # share of that peak that the model's FLOPs reach; null: what the cost model computes
 
     def validate(self) -> None:
         """Raise :class:`UserError` for a value out of range."""
@@ -112,7 +113,10 @@ class PlanConfig:
         check_range("plan.usable", self.usable, 0.0, 1.0, low_open=True)
         if self.peak_tflops is not None:
             check_range("plan.peak_tflops", self.peak_tflops, 0.0, 1e6, low_open=True)
-        check_range("plan.mfu", self.mfu, 0.0, 1.0, low_open=True)
+        if self.memory_tbs is not None:
+            check_range("plan.memory_tbs", self.memory_tbs, 0.0, 1e4, low_open=True)
+        if self.mfu is not None:
+            check_range("plan.mfu", self.mfu, 0.0, 1.0, low_open=True)
 
 
 @dataclass

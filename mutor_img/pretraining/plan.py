@@ -12,6 +12,7 @@ from mutor_img.blocks import ModelConfig
 from mutor_img.common.errors import UserError
 from mutor_img.objectives.objective import Objective
 from mutor_img.pretraining.config import GeneratorConfig
+from mutor_img.pretraining.cost import H100_MEMORY, Cost, Device, attention_cells, update_cost
 from mutor_img.pretraining.memory import FP32, Memory, Step, step_memory
 from mutor_img.registers import RegisterLaw
 from mutor_img.training.hardware import gpu_peak
@@ -26,30 +27,40 @@ def plan_generator(config: GeneratorConfig) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: the batch does not divide over ``plan.devices``, or a device's share over ``train.micro_batch``.
     """
-    with torch.device("meta"):
-        model, objective = Transformer(config.model_config()), config.build_objective()
-    share = device_share(config)
-    micro_batch = min(config.train.micro_batch or share, share)
-    if share % micro_batch:
-        raise UserError(f"train.micro_batch is {micro_batch}, but each of plan.devices={config.plan.devices} has "
-                        f"{share} of the global batch; give a divisor of {share}")
+    model, objective = shapes(config)
+    share, micro_batch = device_share(config)
     sampled, extra, passes = model.parameter_count(), objective.extra_parameters(), share // micro_batch
     return {
         "model": {"preset": config.model.preset, "parameters": sampled,
                   "of the objective, dropped after training": extra},
-        **update_sections(config, model, objective, share, micro_batch),
+        **update_sections(config, model, objective),
         **memory_sections(config, model.config, sampled + extra, share, micro_batch),
         "a checkpoint, GiB": checkpoint_section(config, sampled + extra),
         "communication per update": communication_section(config, model.config, sampled + extra, passes),
     }
 
 
-def device_share(config: GeneratorConfig) -> int:
-    """Return the sequences of an update on one of ``plan.devices``."""
+def shapes(config: GeneratorConfig) -> tuple[Transformer, Objective]:
+    """Return the run's model and objective without memory."""
+    with torch.device("meta"):
+        return Transformer(config.model_config()), config.build_objective()
+
+
+def device_share(config: GeneratorConfig) -> tuple[int, int]:
+    """Return the sequences of an update on one of ``plan.devices``, and those of one forward pass.
+
+    Raises:
+        UserError: the batch does not divide over the devices, or a device's share over ``train.micro_batch``.
+    """
     batch, devices = config.train.global_batch, config.plan.devices
     if batch % devices:
         raise UserError(f"train.global_batch is {batch}, not divisible by plan.devices={devices}")
-    return batch // devices
+    share = batch // devices
+    micro_batch = min(config.train.micro_batch or share, share)
+    if share % micro_batch:
+        raise UserError(f"train.micro_batch is {micro_batch}, but each of plan.devices={devices} has "
+                        f"{share} of the global batch; give a divisor of {share}")
+    return share, micro_batch
 
 
 def trunk_flops(model: Transformer, law: RegisterLaw, seed: int) -> float:
@@ -71,8 +82,7 @@ def training_flops(trunk: float, objective: Objective, step: int) -> float:
 
 def run_flops(config: GeneratorConfig, updates: int) -> float:
     """Return the FLOPs of the first ``updates`` updates of a run, over all devices."""
-    with torch.device("meta"):
-        model, objective = Transformer(config.model_config()), config.build_objective()
+    model, objective = shapes(config)
     trunk = trunk_flops(model, config.law(), config.seed)
     return updates * config.train.global_batch * _mean_flops(trunk, objective, updates)
 
@@ -87,23 +97,48 @@ def _mean_flops(trunk: float, objective: Objective, updates: int) -> float:
 
 def run_parameters(config: GeneratorConfig) -> tuple[int, int]:
     """Return how many numbers sampling uses, and how many a run trains: with those of registers and the objective."""
-    with torch.device("meta"):
-        model, objective = Transformer(config.model_config()), config.build_objective()
+    model, objective = shapes(config)
     whole = model.parameter_count()
     registers = sum(p.numel() for name, p in model.named_parameters() if name.startswith("register_embedding."))
     return whole - registers, whole + objective.extra_parameters()
 
 
-def update_sections(config: GeneratorConfig, model: Transformer, objective: Objective, share: int,
-                    micro_batch: int) -> dict[str, Any]:
+def planned_device(config: GeneratorConfig) -> Device:
+    """Return the peaks of one of ``plan.devices``: an H100's, where the plan does not say otherwise."""
+    plan, precision = config.plan, "fp32" if config.train.precision == "fp32" else "bf16"
+    flops = plan.peak_tflops * 1e12 if plan.peak_tflops else gpu_peak("H100", precision)
+    return Device(flops, plan.memory_tbs * 1e12 if plan.memory_tbs else H100_MEMORY)
+
+
+def planned_cost(config: GeneratorConfig, model: Transformer, objective: Objective, **switches: Any) -> Cost:
+    """Return what the cost model says of an update on one of ``plan.devices``; communication is not in it.
+
+    Args:
+        config: the run's.
+        model, objective: the run's, on any device; only their sizes count.
+        switches: fields of :class:`Step` that are to be others than the config's.
+    """
+    law = config.law()
+    share, micro_batch = device_share(config)
+    trunk = trunk_flops(model, law, config.seed)
+    attended = trunk - model.forward_flops(law.length, law.registers, 0.0)
+    step = replace(gpu_step(config), sequences=micro_batch, **switches)
+    return update_cost(
+        model.config, model.parameter_count() + objective.extra_parameters(), step, share // micro_batch,
+        flops=_mean_flops(trunk, objective, config.train.steps), attended=3 * attended,
+        cells=attention_cells(law, config.seed, step.flex), device=planned_device(config))
+
+
+def update_sections(config: GeneratorConfig, model: Transformer, objective: Objective) -> dict[str, Any]:
     """Return the sections of tokens and FLOPs, and of time. MFU counts the model's FLOPs, not recomputed ones."""
     law, plan, batch = config.law(), config.plan, config.train.global_batch
-    trunk = trunk_flops(model, law, config.seed)
-    flops = batch * _mean_flops(trunk, objective, config.train.steps)
+    share, micro_batch = device_share(config)
+    trunk, cost = trunk_flops(model, law, config.seed), planned_cost(config, model, objective)
+    flops, mfu, peak = plan.devices * cost.flops, plan.mfu or cost.mfu, cost.device.flops
     attention = trunk - model.forward_flops(law.length, law.registers, 0.0)
-    peak = plan.peak_tflops or gpu_peak("H100", "fp32" if config.train.precision == "fp32" else "bf16") / 1e12
-    seconds = flops / (plan.devices * peak * 1e12 * plan.mfu)
+    seconds = flops / (plan.devices * peak * mfu)
     hours = seconds * config.train.steps / 3600
+    how = "assumed" if plan.mfu else "computed from these terms"
     return {
         "per update": {
             "sequences": batch,
@@ -118,14 +153,25 @@ def update_sections(config: GeneratorConfig, model: Transformer, objective: Obje
             # The rest grows with the length, attention with its square.
             "codes per image at which attention takes half": round(law.length * (trunk - attention) / attention),
         },
-        f"time at {plan.mfu:.0%} of {plan.devices} x {peak:g} TFLOP/s (assumed)": {
+        "time of an update on one device, ms (computed, not measured)": cost_rows(cost),
+        f"time at {mfu:.0%} of {plan.devices} x {peak / 1e12:g} TFLOP/s ({how})": {
             "updates": config.train.steps,
             "FLOPs in all": flops * config.train.steps,
             "seconds per update": seconds,
+            "images per second per device": batch / plan.devices / seconds,
             "hours": hours,
             "GPU-hours": hours * plan.devices,
         },
     }
+
+
+def cost_rows(cost: Cost) -> dict[str, float]:
+    """Return the terms of a cost and their sum by the names they are printed under, in milliseconds."""
+    rows = {"matrix products": cost.products, "attention": cost.attention,
+            "memory traffic of the blocks' other kernels": cost.blocks, "read-out and cross-entropy": cost.read_out,
+            "optimiser, EMA and copies of weights": cost.optimiser, "idle, waiting for the CPU": cost.idle,
+            "in all": cost.seconds}
+    return {name: 1000 * value for name, value in rows.items()}
 
 
 def memory_sections(config: GeneratorConfig, model: ModelConfig, parameters: int, share: int,
@@ -135,7 +181,7 @@ def memory_sections(config: GeneratorConfig, model: ModelConfig, parameters: int
     step = replace(gpu_step(config), sequences=micro_batch, accumulate=micro_batch < share)
     memory = step_memory(model, parameters, step)
     largest = largest_micro_batch(model, parameters, step, room, share)
-    fitting = max((n for n in range(1, largest + 1) if share % n == 0), default=0)
+    fitting = largest_divisor(share, largest)
     fits = memory.total <= room
     advice = "yes" if fits else f"no: train.micro_batch={fitting}" if fitting else "no, not even one sequence at a time"
     how = ("compiled blocks" if step.compiled else "eager") + (", checkpointed" if step.checkpointing else "")
@@ -183,6 +229,11 @@ def largest_micro_batch(model: ModelConfig, parameters: int, step: Step, room: f
     return low
 
 
+def largest_divisor(share: int, most: int) -> int:
+    """Return the largest divisor of ``share`` that is no more than ``most``; 0: there is none."""
+    return max((n for n in range(1, min(share, most) + 1) if share % n == 0), default=0)
+
+
 def checkpoint_section(config: GeneratorConfig, parameters: int) -> dict[str, float]:
     """Return the sizes of what is written: all in fp32, AdamW's two moments beside the weights."""
     copies = {"weights": 1, "optimiser": 2, "EMA": 1 if config.train.ema else 0}
@@ -195,17 +246,22 @@ def communication_section(config: GeneratorConfig, model: ModelConfig, parameter
                           passes: int) -> dict[str, float]:
     """Return the GiB that a device sends in an update, over rings: of n devices each sends (n - 1) / n of a tensor.
 
-    DDP reduces fp32 gradients once: a reduce-scatter and an all-gather. FSDP2 gathers blocks twice per forward pass (in
-    bf16 in a bf16 run), embeddings and head once in fp32, and scatters fp32 gradients once.
+    DDP reduces fp32 gradients once: a reduce-scatter and an all-gather. FSDP2 scatters fp32 gradients once.
     """
     ring = (config.plan.devices - 1) / config.plan.devices / GIB
     if config.train.parallel == "ddp":
         return {"all-reduce of gradients, GiB sent": 2 * FP32 * parameters * ring}
-    step = gpu_step(config)
-    blocks = (model.layers + step.blocks) * (4 * model.dim**2 + 3 * model.dim * model.hidden)
-    width = step.width
-    return {"all-gather of weights, GiB sent": passes * (2 * width * blocks + FP32 * (parameters - blocks)) * ring,
+    return {"all-gather of weights, GiB sent": gathered_bytes(model, parameters, gpu_step(config), passes) * ring,
             "reduce-scatter of gradients, GiB sent": FP32 * parameters * ring}
+
+
+def gathered_bytes(model: ModelConfig, parameters: int, step: Step, passes: int) -> float:
+    """Return the bytes of the weights that FSDP2 gathers in an update of so many passes.
+
+    Blocks twice in each (in bf16 in a bf16 run), embeddings and head once, in fp32.
+    """
+    blocks = (model.layers + step.blocks) * (4 * model.dim**2 + 3 * model.dim * model.hidden)
+    return passes * (2 * step.width * blocks + FP32 * (parameters - blocks))
 
 
 def attended_pairs(law: RegisterLaw, seed: int) -> float:

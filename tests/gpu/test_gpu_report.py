@@ -7,8 +7,6 @@ import torch
 
 from mutor_img.common import child
 from mutor_img.gpu_report import __main__ as command
-from mutor_img.gpu_report import training
-from mutor_img.gpu_report.checks import measurements
 from mutor_img.gpu_report.place import CheckFailed, Place
 from mutor_img.gpu_report.report import Worker, run_checks, to_markdown
 from mutor_img.gpu_report.worker import answering, environment
@@ -143,16 +141,6 @@ def test_the_command_writes_the_report_as_it_goes_and_ends_with_status_1(monkeyp
     assert exit_.value.code == 1 and out.read_text() in capsys.readouterr().out
     assert seen == [f"## GPU report: unfinished, {done} of 2 checks done, 0 FAILED" for done in (0, 1)]
     assert "5 sequences" in out.read_text()
-
-
-def test_a_measured_update_that_does_not_fit_is_tried_with_fewer_sequences(monkeypatch):
-    def measure(place, law, checkpointing, preset, batch, *sizes):
-        if batch > 8:
-            raise torch.OutOfMemoryError("full")
-        return f"{batch} sequences"
-
-    monkeypatch.setattr(training, "_measure", measure)
-    assert [run(CPU) for run in measurements(32).values()] == ["8 sequences"] * 4
 
 
 def test_the_machine_is_described_without_a_gpu_too():

@@ -177,6 +177,7 @@ FIELDS = {
     "plan.device_gib": ((), "1", plan),
     "plan.usable": ((), "0.5", plan),
     "plan.peak_tflops": ((), "312", plan),
+    "plan.memory_tbs": ((), "2.04", plan),
     "plan.mfu": ((), "0.2", plan),
     "eval.every": ((SCORED,), "1", lambda t: rows_with(t, "eval_fid")),
     "eval.samples": ((SCORED, "eval.every=1"), "30", scored),

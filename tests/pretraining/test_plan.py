@@ -61,13 +61,27 @@ def test_attention_takes_half_at_the_length_that_the_plan_names():
 
 def test_time_follows_from_flops_and_the_stated_mfu():
     sections = plan("ntp_b", "plan.devices=4", "plan.peak_tflops=100", "plan.mfu=0.5")
-    time, flops = section(sections, "time"), section(sections, "per update")["FLOPs per update, forward and backward"]
+    time = section(sections, "time at")
+    flops = section(sections, "per update")["FLOPs per update, forward and backward"]
     assert time["seconds per update"] == pytest.approx(flops / (4 * 100e12 * 0.5))
     assert time["GPU-hours"] == pytest.approx(4 * 360_000 * time["seconds per update"] / 3600)
 
 
+def test_without_a_stated_mfu_time_is_the_sum_of_the_cost_models_terms():
+    found = {}
+    for name in ("ntp_b", "ntp_xl"):
+        sections = plan(name, "plan.peak_tflops=312", "plan.memory_tbs=2.04")
+        terms, time = section(sections, "time of an update"), section(sections, "time at")
+        flops = section(sections, "per update")["FLOPs per update, forward and backward"]
+        total = terms.pop("in all")
+        assert sum(terms.values()) == pytest.approx(total) == pytest.approx(1000 * time["seconds per update"])
+        found[name] = flops / (8 * 312e12 * time["seconds per update"])
+        assert any(title.startswith(f"time at {found[name]:.0%} of 8 x 312") for title in sections)
+    assert found["ntp_b"] < found["ntp_xl"]  # wider matrices have less traffic for their FLOPs
+
+
 def test_in_fp32_the_assumed_peak_is_that_of_fp32():
-    low, full = (section(plan("ntp_b", f"train.precision={name}"), "time")["seconds per update"]
+    low, full = (section(plan("ntp_b", f"train.precision={name}", "plan.mfu=0.4"), "time at")["seconds per update"]
                  for name in ("bf16", "fp32"))
     assert full == pytest.approx(989 / 67 * low)
 
@@ -106,7 +120,8 @@ def test_sharding_divides_what_is_kept_and_sends_more_with_every_forward_pass():
 
 @pytest.mark.parametrize("override, message", [
     ("plan.devices=3", "not divisible by plan.devices=3"), ("train.micro_batch=60", "give a divisor of"),
-    ("plan.mfu=1.5", "plan.mfu is 1.5"), ("plan.devices=0", "plan.devices is 0"),
+    ("plan.mfu=1.5", "plan.mfu is 1.5"), ("plan.memory_tbs=0", "plan.memory_tbs is 0"),
+    ("plan.devices=0", "plan.devices is 0"),
     ("plan.device_gib=0", "plan.device_gib is 0"), ("plan.usable=2", "plan.usable is 2"),
     ("plan.peak_tflops=-1", "plan.peak_tflops is -1")])
 def test_a_plan_that_cannot_be_is_one_clear_line(override, message):
@@ -118,6 +133,7 @@ def test_a_plan_that_cannot_be_is_one_clear_line(override, message):
 def test_a_dry_run_prints_sections_with_units(capsys):
     main(["--config", str(FOLDER / "mutor2d_b.yaml"), "--dry-run", "data.codes=nowhere"])
     printed = capsys.readouterr().out
-    for words in ("110,889,216", "memory per device, GiB", "logits and loss", "GPU-hours", "a checkpoint, GiB"):
+    for words in ("110,889,216", "memory per device, GiB", "logits and loss", "GPU-hours", "a checkpoint, GiB",
+                  "computed, not measured", "matrix products", "idle, waiting for the CPU"):
         assert words in printed
     assert PlanConfig().devices == 1
