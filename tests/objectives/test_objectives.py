@@ -22,7 +22,7 @@ NEXT_TOKEN = ("registers.kind=none",)
 HEADS = (*NEXT_TOKEN, "objective.kind=parallel-heads")
 REAR = (*NEXT_TOKEN, "objective.kind=rear", "objective.code_dim=4")
 MIRAI = (*NEXT_TOKEN, "objective.kind=mirai", "train.ema=0.5")
-PATCHES = (*NEXT_TOKEN, "objective.kind=next-patch")
+PATCHES = (*NEXT_TOKEN, "objective.kind=npp")
 # On 4 x 4 codes: what switches an objective off, and its settings.
 OFF = {
     "parallel heads": (("objective.weight=0",), (*HEADS, "objective.offsets=[2,6]")),
@@ -32,7 +32,7 @@ OFF = {
                                                        "objective.blocks=2", "objective.own_output=true")),
     "mirai": (("objective.weight=0",), MIRAI),
     "mirai, before its start": (("objective.starts_at=1",), (*MIRAI, "objective.offsets=[0,9]")),
-    "next-patch": (("objective.patches=[1]", "objective.stage_ends=[]"), (*PATCHES, "objective.stage_ends=[1]")),
+    "npp": (("objective.patches=[1]", "objective.stage_ends=[]"), (*PATCHES, "objective.stage_ends=[1]")),
     "rear": (("objective.weight=0", "objective.noise_until=0"), (*REAR, "objective.noise_until=2")),
 }
 OBJECTIVES = {name: overrides for name, (_, overrides) in OFF.items()}
@@ -160,7 +160,7 @@ def test_another_objective_is_another_run(name, run_training):
     ((*PATCHES, "objective.patches=[1,2]", "objective.stage_ends=[5]"), r"objective.patches is \[1, 2\]; give .* fall"),
     ((*PATCHES, "objective.patches=[4,2]", "objective.stage_ends=[5]"), r"objective.patches is \[4, 2\]; give .* to 1"),
     ((*PATCHES, "objective.stage_ends=[5]", "model.grid=[4,5]"), "patches of 2 x 2 do not fill 4 x 5 codes"),
-    ((*PATCHES, "objective.stage_ends=[5]", "registers.kind=2d"), "next-patch has no registers; give registers.ki"),
+    ((*PATCHES, "objective.stage_ends=[5]", "registers.kind=2d"), "npp has no registers; give registers.ki"),
     ((*NEXT_TOKEN, "objective.kind=sequential-heads", "objective.depths=16"), r"objective.depths is 16; .* \[1, 15\]"),
 ])
 def test_what_cannot_be_is_one_line_before_anything_is_built(override, message, run_file, tiny):
@@ -185,8 +185,8 @@ B = Path(__file__).parents[2] / "configs" / "imagenet256" / "ntp_b.yaml"
     (("objective.kind=rear", "objective.noise_until=9", "objective.mlp_layers=3"), 11_575_312, 1.116),
     (("objective.kind=rear", "objective.noise_until=9", "objective.weight=0"), 0, 1.000),
     (("objective.kind=mirai", "train.ema=0.9999"), 22_034_688, 1.415),
-    (("objective.kind=next-patch", "objective.stage_ends=[180000]"), 0, 0.623),
-    (("objective.kind=next-patch", "objective.patches=[4,2,1]", "objective.stage_ends=[90000,180000]"), 0, 0.577)])
+    (("objective.kind=npp", "objective.stage_ends=[180000]"), 0, 0.623),
+    (("objective.kind=npp", "objective.patches=[4,2,1]", "objective.stage_ends=[90000,180000]"), 0, 0.577)])
 def test_the_plan_names_what_is_trained_and_computed_beside_next_token_prediction(overrides, parameters, ratio):
     sections = plan_generator(load_config(GeneratorConfig, B, overrides))
     assert sections["model"]["of the objective, dropped after training"] == parameters

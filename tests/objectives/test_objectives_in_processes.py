@@ -21,7 +21,7 @@ OBJECTIVES = {
     "heads": ("objective.kind=parallel-heads", "objective.offsets=[2,5]", "objective.own_output=true"),
     "chain": ("objective.kind=sequential-heads", "objective.depths=2"),
     "mirai": ("objective.kind=mirai", "objective.offsets=[0,4]"),
-    "patches": ("objective.kind=next-patch", "objective.stage_ends=[1]"),
+    "patches": ("objective.kind=npp", "objective.stage_ends=[1]"),
     "rear": ("objective.kind=rear", "objective.noise_until=2", "objective.code_dim=4"),
 }
 LOSSES = {"heads": ("head_2", "head_5"), "chain": ("depth_1", "depth_2"),

@@ -95,7 +95,7 @@ HEADS = ("registers.kind=none", "objective.kind=parallel-heads")
 CHAIN = ("registers.kind=none", "objective.kind=sequential-heads")
 MIRAI = ("registers.kind=none", "objective.kind=mirai", "train.ema=0.9")
 SQUARE = ("data.codes={tmp}/square", "data.val_codes=null", "model.grid=[4,4]")  # codes of a tokenizer that is there
-PATCHES = (*SQUARE, "registers.kind=none", "objective.kind=next-patch", "objective.stage_ends=[1]")
+PATCHES = (*SQUARE, "registers.kind=none", "objective.kind=npp", "objective.stage_ends=[1]")
 REAR = (*SQUARE, "registers.kind=none", "objective.kind=rear", "objective.noise_until=3", "objective.code_dim=4")
 SCORED = "eval.reference=some.npz"
 
