@@ -88,9 +88,9 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: a row is damaged.
     """
-    rows = read_lines(run_dir / "metrics.jsonl")
+    rows = read_lines(run_dir / "metrics.jsonl", "step")
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or type(row.get("step")) is not int:
+        if type(row["step"]) is not int:
             raise UserError(f"{run_dir / 'metrics.jsonl'}, line {number}: says no step; mend or remove that line")
     return rows
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mutor_img.common.config import to_dict
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import read_json, write_json
+from mutor_img.common.files import read_record, write_sealed
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -58,8 +58,6 @@ def show_picture(tracker: GeneralTracker, name: str, path: Path, step: int) -> N
 
 def _run_id(record: Path) -> str:
     """Return the run's id, which is drawn and noted before the first sitting."""
-    known = read_json(record) if record.is_file() else {}
-    if "wandb" not in known:
-        known["wandb"] = secrets.token_hex(4)
-        write_json(record, known)
-    return known["wandb"]
+    if not record.is_file():
+        write_sealed(record, {"wandb": secrets.token_hex(4)})
+    return read_record(record, "wandb")["wandb"]
