@@ -6,6 +6,7 @@ import json
 import struct
 import zlib
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from random import Random
 from typing import Any
 
@@ -49,7 +50,7 @@ def _with_strange(value: Any, draw: Random) -> Any:
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     items = list(inner)
     if not items or draw.random() < 0.05:
-        return draw.choice(STRANGE)
+        return deepcopy(draw.choice(STRANGE))  # it may be changed in its turn
     key, inner = draw.choice(items)
     act = draw.random()
     if act < 0.1:
