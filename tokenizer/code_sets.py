@@ -20,10 +20,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from mutor_img.common.arrays import load_npy
 from mutor_img.common.errors import UserError
 from mutor_img.common.folders import visible
 from tokenizer.images.source import Labelled
 
+_CURE = "fetch it again"
 TEN = 10  # crops of an image: LlamaGen's, and the lines of an image in a file of JSON lines
 _MOST_PROCESSES = 64  # of a run of LlamaGen's script: it may repeat as many images, less one
 
@@ -69,7 +71,7 @@ class NumberedFiles(CodeSet):
 
     def load(self, index: int) -> np.ndarray:
         """Return the array of one file, (views, N)."""
-        codes = load_array(self.root / self.files[index])
+        codes = load_npy(self.root / self.files[index], _CURE)
         return codes[0] if codes.ndim == 3 and len(codes) == 1 else codes
 
 
@@ -186,23 +188,6 @@ FORMATS: dict[str, Callable[[Path, list[str], bool], CodeSet]] = {
     "randar": open_randar, "llamagen": open_llamagen, "maskgit-jsonl": open_json_lines}
 
 
-def load_array(path: Path) -> np.ndarray:
-    """Return the array of a .npy file.
-
-    Raises:
-        UserError: the file is missing, damaged or no plain array.
-    """
-    try:
-        array = np.load(path, allow_pickle=False)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); fetch it again") from None
-    except (ValueError, EOFError, MemoryError):  # numpy's own words advise to read what could run code
-        raise UserError(f"{path}: not a .npy array of numbers, or damaged; fetch it again") from None
-    if not isinstance(array, np.ndarray):
-        raise UserError(f"{path}: not a .npy array but a .npz archive; fetch the .npy files")
-    return array
-
-
 def parse_line(line: bytes, path: Path, number: int) -> tuple[int, list[int]]:
     """Return the label and the codes of one JSON line.
 
@@ -248,7 +233,7 @@ def _pair(root: Path) -> tuple[Path, Path]:
 
 
 def _label(path: Path) -> int:
-    array = load_array(path)
+    array = load_npy(path, _CURE)
     if array.size != 1 or not np.issubdtype(array.dtype, np.integer):
         raise UserError(f"{path}: {array.dtype} of shape {array.shape}; expected one whole number, the label")
     return int(array.reshape(()))
@@ -257,7 +242,7 @@ def _label(path: Path) -> int:
 def _repeated(names: list[str], folder: Path, labels: np.ndarray) -> int:
     """Return how many files at the end repeat the first ones, codes and labels."""
     def same(first: int, other: int) -> bool:
-        return labels[first] == labels[other] and np.array_equal(*(load_array(folder / names[i])
+        return labels[first] == labels[other] and np.array_equal(*(load_npy(folder / names[i], _CURE)
                                                                    for i in (first, other)))
 
     most = min(_MOST_PROCESSES - 1, len(names) // 2)

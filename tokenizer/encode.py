@@ -102,8 +102,8 @@ def _encode(vq: ImageTokenizer, batches: Iterable[tuple[Tensor, Sequence[str]]],
             # Whole as bytes and a pass at a time as fp32: a batch may have a thousand views of each image.
             passes = seen.flatten(0, 1).split(rows_at_once(seen.device, *seen.shape[-2:]))
             codes = torch.cat([vq.encode(to_float(part)) for part in passes]).view(*seen.shape[:2], -1)  # (B, views, N)
+            bar.update(len(squares))  # whoever takes the last row does not come back
             yield from zip(codes.cpu().numpy().astype(code_dtype(vq.vocabulary)), errors)
-            bar.update(len(squares))
 
 
 def build_parser() -> Parser:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import index
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from mutor_img.checkpoints.folder import check_shapes, find_checkpoint, load_strict, open_group, read_meta
 from mutor_img.checkpoints.llamagen import read_pt
 from mutor_img.checkpoints.tensor_files import group_hash, has_group
-from mutor_img.common.errors import UserError, check_range
+from mutor_img.common.errors import UserError, check_range, describing
 from mutor_img.common.files import file_hash
 from mutor_img.common.hub import is_hub_name, pinned
 from tokenizer.foreign import load_foreign
@@ -53,13 +54,13 @@ def _load_folder(path: Path) -> ImageTokenizer:
                         "give the tokenizer's run folder")
     group = "ema" if has_group(meta["files"], "ema") else "model"
     origin, weights = folder / "checkpoint.json", open_group(folder, group)
-    try:
+    with describing("tokenizer", origin):
         options, image_size = meta["model"], meta["image_size"]
+        if image_size is not None:
+            check_range("image_size", index(image_size), 1, 65536)
         check_range("the number of blocks", options.get("blocks", 1) * len(options["multipliers"]), 1,
                     len(weights.shapes))
         vq = _blank(options)
-    except (ArithmeticError, KeyError, TypeError, AttributeError, RuntimeError, UserError) as error:
-        raise UserError(f"{origin}: does not describe a tokenizer ({error})") from None
     check_shapes(vq, weights.shapes, weights.origin)
     vq = vq.to_empty(device="cpu")
     load_strict(vq, weights.read_all(), weights.origin)

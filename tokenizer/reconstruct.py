@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from mutor_img.common.cli import Parser, run
 from mutor_img.common.errors import UserError, check_range
-from mutor_img.common.files import clear, write_json
+from mutor_img.common.files import clear, write_sealed
 from mutor_img.common.images import check_png, to_nhwc, write_png
 from mutor_img.common.locks import claim, file_lock
 from mutor_img.common.outputs import keep_apart
@@ -157,7 +157,7 @@ def main(argv: Sequence[str]) -> None:
         if options.samples:
             print(f"samples      {options.samples}")
         if options.json:
-            write_json(options.json, scores)
+            write_sealed(options.json, scores)
 
 
 def _parser() -> Parser:

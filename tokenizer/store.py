@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from mutor_img.checkpoints.tensor_files import save_file
 from mutor_img.common.arrays import write_npy
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import clear, parse_json, read_json, remove, wait_until_seen, write_atomic, write_sealed
+from mutor_img.common.files import clear, parse_json, read_record, remove, wait_until_seen, write_atomic, write_sealed
 from mutor_img.data.store import BLOCK, Codes, CodesInfo, block_checksum, code_dtype
 from mutor_img.training.runtime import Runtime
 from tokenizer.images.source import Labelled
@@ -63,7 +63,7 @@ class StoreWriter:
         """
         if not (self.out / "codes.json").is_file():
             return False
-        made = read_json(self.out / "encode.json") if (self.out / "encode.json").is_file() else {}
+        made = read_record(self.out / "encode.json") if (self.out / "encode.json").is_file() else {}
         for name, value in self.manifest.items():
             if made.get(name) != value:
                 raise UserError(f"{self.out}: holds other codes ({name} is {made.get(name)}, but now it is {value}); "

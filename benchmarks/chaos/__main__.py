@@ -28,7 +28,7 @@ from mutor_img.common.errors import check_range
 from mutor_img.common.files import append_line
 from mutor_img.common.locks import claim, file_lock
 
-PARTS = ("hostile", "rot", "disks", "numbers", "network", "page")
+PARTS = ("hostile", "rot", "fuzz", "disks", "changes", "numbers", "network", "page")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,6 +1,7 @@
 /* A disk that fails: loaded before the C library, it has one call, or every call from one on, fail below a folder.
  *
  * Calls that are counted: those that write, flush, make, rename, lengthen or shorten a file. Removing always works.
+ * The disk may be slow in place of failing, and the machine's clock may jump.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -11,11 +12,14 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/time.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 static char root[PATH_MAX];
-static int first = -1, error = 0, once = 0, seen = 0;
+static int first = -1, error = 0, once = 0, seen = 0, pause_us = 0;
+static long begin = -1, jump = 0, looks = 0;
 
 void disk_fails(const char *folder, int call, int number, int only_once)
 {
@@ -23,13 +27,20 @@ void disk_fails(const char *folder, int call, int number, int only_once)
     strncpy(root, folder, sizeof root - 1);
 }
 
+void disk_waits(int microseconds) { pause_us = microseconds; }
+
 int disk_calls(void) { return seen; }
+
+/* Begin at a second of the clock, and jump by some seconds at each look. */
+void clock_jumps(long second, long by) { begin = second, jump = by; }
 
 static int fails(const char *path)
 {
     if (!root[0] || strncmp(path, root, strlen(root)))
         return 0;
     int call = seen++;
+    if (pause_us)
+        usleep(pause_us);
     if (first < 0 || (once ? call != first : call < first))
         return 0;
     errno = error;
@@ -96,3 +107,28 @@ int mkdir(const char *path, mode_t mode) { return fails(path) ? -1 : REAL(int, m
 
 OPEN(open64)
 OPEN(open)
+
+int clock_gettime(clockid_t clock, struct timespec *now)
+{
+    if (clock != CLOCK_REALTIME || begin < 0)
+        return REAL(int, clock_gettime, clockid_t, struct timespec *)(clock, now);
+    now->tv_sec = begin + jump * looks++, now->tv_nsec = 0;
+    if (now->tv_sec < 0)
+        now->tv_sec = 0;
+    return 0;
+}
+
+int gettimeofday(struct timeval *now, void *zone)
+{
+    struct timespec precise;
+    int answer = clock_gettime(CLOCK_REALTIME, &precise);
+    now->tv_sec = precise.tv_sec, now->tv_usec = precise.tv_nsec / 1000;
+    return answer;
+}
+
+time_t time(time_t *now)
+{
+    struct timespec precise;
+    clock_gettime(CLOCK_REALTIME, &precise);
+    return now ? *now = precise.tv_sec : precise.tv_sec;
+}

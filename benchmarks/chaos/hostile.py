@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from benchmarks.chaos.case import Case, Fault, Place, said_no
 from mutor_img.checkpoints.folder import FORMAT, read_tensors
@@ -117,6 +118,12 @@ def _png(width: int, height: int, bits: int = 8, colour: int = 2, *, data: bytes
 
     head = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + more + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def _jpeg2000() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "JPEG2000")
+    return buffer.getvalue()
 
 
 def _text_bomb() -> bytes:
@@ -305,6 +312,8 @@ FILES: dict[str, tuple[str, str, bytes | str | Callable]] = {
     "image: 2^31 pixels of PPM": ("image", "x.ppm", b"P6 65536 32768 255\n" + bytes(99)),
     "image: 2^31 pixels of BMP": ("image", "x.bmp", b"BM" + struct.pack(
         "<IIIIiiHHIIIIII", 200, 0, 54, 40, 2**16, 2**15, 1, 24, 0, 0, 0, 0, 0, 0) + bytes(99)),
+    "image: a part of 4 GiB in a JPEG 2000": ("image", "x.jp2", lambda _: _jpeg2000().replace(
+        b"\0\0\0\x2djp2h", b"\xff\0\0\x2djp2h")),
     "image: PostScript": ("image", "x.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(ran) (w) file\n"),
     **{f"tar: {name}": ("tar", "t", make) for name, make in {
         "a link outside": lambda f: _write_tar(f, _tar(_member("a.jpg", type=tarfile.SYMTYPE,

@@ -53,7 +53,7 @@ def attempt(target: str, value: str, folder: str, run: str) -> str:
     Returns what was refused: ``"before the update"`` or ``"before the checkpoint"``, and the message.
     """
     torch.set_num_threads(1)
-    trainer = _trainer(TARGETS[target], Path(folder), Path(folder) / run)
+    trainer = open_trainer(TARGETS[target], Path(folder), Path(folder) / run)
     for _ in range(2):
         trainer.update()
     trainer.save()
@@ -71,7 +71,8 @@ def attempt(target: str, value: str, folder: str, run: str) -> str:
     return "nothing was refused"
 
 
-def _trainer(text: str, folder: Path, run: Path) -> Trainer:
+def open_trainer(text: str, folder: Path, run: Path) -> Trainer:
+    """Return a trainer of ``GENERATOR`` or a variant of ``TOKENIZER``, at the beginning or at its checkpoint."""
     blocks.PRESETS["mnist"] = (1, 2, 16)
     path = folder / f"{run.name}.yaml"
     path.write_text(text.format(folder=folder) + f"run_dir: {run}\n")

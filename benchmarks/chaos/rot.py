@@ -16,18 +16,27 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from benchmarks.chaos import inputs
 from benchmarks.chaos.case import Case, Fault, Place, said_no
+from mutor_img.checkpoints import folder as checkpoints
 from mutor_img.checkpoints.folder import find_checkpoint, newest_intact, read_meta, read_tensors
+from mutor_img.checkpoints.llamagen import read_pt
 from mutor_img.checkpoints.loading import load_run
-from mutor_img.common.files import append_line, read_json, read_lines, sealed
+from mutor_img.checkpoints.tensor_files import Slice, write_groups
+from mutor_img.common.files import append_line, read_json, read_lines, sealed, write_atomic, write_sealed
+from mutor_img.common.images import read_image, write_png
 from mutor_img.data.store import Codes
 from mutor_img.metrics.digits import load_digits
 from mutor_img.metrics.image_sets import read_all
 from mutor_img.metrics.references import open_reference
 from mutor_img.metrics.samples import open_samples
 from mutor_img.sampling.archive import FORMAT, open_archive
+from mutor_img.study import pipeline
+from mutor_img.study.comparison.pool import Budget
+from mutor_img.sweep import points
+from mutor_img.training import trackers
 from mutor_img.training.runtime import Runtime
 from tokenizer.encode import encode_images
 from tokenizer.images.crops import center_rule
@@ -35,7 +44,9 @@ from tokenizer.images.layouts import open_images
 from tokenizer.loading import load_tokenizer
 from tokenizer.store import Recipe, StoreWriter
 
+_HEADER = 512  # bytes
 LINES = "lines.jsonl"  # whose end, where it is lost, is done again
+_KEY = {"weights": "0" * 64, "samples": 1000}  # of what a study and a sweep keep
 _SAMPLES = {"format": FORMAT, "num_samples": 70, "seed": 0}
 
 
@@ -100,6 +111,15 @@ def _writer(folder: Path) -> StoreWriter:
     return StoreWriter(folder / "out", open_images(folder / "images"), recipe)
 
 
+def _sharded(folder: Path) -> dict[str, Any]:
+    """Return what a run of two processes left: each has a row of every matrix."""
+    return read_tensors(find_checkpoint(folder), "model")
+
+
+def _kept(path: Path) -> Any:
+    return pipeline._kept(path, _KEY, lambda: "computed again")
+
+
 # kind: what reads it, and which of its files may rot
 READERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "checkpoint": (_run, "checkpoints/step_00000002/*"),
@@ -111,6 +131,14 @@ READERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "parts of codes": (_merged_codes, "out/parts/*"),
     "reference.npz": (_reference, ""),
     "classifier": (_classifier, "*"),
+    "checkpoint of two processes": (_sharded, "*"),
+    "weights.pt": (read_pt, ""),
+    "image.png": (lambda path: np.asarray(read_image(path)), ""),
+    "scores.json": (read_json, ""),
+    "study.json": (_kept, ""),
+    "sweep.json": (lambda path: points._read(path, _KEY), ""),
+    "budget.json": (lambda path: Budget(path, None, now=lambda: 0.0).seconds, ""),
+    "trackers.json": (trackers._run_id, ""),
     LINES: (read_lines, ""),
 }
 
@@ -157,8 +185,26 @@ def write(folder: Path) -> None:
         writer.write(part, _grids(len(writer.range(part))), {})
     inputs.write_reference(folder / "reference.npz")
     inputs.write_classifier(folder / "classifier")
+    _write_sharded(folder / "checkpoint of two processes")
+    weights = {"model": load_run(folder / "checkpoint").model.state_dict()}
+    write_atomic(folder / "weights.pt", lambda aside: torch.save(weights, aside))
+    write_png(folder / "image.png", Image.fromarray(_pixels(1)[0]))
+    write_sealed(folder / "scores.json", {"fid": 2.5, "recall": 0.625, "num_samples": 1000})
+    write_sealed(folder / "study.json", {"key": _KEY, "value": {"fd": 2.5, "recognised": 0.5}})
+    write_sealed(folder / "sweep.json", {"key": _KEY, "points": [{"cfg_scale": 1.5, "temperature": 1.0, "fd": 2.5}]})
+    Budget(folder / "budget.json", None, now=lambda: 0.0).note(force=True)
+    trackers._run_id(folder / "trackers.json")
     for step in range(20):
         append_line(folder / "lines.jsonl", json.dumps(sealed({"step": step, "loss": step / 3})))
+
+
+def _write_sharded(folder: Path) -> None:
+    folder.mkdir()
+    rows, files = torch.randn(2, 8, generator=torch.Generator().manual_seed(4)), {}
+    for rank in range(2):
+        mine = {"matrix": Slice(rows[rank:rank + 1], rank, 2), "vector": rows[0]}
+        files |= write_groups(folder, {"model": mine}, rank, 2)
+    write_sealed(folder / "checkpoint.json", {"format": checkpoints.FORMAT, "step": 1, "files": files})
 
 
 def cases(place: Place) -> list[Case]:
@@ -200,7 +246,10 @@ def _spoil(kind: str, number: int, whole: dict[str, str], place: Place) -> str:
     pattern = READERS[kind][1]
     files = sorted(p for p in (path.glob(pattern) if pattern else path.parent.glob("*")) if p.is_file())
     file = draw.choice(files)
-    content, at = bytearray(file.read_bytes()), draw.randrange(file.stat().st_size)
+    content = bytearray(file.read_bytes())
+    # Half of them near an end: there stand the headers, a small part of most files.
+    near = draw.choice((0, max(0, len(content) - _HEADER)))
+    at = draw.choice((draw.randrange(len(content)), min(len(content) - 1, near + draw.randrange(_HEADER))))
     if draw.random() < 0.25:
         del content[at:]
         done = f"{file.name} cut off at {at}"

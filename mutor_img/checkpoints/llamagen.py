@@ -68,7 +68,7 @@ def _load(path: str | Path) -> object:
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path")
     try:
-        _refuse_compressed(path)
+        _check_zip(path)
         with torch.serialization.safe_globals([argparse.Namespace, (_Callback, _LIGHTNING)]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged file can fail anywhere in torch's reader: IndexError, AssertionError, ..
@@ -82,12 +82,20 @@ def _load(path: str | Path) -> object:
     return content
 
 
-def _refuse_compressed(path: Path) -> None:
-    """Raise for a zip with compressed entries: torch writes none, and kilobytes can stand for gigabytes."""
+def _check_zip(path: Path) -> None:
+    """Raise for a zip with compressed entries, or with one that does not fit its checksum.
+
+    Torch compresses none, and kilobytes could stand for gigabytes. It compares no checksums: weights that are damaged
+    would load as others. Where it was told to compute none, they are 0.
+    """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("its entries are compressed, as torch.save never writes them")
+            for entry in filter(lambda entry: entry.CRC, archive.infolist()):
+                with archive.open(entry) as file:
+                    while file.read(2**20):
+                        pass
 
 
 def _choose(content: object, path: str | Path, ema: bool) -> dict:

@@ -17,7 +17,7 @@ from mutor_img.blocks import PRESETS, ModelConfig
 from mutor_img.checkpoints.folder import check_shapes, codes_of, find_checkpoint, load_strict, open_group, read_meta
 from mutor_img.checkpoints.llamagen import read_released
 from mutor_img.checkpoints.tensor_files import group_hash, has_group
-from mutor_img.common.errors import UserError, check_range
+from mutor_img.common.errors import UserError, check_range, describing
 from mutor_img.common.files import file_hash
 from mutor_img.registers import RegisterLaw
 from mutor_img.transformer import Transformer, sampled_weights
@@ -55,11 +55,12 @@ class Loaded:
         config = self.model.config
         if config.register_offsets:
             return config.register_offsets
-        registers = self.meta.get("config", {}).get("registers", {})
-        if registers.get("kind", "none") == "none":
-            return None
-        chosen = tuple(registers.get("offsets", ()))
-        return RegisterLaw(registers["kind"], config.grid, registers["d_max"], chosen=chosen).offsets
+        with describing("generator", self.path / "checkpoint.json"):
+            registers = self.meta.get("config", {}).get("registers", {})
+            if registers.get("kind", "none") == "none":
+                return None
+            chosen = tuple(registers.get("offsets", ()))
+            return RegisterLaw(registers["kind"], config.grid, registers["d_max"], chosen=chosen).offsets
 
     @cached_property
     def weights_hash(self) -> str:
@@ -117,32 +118,35 @@ def _load_folder(path: Path, ema: bool | None, grid: tuple[int, int] | None, hea
     if ema and not averaged:
         raise UserError(f"{folder}: holds no EMA weights; give --weights raw (in Python ema=False)")
     which = "ema" if averaged and ema is not False else "raw"
-    try:
+    with describing("generator", origin):
         config = ModelConfig.from_json(meta["model"])
-        for name, flag, given, own in (("grid", "--grid-size", grid, config.grid),
-                                       ("heads", "heads=", heads, config.heads)):
-            if given is not None and given != own:
-                raise UserError(f"{folder}: {name} {given} was asked for, but the run has {own}; leave {flag} out")
-        weights = open_group(folder, _group(which))
-        model = _checked(config, sampled_weights(weights.shapes), origin, weights.origin)
-    except (ArithmeticError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{origin}: does not describe a generator ({error})") from None
+    for name, flag, given, own in (("grid", "--grid-size", grid, config.grid),
+                                   ("heads", "heads=", heads, config.heads)):
+        if given is not None and given != own:
+            raise UserError(f"{folder}: {name} {given} was asked for, but the run has {own}; leave {flag} out")
+    weights = open_group(folder, _group(which))
+    shapes = sampled_weights(weights.shapes)
+    with describing("generator", origin):  # without memory, until it is known to have the weights that are there
+        check_range("layers", config.layers, 1, len(shapes))
+        check_range("codes of the grid", config.length, 1, MOST_CODES)
+        model = _blank(config)
+    check_shapes(model, shapes, weights.origin)
+    _check_codes(meta.get("codes", {}), config.classes, origin)
     load_strict(model.to_empty(device="cpu"), sampled_weights(weights.read_all()), weights.origin)
     model.origin = folder
     return Loaded(model, folder, which, meta)
 
 
-def _checked(config: ModelConfig, shapes: dict[str, tuple[int, ...]], origin: Path, weights: Path) -> Transformer:
-    """Return a described model without memory, once it is known to have the weights that are there.
-
-    Raises:
-        UserError: it has not.
-    """
-    check_range(f"{origin}: layers", config.layers, 1, len(shapes))
-    check_range(f"{origin}: codes of the grid", config.length, 1, MOST_CODES)
-    model = _blank(config)
-    check_shapes(model, shapes, weights)
-    return model
+def _check_codes(codes: Any, classes: int, origin: Path) -> None:
+    """Raise :class:`UserError` where a checkpoint says something of its codes that sampling could not use."""
+    wanted = {"tokenizer": str, "tokenizer_hash": str, "class_names": list, "image_size": int}
+    wrong = [name for name, kind in wanted.items() if type(codes.get(name)) not in (kind, type(None))] if isinstance(
+        codes, dict) else ["all of it"]
+    names = None if wrong else codes.get("class_names")
+    if names is not None and (len(names) != classes or not all(isinstance(name, str) for name in names)):
+        wrong = ["class_names"]
+    if wrong:
+        raise UserError(f"{origin}: what it says of its codes is damaged ({wrong[0]}); use another checkpoint")
 
 
 def _group(which: str) -> str:

@@ -8,7 +8,8 @@ may catch it as a ``ValueError``.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -37,3 +38,16 @@ def check_range(name: str, value: float, low: float, high: float, *, low_open: b
     if not (above and value <= high):
         bracket = "(" if low_open else "["
         raise UserError(f"{name} is {value}; give a value in {bracket}{low}, {high}]")
+
+
+@contextmanager
+def describing(kind: str, origin: object) -> Iterator[None]:
+    """Turn whatever is raised while a model is built by the words of a file into an error that names the file.
+
+    Networks raise errors of every kind for a size that is text, or a rate above 1.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{origin}: does not describe a {kind} ({reason})") from None

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ from mutor_img.common.errors import UserError
 PATIENCE = 90.0  # seconds; a network file system may show another machine's file a minute late (NFS: acdirmax)
 SEAL = "seal"  # the key of a hash in a JSON file
 _stuck: set[Path] = set()  # what could not be removed and has been said
+
+
+_MEND = "correct or remove that line"
 
 
 def write_atomic(path: str | os.PathLike, write: Callable[[Path], None]) -> Path:
@@ -68,6 +71,25 @@ def read_json(path: str | os.PathLike) -> Any:
         raise UserError(f"{path}: no such file; check the path") from None
 
 
+def read_record(path: str | os.PathLike, *keys: str) -> dict[str, Any]:
+    """Return a JSON object as :func:`read_json` does, which must have these keys.
+
+    Raises:
+        UserError: as there, or it is something else.
+    """
+    return _with_keys(read_json(path), keys, path)
+
+
+def _with_keys(value: Any, keys: Collection[str], origin: object,
+               advice: str = "remove it to have it made again, or check the path") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{origin}: must be a JSON object; {advice}")
+    for key in keys:
+        if key not in value:
+            raise UserError(f"{origin}: lacks {key!r}; {advice}")
+    return value
+
+
 def parse_json(text: str | bytes, origin: object) -> Any:
     """Return what a JSON text says, without its seal where it has one.
 
@@ -77,7 +99,8 @@ def parse_json(text: str | bytes, origin: object) -> Any:
     """
     try:
         value = json.loads(text)
-        if not isinstance(value, dict) or SEAL not in value or value.pop(SEAL) == _seal_of(value):
+        if not isinstance(value, dict) or (
+                value.pop(SEAL) == _seal_of(value) if SEAL in value else not _ends_in_a_seal(value)):
             return value
         raise UserError(f"{origin}: damaged, or changed by hand (its {SEAL} does not fit the rest); fetch or make it "
                         f"again, or remove {SEAL!r} from it if the change is yours")
@@ -87,6 +110,13 @@ def parse_json(text: str | bytes, origin: object) -> Any:
         raise UserError(f"{origin}: not valid JSON (nested too deeply)") from None
     except ValueError as error:  # of the text's encoding too
         raise UserError(f"{origin}: not valid JSON ({error})") from None
+
+
+def _ends_in_a_seal(value: dict[str, Any]) -> bool:
+    """Tell whether the last value of all is a seal, whose name must then be damaged."""
+    *others, last = value or {"": ""}
+    found = value.get(last)
+    return isinstance(found, str) and len(found) == 64 and found == _seal_of({name: value[name] for name in others})
 
 
 def _seal_of(value: dict[str, Any]) -> str:
@@ -133,20 +163,22 @@ def append_line(path: str | os.PathLike, line: str) -> None:
             raise
 
 
-def read_lines(path: str | os.PathLike) -> list[Any]:
-    """Return the values of a file of JSON lines; [] where there is none.
+def read_lines(path: str | os.PathLike, *keys: str) -> list[dict[str, Any]]:
+    """Return the objects of a file of JSON lines, each of which must have these keys; [] where there is no file.
 
     What stands behind the last line break was cut short by a kill, and is left out.
 
     Raises:
-        UserError: a line is no JSON; it is named.
+        UserError: a line is no JSON, or no such object; it is named.
     """
     path = Path(path)
     lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    origins = [f"{path}, line {number}" for number in range(1, len(lines) + 1)]
     try:
-        return [parse_json(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+        values = [parse_json(line, origin) for line, origin in zip(lines, origins)]
     except UserError as error:
-        raise UserError(f"{error}; correct or remove that line") from None
+        raise UserError(f"{error}; {_MEND}") from None
+    return [_with_keys(value, keys, origin, _MEND) for value, origin in zip(values, origins)]
 
 
 def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
@@ -156,10 +188,10 @@ def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
         UserError: a row is damaged.
     """
     path = Path(run_dir) / "metrics.jsonl"
-    rows = read_lines(path)
+    rows = read_lines(path, "step")
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or type(row.get("step")) is not int:
-            raise UserError(f"{path}, line {number}: has no step; correct or remove that line")
+        if type(row["step"]) is not int:
+            raise UserError(f"{path}, line {number}: its step is no whole number; {_MEND}")
     return rows
 
 
@@ -167,6 +199,30 @@ def file_hash(path: str | os.PathLike) -> str:
     """Return the sha256 of a file as hexadecimal digits, reading in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stamp(path: str | os.PathLike) -> tuple[int, int]:
+    """Return the size in bytes and the time of the last change, in ns, of a file that is read on and off from now."""
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
+
+
+def check_stamp(path: str | os.PathLike, seen: tuple[int, int]) -> None:
+    """Check that a file is the one of which :func:`stamp` returned ``seen``.
+
+    Where it is memory-mapped, reading beyond its new end would end the process without a word.
+
+    Raises:
+        UserError: it is gone, or was changed or replaced.
+    """
+    try:
+        now = stamp(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read any more ({error.strerror}); put it back and run the same command "
+                        "again") from None
+    if now != seen:
+        raise UserError(f"{path}: was changed or replaced while this command read it; put the former file back, or "
+                        "make what depends on it again, and run the same command again")
 
 
 def remove(path: str | os.PathLike) -> bool:

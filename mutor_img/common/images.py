@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import warnings
@@ -24,6 +25,7 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".ti
 # By their content, whatever the name: photographs named .jpg are often something else. The rest of Pillow's formats are
 # no photographs, and some start other programs.
 _FORMATS = ("PNG", "JPEG", "BMP", "DIB", "WEBP", "PPM", "TIFF", "GIF", "AVIF", "JPEG2000")
+MOST_BYTES = 2**30  # of one image file
 MOST_PIXELS = 2**26  # of one image, 8192 x 8192: a file of kilobytes can say that it holds billions
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # it warns of more than are refused here
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
@@ -53,7 +55,7 @@ def naming(name: str, given: object = None, kind: str = "image") -> Iterator[Non
 
     Args:
         name: what messages call the image.
-        given: what Pillow was given, which its messages repeat: a path, or a file in memory by its address.
+        given: what Pillow was given, which its messages repeat: a file in memory by its address.
         kind: what the file should be.
     """
     try:
@@ -84,19 +86,28 @@ def read_image(path: str | os.PathLike | BinaryIO, mode: str = "RGB", *, name: s
         UserError: the file is missing, is no image, ends early, or has pixels of an unknown range.
     """
     name = name or str(path)
-    with naming(name, path if hasattr(path, "read") else os.fspath(path)):
-        if not hasattr(path, "read"):
-            _check_file(path, name)
-        with Image.open(path, formats=_formats()) as image:
-            check_pixels(name, *image.size)
-            image.load()
-            image.info.pop("transparency", None)  # Pillow would look for a colour to keep it in, and warn
-            image = to_eight_bits(image)
-            if image.mode in ("La", "RGBa"):  # colours multiplied by their opacity
-                image = image.convert("LA" if image.mode == "La" else "RGBA")
-            elif image.mode == "LAB":
-                image = image.convert("RGB")
-            return image.convert(mode)
+    with naming(name):
+        # In memory, no read can be longer than the file, whatever a length in it says.
+        file = path if hasattr(path, "read") else io.BytesIO(_read_file(path, name))
+    with naming(name, file), _open(file) as image:
+        check_pixels(name, *image.size)
+        image.load()
+        image.info.pop("transparency", None)  # Pillow would look for a colour to keep it in, and warn
+        image = to_eight_bits(image)
+        if image.mode in ("La", "RGBa"):  # colours multiplied by their opacity
+            image = image.convert("LA" if image.mode == "La" else "RGBA")
+        elif image.mode == "LAB":
+            image = image.convert("RGB")
+        return image.convert(mode)
+
+
+def _open(file: BinaryIO) -> Image.Image:
+    """Return an image that is not decoded yet; a PNG's checksums are right: Pillow would decode past wrong ones."""
+    image = Image.open(file, formats=_formats())
+    if image.format == "PNG":
+        image.verify()  # leaves the image unusable
+        image = Image.open(file, formats=["PNG"])
+    return image
 
 
 def check_pixels(name: str, width: int, height: int) -> None:
@@ -106,7 +117,7 @@ def check_pixels(name: str, width: int, height: int) -> None:
                         "shrink or remove it")
 
 
-def _check_file(path: str | os.PathLike, name: str) -> None:
+def _read_file(path: str | os.PathLike, name: str) -> bytes:
     try:
         status = os.stat(path)
     except FileNotFoundError:
@@ -114,6 +125,9 @@ def _check_file(path: str | os.PathLike, name: str) -> None:
         raise UserError(f"{name}: no such image file{link}") from None
     if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
         raise UserError(f"{name}: not a plain file; replace or remove it")
+    if status.st_size > MOST_BYTES:
+        raise UserError(f"{name}: has {status.st_size} bytes; an image has {MOST_BYTES} at most; shrink or remove it")
+    return Path(path).read_bytes()
 
 
 @cache

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mutor_img.common.arrays import load_npy
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import check_format, read_json
+from mutor_img.common.files import check_format, check_stamp, read_json, stamp
 
 FORMAT = "mutor_img codes 1"
 BLOCK = 4096  # images that one checksum covers
@@ -103,6 +104,7 @@ class Codes:
         self.info.grid = tuple(self.info.grid)
         self.codes = _map(self.folder / "codes.npy", dtype, 3)
         self.labels = _map(self.folder / "labels.npy", np.int64, 1)
+        self._stamps = {path: stamp(path) for path in (self.folder / "codes.npy", self.folder / "labels.npy")}
         rows, columns = self.info.grid
         expected = (len(self.labels), len(self.info.views), rows * columns)
         if self.codes.shape != expected:
@@ -113,7 +115,13 @@ class Codes:
         return len(self.labels)
 
     def batch(self, images: np.ndarray, views: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return codes (B, N) int64 and labels (B,) int64 of the given images and views, on the CPU."""
+        """Return codes (B, N) int64 and labels (B,) int64 of the given images and views, on the CPU.
+
+        Raises:
+            UserError: a file of the store is gone, or is not the one that was opened.
+        """
+        for path, seen in self._stamps.items():
+            check_stamp(path, seen)
         codes = torch.from_numpy(self.codes[images, views].astype(np.int64))  # (B, N)
         return codes, torch.from_numpy(self.labels[images])
 
@@ -187,12 +195,7 @@ def block_checksum(codes: np.ndarray, labels: np.ndarray) -> str:
 
 
 def _map(path: Path, dtype: type, dimensions: int) -> np.ndarray:
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; encode the images again") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable .npy array ({error}); encode the images again") from None
+    array = load_npy(path, "encode the images again", mmap_mode="r")
     if array.dtype != dtype or array.ndim != dimensions:
         raise UserError(f"{path}: {array.ndim}-dimensional {array.dtype}; expected {dimensions}-dimensional "
                         f"{np.dtype(dtype)}; encode the images again")

@@ -9,7 +9,7 @@ from typing import Any
 
 from mutor_img.common import cli
 from mutor_img.common.errors import UserError, check_range, suggest
-from mutor_img.common.files import write_json
+from mutor_img.common.files import write_sealed
 from mutor_img.common.locks import file_lock
 from mutor_img.common.outputs import keep_apart, keep_unseen
 from mutor_img.evaluation.networks import add_network_flags, check_network_flags, load_network, network_files, start
@@ -106,7 +106,7 @@ def _score(args: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
             print(f"warning: {warning}", file=sys.stderr)
         print(table(result), flush=True)  # before the file: what took an hour is not lost to a folder that is gone
         if args.json:
-            write_json(args.json, result)
+            write_sealed(args.json, result)
     return result
 
 

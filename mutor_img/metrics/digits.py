@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -29,8 +28,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from mutor_img.common import cli
-from mutor_img.common.errors import UserError, check_range
-from mutor_img.common.files import file_hash, read_json, write_atomic, write_sealed
+from mutor_img.common.errors import UserError, check_range, describing
+from mutor_img.common.files import file_hash, read_record, write_atomic, write_sealed
 from mutor_img.common.full_precision import full_precision
 from mutor_img.common.locks import claim, folder_lock
 from mutor_img.common.outputs import keep_apart, keep_unseen, refuse_strange_folder
@@ -130,18 +129,19 @@ def load_digits(folder: str | os.PathLike = DEFAULT_FOLDER, device: torch.device
     if not (folder / ABOUT_FILE).is_file():
         raise UserError(f"{folder}: no trained classifier ({ABOUT_FILE}); train one with python -m "
                         "mutor_img.metrics.digits, or name its folder with --features-weights")
-    about = read_json(folder / ABOUT_FILE)
+    about = read_record(folder / ABOUT_FILE, "weights_sha256", "class_names", "image_size")
     weights = folder / WEIGHTS_FILE
-    try:
-        digest = file_hash(weights)
-        if digest != about["weights_sha256"]:
-            raise UserError(f"{weights}: sha256 begins {digest[:8]}, {ABOUT_FILE} says {about['weights_sha256'][:8]}; "
-                            "remove the folder and train again")
-        with torch.device("meta"):  # what it says of its size takes no memory before the weights agree
-            net = DigitNet(len(about["class_names"]), about.get("channels", 1), about["image_size"])
+    if not weights.is_file():
+        raise UserError(f"{weights}: no such file; remove the folder and train again")
+    digest = file_hash(weights)
+    if digest != about["weights_sha256"]:
+        raise UserError(f"{weights}: sha256 begins {digest[:8]}, {ABOUT_FILE} says {str(about['weights_sha256'])[:8]}; "
+                        "remove the folder and train again")
+    # what it says of its size takes no memory before the weights agree
+    with describing("classifier", folder / ABOUT_FILE), torch.device("meta"):
+        net = DigitNet(len(about["class_names"]), about.get("channels", 1), about["image_size"])
+    with describing("classifier", weights):
         net.load_state_dict(load_file(weights), strict=True, assign=True)
-    except (OSError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
-        raise UserError(f"{folder}: not a whole classifier ({error}); remove it and train again") from None
     return DigitFeatures(net, about["class_names"], digest, device, name)
 
 
@@ -166,7 +166,7 @@ def train(images: FolderImages, val: FolderImages, out: str | os.PathLike, *, se
     out = Path(out)
     recipe = {"images_sha256": images.sha256(), "val_sha256": val.sha256(), "seed": seed, "epochs": epochs}
     if (out / ABOUT_FILE).exists():
-        about = read_json(out / ABOUT_FILE)
+        about = read_record(out / ABOUT_FILE)
         if about.get("recipe") != recipe:
             raise UserError(f"{out} holds a classifier of other images, seed or epochs; remove it or give another "
                             "--out")

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mutor_img.common.arrays import read_header
 from mutor_img.common.errors import UserError
 from mutor_img.common.file_kinds import kind_of
 from mutor_img.common.folders import GONE, list_folder
@@ -28,7 +29,6 @@ from mutor_img.common.images import MOST_PIXELS, check_pixels, naming, read_imag
 
 _CHUNK = 64  # images read at once
 _MOST_BYTES = 2**31  # of an array that is read whole: features of 250 000 images, or a covariance of 16 384 of them
-_MOST_HEADER = 10_000  # bytes of an array's header, of which numpy itself reads more before it refuses them
 
 
 class ImageSet(Protocol):
@@ -107,7 +107,7 @@ class NpzImages:
         size = math.prod(self.shape[1:])
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as stream:
-                _read_header(stream)
+                read_header(stream)
                 chunk = max(1, min(_CHUNK, 3 * MOST_PIXELS // size))
                 for start in range(0, len(self), chunk):
                     count = min(chunk, len(self) - start)
@@ -134,6 +134,8 @@ def npz_members(path: str | os.PathLike) -> set[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
+            for name in names:  # a member whose name is damaged in the list at the end would only seem to be missing
+                archive.open(name).close()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; check the path") from None
     except Exception as error:
@@ -174,7 +176,7 @@ def npz_layout(path: str | os.PathLike, name: str) -> tuple[tuple[int, ...], np.
     """
     try:
         with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as stream:
-            shape, _, dtype = _read_header(stream)
+            shape, _, dtype = read_header(stream)
             held = archive.getinfo(f"{name}.npy").file_size - stream.tell()
     except Exception as error:
         raise UserError(f"{path}: the array {name} cannot be read ({_reason(error)})") from None
@@ -197,7 +199,7 @@ def _image_shape(path: Path, name: str) -> tuple[int, ...]:
     """Return the shape of an image array from its header, after checking it."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as stream:
-            shape, fortran, dtype = _read_header(stream)
+            shape, fortran, dtype = read_header(stream)
             _check_layout(f"{path}: {name}", dtype, shape)
             if fortran:
                 raise UserError(f"{path}: {name} is in Fortran order; save it C-contiguous")
@@ -210,27 +212,6 @@ def _image_shape(path: Path, name: str) -> tuple[int, ...]:
         raise
     except Exception as error:
         raise UserError(f"{path}: {name} cannot be read ({_reason(error)})") from None
-
-
-def _read_header(stream):
-    """Return (shape, Fortran order, dtype) of the .npy header at the start of a stream."""
-    version = np.lib.format.read_magic(stream)
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
-    if read is None:
-        raise ValueError(f"npy format {version} is not supported")
-    return read(_ShortReads(stream), max_header_size=_MOST_HEADER)
-
-
-class _ShortReads:
-    """A stream of which no read is longer than a header: numpy would read gigabytes of one before it refuses it."""
-
-    def __init__(self, stream):
-        self._stream = stream
-
-    def read(self, size: int) -> bytes:
-        if size > _MOST_HEADER:
-            raise ValueError(f"its header has {size} bytes")
-        return self._stream.read(size)
 
 
 def _check_layout(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:

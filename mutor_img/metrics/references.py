@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mutor_img.common.arrays import write_npz
 from mutor_img.common.errors import UserError, suggest
 from mutor_img.common.files import file_hash, parse_json, write_atomic
 from mutor_img.common.folders import means_split
@@ -165,12 +166,7 @@ def save_reference(path: str | os.PathLike, *, role: str, name: str, source_hash
     if spatial is not None:
         arrays |= {"mu_s": spatial.mu.numpy(), "sigma_s": spatial.sigma.numpy()}
     arrays[_ABOUT] = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)
-
-    def write(aside: Path) -> None:
-        with open(aside, "wb") as file:  # an open file, because numpy appends .npz to a name
-            np.savez(file, **arrays)
-
-    return write_atomic(path, write)
+    return write_atomic(path, lambda aside: write_npz(aside, arrays))
 
 
 def _open_own(path: Path, digest: str, members: set[str]) -> Reference:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from mutor_img.common.errors import UserError
 from mutor_img.common.files import read_json
 from mutor_img.common.folders import means_split
 from mutor_img.metrics.image_sets import FolderImages, NpzImages
+
+LABELS_HASH = "labels_sha256"  # the key in a manifest of what labels_hash returns
 
 
 def open_samples(path: str | os.PathLike) -> NpzImages | FolderImages:
@@ -30,6 +33,11 @@ def open_samples(path: str | os.PathLike) -> NpzImages | FolderImages:
         listed = images.path / "labels.json"
         if listed.exists():
             labels = _labels(listed, len(images))
+            wanted = images.manifest.get(LABELS_HASH) if isinstance(images.manifest, dict) else None
+            if wanted not in (None, labels_hash(labels)):
+                raise UserError(f"{listed}: damaged, or changed by hand (it does not fit {LABELS_HASH} in "
+                                f"{manifest_of(path).name}); make the samples again, or remove it to score without "
+                                "labels")
             if images.labels is not None and not np.array_equal(labels, images.labels):
                 raise UserError(f"{listed}: its labels differ from those of the class folders beside it; remove the "
                                 "file, or put the images into one folder")
@@ -61,10 +69,16 @@ def manifest_of(path: str | os.PathLike) -> Path:
 def _labels(path: Path, count: int) -> np.ndarray:
     """Return the labels (count,) int64 that ``sample.py`` wrote beside a folder's PNGs."""
     labels = read_json(path)
-    if not isinstance(labels, list) or not all(type(label) is int for label in labels) or len(labels) != count:
+    if not isinstance(labels, list) or len(labels) != count or not all(
+            type(label) is int and abs(label) < 2**62 for label in labels):
         raise UserError(f"{path}: must be a list of one whole number for each of the {count} images in the folder; "
                         "remove the file to score without labels, or make the samples again")
     return np.array(labels, np.int64)
+
+
+def labels_hash(labels: np.ndarray) -> str:
+    """Return the sha256 of the labels (N,) int64 of a sample set, in the order of its images."""
+    return hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest()
 
 
 def label_rule(samples: Any, count: int) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from mutor_img.common.arrays import write_npy
+from mutor_img.common.arrays import write_array, write_npz
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import clear, read_json, remove, wait_until_seen, write_atomic, write_json, write_sealed
 from mutor_img.metrics.image_sets import npz_layout, read_npz_array
+from mutor_img.metrics.samples import LABELS_HASH, labels_hash
 
 FORMAT = "mutor_img samples 1"
 UNIT = 64  # samples per part; fixed, so that parts are the same for any number of processes and batch size
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # zip's first moment: the time of writing must not change the bytes
 
 
 class SampleArchive:
@@ -111,11 +111,8 @@ class SampleArchive:
 
     def write(self, unit: int, images: np.ndarray) -> None:
         """Write a part: (its samples, H, W, 3) uint8."""
-        def save(aside: Path) -> None:
-            with open(aside, "wb") as file:  # given a path, numpy would add its ending
-                np.savez(file, images=images)  # a zip, for its checksum: the part may be read days later
-
-        write_atomic(self._part(unit), save)
+        # a zip, for its checksum: the part may be read days later
+        write_atomic(self._part(unit), lambda aside: write_npz(aside, {"images": images}))
 
     def merge(self, labels: np.ndarray, about: dict[str, Any]) -> None:
         """Join all parts, write the manifest, remove the parts. One process calls this, once all are done.
@@ -128,7 +125,7 @@ class SampleArchive:
             UserError: a part that another process wrote is not seen from here.
         """
         wait_until_seen(lambda: next((self._part(u) for u in self.units() if not self.is_done(u)), None), "--out")
-        self._publish(labels, {**self.settings, **about})
+        self._publish(labels, {**self.settings, **about, LABELS_HASH: labels_hash(labels)})
         self.remove_parts()
 
     def _publish(self, labels: np.ndarray, manifest: dict[str, Any]) -> None:
@@ -212,13 +209,6 @@ def _is_ours(manifest: Any) -> bool:
 def _flush(path: Path) -> None:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-
-
-def write_array(archive: zipfile.ZipFile, name: str, dtype: np.dtype, shape: tuple[int, ...],
-                parts: Iterable[np.ndarray]) -> None:
-    """Write one array into a zip as ``numpy.savez`` would, a part at a time; the parts join along the first axis."""
-    with archive.open(zipfile.ZipInfo(name, _EPOCH), "w", force_zip64=True) as file:
-        write_npy(file, dtype, shape, parts)
 
 
 def _short(value: Any) -> str:

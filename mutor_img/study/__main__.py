@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mutor_img.common.cli import run
-from mutor_img.common.files import read_json, write_json
+from mutor_img.common.files import read_record, write_sealed
 from mutor_img.common.locks import claim, folder_lock
 from mutor_img.study.comparison.command import add_flags, compare, is_comparison, refuse_flags
 from mutor_img.study.config import StudyConfig
@@ -76,11 +76,11 @@ def _study(config: StudyConfig) -> None:
         train_generator(chosen[-1])
     for generator in chosen:
         scores[generator.name] = score_generator(config, generator, reference)
-    tokenizer = read_json(reconstruction_scores(config))
-    classifier = read_json(classifier_dir(config) / "classifier.json")
+    tokenizer = read_record(reconstruction_scores(config))
+    classifier = read_record(classifier_dir(config) / "classifier.json")
     minutes = (time.perf_counter() - begun) / 60
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 2**20
-    write_json(Path(config.run_dir) / "scores.json", {
+    write_sealed(Path(config.run_dir) / "scores.json", {
         "tokenizer": tokenizer, "classifier": classifier, "generators": scores, "minutes": minutes,
         "peak_memory_gib": peak})
     print(f"\n{score_table(scores, tokenizer)}\n\n{tokenizer_line(tokenizer, classifier)}")

@@ -17,7 +17,7 @@ from mutor_img.checkpoints.loading import Loaded, load_run
 from mutor_img.common.child import die_with_parent
 from mutor_img.common.config import load_config
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import clear, read_json, remove, write_json, write_sealed
+from mutor_img.common.files import clear, read_record, remove, write_sealed
 from mutor_img.common.locks import claim, file_lock
 from mutor_img.data.store import Codes
 from mutor_img.decoding.guidance import parse_schedule, schedule_text
@@ -87,7 +87,7 @@ def _reconstruct(config: StudyConfig) -> None:
     tokenizer, images, scores = tokenizer_dir(config), f"{config.images}/val", reconstruction_scores(config)
     key = {"tokenizer_hash": load_tokenizer(tokenizer).hash, "images": images,
            "weights_sha256": load_digits(classifier_dir(config)).weights_hash}
-    kept = read_json(scores) if scores.is_file() and reconstruction_picture(config).is_file() else {}
+    kept = read_record(scores) if scores.is_file() and reconstruction_picture(config).is_file() else {}
     if all(kept.get(name) == value for name, value in key.items()):
         return
     decoded = Path(config.run_dir) / "reconstructions"
@@ -97,7 +97,7 @@ def _reconstruct(config: StudyConfig) -> None:
             "--out", reconstruction_picture(config), "--samples", decoded, "--json", pixels)
     command("evaluate_fid.py", "--samples", decoded, "--reference", f"{config.images}/train", "--features", "mnist",
             "--features-weights", classifier_dir(config), "--json", judged)
-    write_json(scores, read_json(judged) | read_json(pixels))
+    write_sealed(scores, read_record(judged) | read_record(pixels))
     for part in (pixels, judged):
         remove(part)
 
@@ -176,7 +176,8 @@ def score_generator(config: StudyConfig, generator: Generator, reference: Refere
                           lambda: score_guidance(config, loaded, reference, network))
         best = min(selection, key=lambda row: row.get("fd", 0.0))  # one choice alone has no scores
         settings = {name: best[name] for name in CHOSEN} | {"top_p": config.top_p}
-        if kept.is_file() and read_json(kept).get("key") != key:  # sample.py goes on with samples of its settings only
+        # sample.py goes on with samples of its settings only
+        if kept.is_file() and read_record(kept, "key")["key"] != key:
             for name in ("samples.npz", "samples.json", "study.json"):
                 clear(generator.run_dir / name)
         scores = _kept(kept, key, lambda: _score_samples(config, generator, loaded, settings))
@@ -186,7 +187,7 @@ def score_generator(config: StudyConfig, generator: Generator, reference: Refere
 
 def _kept(path: Path, key: dict[str, Any], work: Callable[[], Any]) -> Any:
     """Return what ``work()`` gave when it was done under the same key, else do it and keep it."""
-    if path.is_file() and (kept := read_json(path)).get("key") == key:
+    if path.is_file() and (kept := read_record(path, "key", "value"))["key"] == key:
         return kept["value"]
     value = work()
     write_sealed(path, {"key": key, "value": value})
@@ -205,7 +206,7 @@ def _score_samples(config: StudyConfig, generator: Generator, loaded: Loaded, se
             *flags, "--seed", config.seed, "--grid", generator.run_dir / "samples.png")
     command("evaluate_fid.py", "--samples", samples, "--reference", f"{config.images}/train", "--features", "mnist",
             "--features-weights", classifier_dir(config), "--held-out", f"{config.images}/val", "--json", scores)
-    result = read_json(scores)
+    result = read_record(scores)
     training, held_out = (codes_of(Codes(folder)) for folder in (config.codes, f"{config.codes}_val"))
     # The npz that others read holds no codes. Decoding the training set's is cheaper than drawing the samples' again,
     # and on CPUs equal codes are decoded to equal bytes.

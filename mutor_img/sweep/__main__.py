@@ -15,7 +15,7 @@ from typing import Any
 
 from mutor_img.common.cli import Parser, parse_numbers, run
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import read_json, write_sealed
+from mutor_img.common.files import read_record, write_sealed
 from mutor_img.common.hub import is_hub_name
 from mutor_img.common.locks import folder_lock
 from mutor_img.common.outputs import keep_apart
@@ -110,7 +110,7 @@ def _conclude(parser: argparse.ArgumentParser, args: argparse.Namespace, rows: l
     """Write and print what the rows say; returns what ``sweep.json`` holds."""
     key, best = frechet_key(network), best_point(rows, network)
     command = full_command(parser, args, best)
-    result = {**read_json(out / "sweep.json"), "best": best, "command": command}
+    result = {**read_record(out / "sweep.json"), "best": best, "command": command}
     write_sealed(out / "sweep.json", result)
     print("\n".join([table(rows, best), *advice(rows, best, key), "the score of 50000 samples there:", f"  {command}",
                      f"{out / 'sweep.json'}, {draw(rows, best, key, out / 'sweep.png')}"]))

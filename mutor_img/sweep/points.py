@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mutor_img.common.errors import UserError, check_range
-from mutor_img.common.files import read_json, write_sealed
+from mutor_img.common.files import read_record, write_sealed
 from mutor_img.common.processes import agree, from_main
 from mutor_img.metrics.evaluator import evaluate
 from mutor_img.metrics.features import FeatureNetwork
@@ -122,7 +122,7 @@ def _read(out: str | os.PathLike | None, key: dict[str, Any]) -> list[dict[str, 
     """Return the rows that an earlier run kept."""
     if out is None or not Path(out).exists():
         return []
-    found = read_json(out)
+    found = read_record(out)
     try:
         for name, wanted in key.items():
             if found["key"].get(name) != wanted:

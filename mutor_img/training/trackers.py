@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mutor_img.common.config import to_dict
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import read_json, write_json
+from mutor_img.common.files import read_record, write_sealed
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -65,9 +65,10 @@ def _run_id(record: Path) -> str:
     Raises:
         UserError: something else is noted there.
     """
-    known = read_json(record) if record.is_file() else {}
-    if not isinstance(known, dict) or not isinstance(known.setdefault("wandb", secrets.token_hex(4)), str):
-        raise UserError(f"{record}: says no id of wandb's run, as in {{'wandb': '1a2b3c4d'}}; mend it, or remove it to "
-                        "begin another one there")
-    write_json(record, known)
-    return known["wandb"]
+    if not record.is_file():
+        write_sealed(record, {"wandb": secrets.token_hex(4)})
+    known = read_record(record, "wandb")["wandb"]
+    if not isinstance(known, str):
+        raise UserError(f"{record}: has no id of wandb's run, as in {{'wandb': '1a2b3c4d'}}; remove it to start "
+                        "another run there")
+    return known

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.chaos import __main__ as chaos
-from benchmarks.chaos import network
+from benchmarks.chaos import fuzz, network
 from benchmarks.chaos.case import Case, Fault, Place, said_no
 from mutor_img.common.files import read_lines
 
+CHANGED = ("codes, file cut off", "tar, file replaced", "folder, file cut off", "out has mode", "stands at 1970")
 SLOW = ("compressed", "all black", "10 MB")  # whose files take a second to make
 
 
@@ -43,11 +44,23 @@ def test_what_rots_is_found_or_without_effect(place):
     assert len(found) == 30 and "refused" in found.values()
 
 
+def test_what_is_changed_at_random_is_read_or_refused(place):
+    found = tried("fuzz", place, lambda name: True)
+    assert len(found) == len(fuzz.TARGETS) and all(outcome.startswith("held") for outcome in found.values())
+
+
+def test_data_that_change_on_the_way_are_named_and_nothing_is_lost(place):
+    if not place.forks.disks_fail:
+        pytest.skip("needs gcc")
+    found = tried("changes", place, lambda name: any(word in name for word in CHANGED))
+    assert len(found) == 9 and set(found.values()) == {"one line", "not disturbed"}
+
+
 def test_a_disk_that_fails_is_one_line_and_nothing_is_lost(place):
     if not place.forks.disks_fail:
         pytest.skip("needs gcc")
-    found = tried("disks", place, lambda name: name.endswith("call 7"))
-    assert len(found) == 9 and "one line" in found.values()
+    found = tried("disks", place, lambda name: name.endswith(("call 7", "slow", "2 free pages")))
+    assert len(found) == 15 and "one line" in found.values()
 
 
 def test_a_number_that_is_none_is_refused_before_it_is_saved(place):

@@ -137,7 +137,7 @@ def test_a_path_with_nothing_there_is_not_asked_for_on_the_hub(hub, path):
 
 def test_a_damaged_line_of_the_log_is_named_before_anything_is_published(run_of, tmp_path):
     (Path(run_of()) / "metrics.jsonl").write_text('{"loss": 3}\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1: has no step; correct or remove that line"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1: lacks 'step'; correct or remove that line"):
         save_pretrained(tmp_path / "run", tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))
 

@@ -208,3 +208,22 @@ def test_reading_does_not_import_anything_new(tmp_path):
     path = write(tmp_path / "c2i.pt", b"\x80\x02cantigravity\nfly\n.")
     refused(path)
     assert "antigravity" not in sys.modules
+
+
+def test_weights_that_are_damaged_are_refused_though_torch_would_load_them(tmp_path):
+    data = saved({"model": WEIGHTS})
+    place = data.index(WEIGHTS["norm.weight"].numpy().tobytes())
+    damaged = data[:place] + b"\1" + data[place + 1:]
+    (tmp_path / "c.pt").write_bytes(damaged)
+    assert torch.load(tmp_path / "c.pt", weights_only=True)["model"]["norm.weight"][0] != 0
+    with pytest.raises(UserError, match=r"c\.pt: not a PyTorch weights file .*Bad CRC-32"):
+        read_pt(tmp_path / "c.pt")
+
+
+def test_a_file_that_was_saved_without_checksums_is_read(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        (tmp_path / "c.pt").write_bytes(saved({"model": WEIGHTS}))
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(read_pt(tmp_path / "c.pt")["norm.weight"], WEIGHTS["norm.weight"])

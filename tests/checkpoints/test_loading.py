@@ -186,6 +186,20 @@ def broken(case, model, folder):
             "heads": (folder, {"heads": 7}, "the run has 2")}[case]
 
 
+@pytest.mark.parametrize("key, change", [
+    ("model", {"heads": 3}), ("model", {"dropout": 7}), ("model", {"dim": "x"}), ("codes", 3),
+    ("codes", {"tokenizer": 3}), ("codes", {"class_names": ["one"]}), ("codes", {"class_names": [1, 2, 3]}),
+])
+def test_metadata_that_a_stranger_wrote_is_one_line_that_names_it(key, change, random_model, tmp_path):
+    path = write_run(tmp_path / "run", random_model()) / "checkpoint.json"
+    meta = read_json(path)
+    meta[key] = {**meta.get(key, {}), **change} if isinstance(change, dict) else change
+    path.write_text(json.dumps(meta))
+    with pytest.raises(UserError) as error:
+        load_checkpoint(tmp_path / "run")
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("case", [
     "nothing", "empty folder", "tokenizer file", "foreign file", "no weights", "missing", "unknown", "shape",
     "gap", "heads of a file", "no average in a file", "tokenizer run", "a file of a run", "damaged", "no model",

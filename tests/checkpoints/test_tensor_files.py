@@ -3,6 +3,7 @@
 import errno
 import hashlib
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -12,7 +13,8 @@ from mutor_img.checkpoints.tensor_files import DTYPES, save_file
 
 SOME = {f"{dtype} {shape}".replace("torch.", "é"): torch.arange(6).reshape(shape).to(dtype)
         for dtype in DTYPES for shape in ((6,), (2, 3))}
-SOME |= {"scalar": torch.tensor(3.5), "none": torch.empty(0, 4), "turned": torch.arange(6.0).reshape(2, 3).T}
+SOME |= {"scalar": torch.tensor(3.5), "none": torch.empty(0, 4), "no labels": torch.from_numpy(np.zeros(0, np.int64)),
+         "turned": torch.arange(6.0).reshape(2, 3).T}
 
 
 @pytest.mark.parametrize("tensors", [SOME, {}, {"scalar": torch.tensor(1)}])

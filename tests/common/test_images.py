@@ -151,3 +151,16 @@ def test_what_is_gone_or_no_plain_file_is_named(tmp_path):
                           ("z", "not a plain file"), ("none", "no such image file")):
         with pytest.raises(UserError, match=rf"{name}\.png: {message}"):
             read_image(tmp_path / f"{name}.png")
+
+
+def test_a_changed_bit_of_a_png_is_found_or_changes_no_pixel():
+    pixels = np.full((8, 8, 3), 7, np.uint8)
+    whole, refusals = saved(Image.fromarray(pixels), "PNG").getvalue(), 0
+    for place in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        try:
+            assert np.array_equal(read_image(io.BytesIO(damaged), name="x"), pixels), place
+        except UserError:
+            refusals += 1
+    assert refusals > len(whole) / 2

@@ -69,6 +69,19 @@ def test_what_a_killed_owner_left_is_taken_over_at_once(owner, tmp_path):
         assert f"pid={os.getpid()}\n" in lock.path.read_text()
 
 
+@pytest.mark.parametrize("days", [-365, 365])
+def test_a_clock_that_was_set_meanwhile_makes_no_owner_and_ends_none(owner, tmp_path, days):
+    lock = folder_lock(tmp_path / "out")
+    process = owner(lock)
+    os.utime(lock.path, (time.time() + 86_400 * days,) * 2)  # touched when the clock said something else
+    assert f"process {process.pid} on host " in refused(lock)
+    process.kill()
+    process.join()
+    os.utime(lock.path, (time.time() + 86_400 * days,) * 2)
+    with claim(lock):
+        assert f"pid={os.getpid()}\n" in lock.path.read_text()
+
+
 def test_a_killed_owner_whose_parent_has_not_taken_note_owns_nothing(tmp_path):
     lock = folder_lock(tmp_path / "out")
     child = os.fork()

@@ -1,6 +1,7 @@
 """The data order has no state and visits every image once per epoch; code stores are checked, and mixed evenly."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -178,3 +179,13 @@ def test_values_out_of_range_are_found_under_a_right_checksum(where, value, mess
     codes.info.checksums = [block_checksum(codes.codes, codes.labels)]
     with pytest.raises(UserError, match=message):
         codes.verify()
+
+
+@pytest.mark.parametrize("name", ["codes.npy", "labels.npy"])
+def test_a_store_that_is_cut_off_while_it_is_read_ends_no_process(name, make_codes, tmp_path):
+    codes = Codes(make_codes(tmp_path / "codes"))
+    first = codes.batch(np.arange(3), np.zeros(3, np.int64))
+    os.truncate(codes.folder / name, 0)  # reading the mapped file would now be a bus error
+    with pytest.raises(UserError, match=rf"{name}: was changed or replaced"):
+        codes.batch(np.arange(3), np.zeros(3, np.int64))
+    assert len(first[1]) == 3

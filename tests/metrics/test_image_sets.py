@@ -68,6 +68,15 @@ def test_a_flipped_byte_is_found_while_reading(save, tmp_path, noise):
         read_all(NpzImages(path))
 
 
+def test_an_array_is_not_missing_because_its_name_is_damaged(tmp_path, noise):
+    path = tmp_path / "x.npz"
+    np.savez(path, arr_0=noise(2), arr_1=np.zeros(2, np.int64))
+    head, _, tail = path.read_bytes().rpartition(b"arr_1.npy")  # in the list at the end
+    path.write_bytes(head + b"arr_3.npy" + tail)
+    with pytest.raises(UserError, match=r"x\.npz: not a whole npz file"):
+        NpzImages(path)
+
+
 def test_an_array_shorter_than_its_header_is_refused(tmp_path, noise):
     np.save(tmp_path / "arr_0.npy", noise(40))
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:

@@ -6,7 +6,7 @@ from PIL import Image
 
 from mutor_img.common.errors import UserError
 from mutor_img.metrics.image_sets import ArrayImages, read_all
-from mutor_img.metrics.samples import class_sorted, label_rule, open_samples
+from mutor_img.metrics.samples import class_sorted, label_rule, labels_hash, open_samples
 
 
 def test_statistics_inside_a_sample_file_are_ignored_with_a_warning(tmp_path, noise):
@@ -67,4 +67,22 @@ def test_labels_that_contradict_the_class_folders_are_refused(tmp_path, noise):
     assert open_samples(tmp_path).labels.tolist() == [0, 0, 1]
     (tmp_path / "labels.json").write_text("[0, 1, 1]")
     with pytest.raises(UserError, match=r"labels\.json: its labels differ from those of the class folders"):
+        open_samples(tmp_path)
+
+
+def test_a_label_that_is_damaged_is_found_by_the_manifest(tmp_path, noise):
+    for number, image in enumerate(noise(3)):
+        Image.fromarray(image).save(tmp_path / f"{number:06d}.png")
+    (tmp_path / "labels.json").write_text("[2, 0, 1]")
+    (tmp_path / "manifest.json").write_text(json.dumps({"labels_sha256": labels_hash(np.array([2, 0, 1]))}))
+    assert open_samples(tmp_path).labels.tolist() == [2, 0, 1]
+    (tmp_path / "labels.json").write_text("[2, 0, 0]")
+    with pytest.raises(UserError, match=r"labels\.json: damaged, or changed by hand"):
+        open_samples(tmp_path)
+
+
+def test_a_label_of_hundreds_of_digits_is_refused(tmp_path, noise):
+    Image.fromarray(noise(1)[0]).save(tmp_path / "000000.png")
+    (tmp_path / "labels.json").write_text(f"[{10**400}]")
+    with pytest.raises(UserError, match=r"labels\.json: must be a list of one whole number"):
         open_samples(tmp_path)

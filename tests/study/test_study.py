@@ -156,14 +156,14 @@ def prepared(config: StudyConfig, monkeypatch) -> None:
     """Ask for the commands that make images, tokenizer, codes and classifier."""
     monkeypatch.setattr(pipeline, "load_tokenizer", lambda path: SimpleNamespace(hash=""))
     monkeypatch.setattr(pipeline, "load_digits", lambda path: SimpleNamespace(weights_hash=""))
-    monkeypatch.setattr(pipeline, "read_json", lambda path: {})
-    monkeypatch.setattr(pipeline, "write_json", lambda path, value: None)
+    monkeypatch.setattr(pipeline, "read_record", lambda path: {})
+    monkeypatch.setattr(pipeline, "write_sealed", lambda path, value: None)
     pipeline.prepare(config)
 
 
 def scored(config: StudyConfig, monkeypatch) -> None:
     """Ask for the commands that sample and score."""
-    monkeypatch.setattr(pipeline, "read_json", lambda path: {})
+    monkeypatch.setattr(pipeline, "read_record", lambda path: {})
     monkeypatch.setattr(pipeline, "Codes", lambda *arguments: (_ for _ in ()).throw(UserError("enough")))
     with pytest.raises(UserError, match="enough"):
         pipeline._score_samples(config, pipeline.generators(config)[0], None,

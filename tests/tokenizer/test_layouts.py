@@ -88,6 +88,8 @@ def one_changed(change):
     (lambda labels: "n01440764\n" * 127, "127 labels for the 128 images"),
     (lambda labels: "1000\n" * 128, "label 1000 is outside 0 to 999.*development kit"),
     (lambda labels: "\n", "empty"),
+    (lambda labels: "9" * 5000 + "\n0" * 127, "label 9{20} is outside 0 to 999"),
+    (one_changed(lambda lines: ["ILSVRC2012_val_00000001.JPEG,"]), "line 1 has an empty name or label"),
     (one_changed(lambda lines: ["ILSVRC2012_val_00000001,n01440764 1 2 3 4 n01443537 1 2 3 4"] + [
         line.replace(" ", ",") for line in lines[1:]]), "line 1 names two classes"),
 ])
@@ -308,3 +310,16 @@ def test_images_without_labels_may_lie_flat(tree, flat, tmp_path):
     for path, message in ((tmp_path, "no class folders"), (tmp_path / "no", "no such folder")):
         with pytest.raises(UserError, match=message):
             open_unlabelled(path)
+
+
+@pytest.mark.parametrize("layout", ["folder", "tars", "parquet"])
+def test_an_image_that_is_replaced_after_it_was_listed_is_named(layout, tree, tmp_path):
+    folder = list_images(tree)
+    where = {"folder": lambda: tree, "tars": lambda: write_tars(tmp_path / "tars", folder, lambda i: b"0"),
+             "parquet": lambda: write_shards(tmp_path / "data", folder)}[layout]()
+    source = open_images(where, classes=tree)
+    source.read(0, "RGB")
+    file = folder.path(1) if layout == "folder" else sorted(where.iterdir())[0]
+    file.write_bytes(file.read_bytes() + b"\0")  # every reader would go on: what it needs is still there
+    with pytest.raises(UserError, match=f"{file.name}: .*changed or replaced"):
+        source.read(1 if layout == "folder" else 20, "RGB")

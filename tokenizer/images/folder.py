@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from mutor_img.common.errors import UserError
-from mutor_img.common.folders import list_folder
+from mutor_img.common.folders import GONE, list_folder
 from tokenizer.images.source import ImageSource, number_classes
 
 
@@ -19,7 +20,14 @@ class ImageFolder(ImageSource):
     def path(self, index: int) -> Path:
         return self.root / self.files[index]
 
-    open = path
+    def open(self, index: int) -> Path:
+        """Return the path of one image, which must have the size that it had when the folder was listed."""
+        path, size = self.path(index), self.sizes[index]
+        with suppress(OSError):  # whoever reads it says what is wrong
+            if size not in (GONE, now := path.stat().st_size):
+                raise UserError(f"{path}: has {now} bytes, and had {size} when this folder was listed: it was changed "
+                                "or replaced; run the same command again, once nothing changes any more")
+        return path
 
 
 def list_images(root: str | Path, classes: list[str] | None = None, *, split: str | None = None, flat: bool = False,

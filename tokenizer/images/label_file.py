@@ -78,6 +78,8 @@ def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
         if len(fields) > 2 or (rows and len(fields) != len(rows[0][1])):
             raise UserError(f"--labels {path}: line {number} has {len(fields)} fields; expected a name and a label on "
                             "every line, or labels alone")
+        if not all(fields):
+            raise UserError(f"--labels {path}: line {number} has an empty name or label; fill it in, or remove it")
         rows.append((number, fields))
     if not rows:
         raise UserError(f"--labels {path}: empty")
@@ -117,7 +119,7 @@ def _refuse_kit(stems: list[str], words: list[str], alone: bool, path: Path) -> 
     if not all(word.isdecimal() for word in words) or not all(map(_VALIDATION.fullmatch, stems)):
         return
     shown = [(word, _KIT[stem]) for stem, word in zip(stems, words) if stem in _KIT]
-    if alone or (shown and all(int(word) == number for word, number in shown)):
+    if alone or (shown and all(word == str(number) for word, number in shown)):
         raise UserError(f"--labels {path}: these seem to be the numbers of ImageNet's development kit, which count "
                         f"from 1 in their own order ({stems[0]} is {words[0]}); use a file with WordNet ids, such as "
                         "LOC_val_solution.csv")
@@ -153,9 +155,9 @@ def _numbers(words: list[str], classes: list[str] | None, path: Path) -> tuple[l
     if classes is None:
         raise UserError(f"--labels {path}: its labels are numbers, and nothing says which classes they mean; name the "
                         f"classes in label order with --classes ({IMAGENET}: WordNet ids sorted, from 0)")
-    numbers = [int(word) for word in words]
-    if max(numbers) >= len(classes):
-        raise UserError(f"--labels {path}: label {max(numbers)} is outside 0 to {len(classes) - 1}; ImageNet's "
+    wrong = next((word for word in words if len(word) > 18 or int(word) >= len(classes)), None)
+    if wrong is not None:  # perhaps of more digits than int() takes
+        raise UserError(f"--labels {path}: label {wrong[:20]} is outside 0 to {len(classes) - 1}; ImageNet's "
                         "development kit counts from 1 in its own order; use a file with WordNet ids, such as "
                         "LOC_val_solution.csv")
-    return classes, numbers
+    return classes, [int(word) for word in words]

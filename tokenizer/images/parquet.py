@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mutor_img.common.errors import UserError
+from mutor_img.common.files import check_stamp, stamp
 from tokenizer.images.source import IMAGENET, ImageSource, class_names, contradiction
 
 
@@ -25,6 +26,7 @@ class ParquetImages(ImageSource):
     """The rows of several Parquet files, one after another."""
 
     shards: list[Path] = field(default_factory=list)
+    stamps: list[tuple[int, int]] = field(default_factory=list)  # of each shard, when it was listed
     group_shard: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (row groups,) shard number
     group_index: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (row groups,) place in its shard
     group_first: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (row groups,) first image number
@@ -41,8 +43,10 @@ class ParquetImages(ImageSource):
 
     def _read_group(self, group: int) -> Any:
         pyarrow, parquet = _import()
+        shard = int(self.group_shard[group])
+        check_stamp(self.shards[shard], self.stamps[shard])  # in another file, other images would be this group
         # opened anew each time: a file handle must not be shared with reading processes
-        with parquet.ParquetFile(self.shards[self.group_shard[group]]) as file:
+        with parquet.ParquetFile(self.shards[shard]) as file:
             column = file.read_row_group(int(self.group_index[group]), columns=["image.bytes"]).column("image")
         return pyarrow.compute.struct_field(column, "bytes")
 
@@ -64,6 +68,7 @@ def list_parquet(shards: list[Path], classes: list[str] | None = None, *, labell
             the classes, or what names them disagrees.
     """
     pyarrow, parquet = _import()
+    stamps = [stamp(shard) for shard in shards]
     files, sizes, labels, names = [], [], [], None
     group_shard, group_index, group_rows = [], [], []
     for number, shard in enumerate(shards):
@@ -86,7 +91,7 @@ def list_parquet(shards: list[Path], classes: list[str] | None = None, *, labell
     numbers = np.concatenate(labels)
     classes = _classes(names, classes, numbers, shards[0]) if labelled else ["images"]
     first = np.cumsum([0, *group_rows])[:-1]
-    return ParquetImages(shards[0].parent, classes, files, sizes, numbers, [], shards, np.array(group_shard),
+    return ParquetImages(shards[0].parent, classes, files, sizes, numbers, [], shards, stamps, np.array(group_shard),
                          np.array(group_index), first)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mutor_img.common.errors import UserError
+from mutor_img.common.files import check_stamp, stamp
 from mutor_img.common.folders import is_hidden, is_image
 from tokenizer.images.source import IMAGENET, ImageSource, is_wordnet_id
 
@@ -28,7 +29,7 @@ class TarImages(ImageSource):
 
     tars: list[Path] = field(default_factory=list)
     places: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))  # (images, 2): tar, first byte
-
+    stamps: list[tuple[int, int]] = field(default_factory=list)  # of each tar file, when it was listed
     keys_twice: list[str] = field(default_factory=list)  # images whose key an earlier tar file has too
 
     def open(self, index: int) -> BinaryIO:
@@ -38,6 +39,7 @@ class TarImages(ImageSource):
     def content(self, index: int) -> bytes:
         """Return the bytes of one image."""
         tar, offset = self.places[index].tolist()
+        check_stamp(self.tars[tar], self.stamps[tar])  # in another file, another image would stand at this place
         with open(self.tars[tar], "rb") as file:
             file.seek(offset)
             return file.read(self.sizes[index])
@@ -71,6 +73,7 @@ def list_tars(tars: list[Path], classes: list[str] | None, *, labelled: bool = T
     if labelled and classes is None:
         raise UserError(f"{tars[0]}: labels in tar files are numbers; name the classes in label order with --classes "
                         f"({IMAGENET}: WordNet ids sorted, from 0)")
+    stamps = [stamp(tar) for tar in tars]
     files, sizes, labels, places, left_out = [], [], [], [], []
     for number, tar in enumerate(tqdm(tars, desc="listing", unit="tar", delay=2, disable=not progress, leave=False)):
         images, numbers = _members(tar, labelled)
@@ -90,7 +93,7 @@ def list_tars(tars: list[Path], classes: list[str] | None, *, labelled: bool = T
         raise UserError(f"{tars[0].parent / files[wrong[0]]}: label {labels[wrong[0]]} is outside 0 to "
                         f"{len(classes) - 1}")
     found = TarImages(tars[0].parent, classes, files, sizes, np.array(labels, np.int64), left_out, tars,
-                      np.array(places, np.int64))
+                      np.array(places, np.int64), stamps)
     return replace(found, keys_twice=_keys_twice(found))
 
 

@@ -20,6 +20,7 @@ from mutor_img.study.comparison.config import ComparisonConfig
 from mutor_img.study.comparison.jobs import Job
 
 ROWS, TARGETS = "rows.jsonl", "targets.jsonl"
+_KEYS = ("row", "seed", "updates", "config_hash", "weights_hash")  # of every line
 
 Place = tuple[str, int, int, float]  # row, seed, updates, guidance scale
 
@@ -51,7 +52,7 @@ def targets(study: ComparisonConfig, jobs: Iterable[Job]) -> dict[tuple[str, int
 def _current(study: ComparisonConfig, name: str, jobs: Iterable[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
     """Yield the lines of runs as they are now, with their run."""
     runs, known = {(job.row, job.seed): job for job in jobs}, {}
-    for line in read_lines(Path(study.run_dir) / name):
+    for line in read_lines(Path(study.run_dir) / name, *_KEYS):
         job, step = runs.get((line["row"], line["seed"])), line["updates"]
         if job is None or line["config_hash"] != job.key or step not in job.steps:
             continue
@@ -77,7 +78,7 @@ def check_same_judge(study: ComparisonConfig, judge: dict[str, Any]) -> None:
         UserError: a line of the same settings was scored against something else.
     """
     scoring, path = scoring_key(study), Path(study.run_dir) / ROWS
-    for line in read_lines(path):
+    for line in read_lines(path, *_KEYS, "scoring_hash", "judged_by"):
         for name in ("reference_hash", "features_hash"):
             if line["scoring_hash"] == scoring and line["judged_by"][name] != judge[name]:
                 raise UserError(f"{path}: {line['row']}, seed {line['seed']}, was scored with {name} "

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mutor_img.common.child import child_environment, die_with_parent
-from mutor_img.common.files import read_json, write_json
+from mutor_img.common.files import read_record, write_sealed
 from mutor_img.common.threads import share
 from mutor_img.study.comparison.jobs import Job
 
@@ -29,7 +29,7 @@ class Budget:
 
     def __init__(self, path: Path, hours: float | None, now: Callable[[], float] = time.monotonic):
         self.path, self.hours, self._now = path, hours, now
-        self._before = float(read_json(path)["seconds"]) if path.is_file() else 0.0
+        self._before = float(read_record(path, "seconds")["seconds"]) if path.is_file() else 0.0
         self._begun = self._noted = now()
 
     @property
@@ -46,7 +46,7 @@ class Budget:
         """Write the time down, at most every ``BEAT`` seconds."""
         if force or self._now() - self._noted >= BEAT:
             self._noted = self._now()
-            write_json(self.path, {"seconds": round(self.seconds, 1)})
+            write_sealed(self.path, {"seconds": round(self.seconds, 1)})
 
 
 @dataclass
