@@ -1,4 +1,5 @@
 /* A disk that fails: loaded before the C library, it has one call, or every call from one on, fail below a folder.
+ * Where the error's number is below 0, the process gets that signal at the call instead.
  *
  * Calls that are counted: those that write, flush, make, rename, lengthen or shorten a file. Removing always works.
  */
@@ -7,6 +8,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -32,6 +34,10 @@ static int fails(const char *path)
     int call = seen++;
     if (first < 0 || (once ? call != first : call < first))
         return 0;
+    if (error < 0) {
+        kill(getpid(), -error);
+        return 0;
+    }
     errno = error;
     return 1;
 }
