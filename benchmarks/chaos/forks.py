@@ -133,7 +133,7 @@ def _bytes_of(name: str) -> int:
 
 def _load() -> None:
     """Import what trials need, so that none of it counts as theirs."""
-    for name in ("benchmarks.chaos.hostile", "benchmarks.chaos.kills", "PIL.Image", "pyarrow.parquet", "timm.utils",
+    for name in ("benchmarks.chaos.hostile", "benchmarks.chaos.processes", "PIL.Image", "pyarrow.parquet", "timm.utils",
                  "matplotlib.figure", "torch._dynamo"):
         with suppress(ModuleNotFoundError):
             importlib.import_module(name)

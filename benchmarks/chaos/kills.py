@@ -70,7 +70,7 @@ _CONFIGS = {
 }
 _STUDY = {
     "tokenizer": _TOKENIZER.replace("FOLDER/large", "FOLDER/digits/train") + "run_dir: FOLDER/out/tokenizer\n",
-    "generator": _GENERATOR.replace("FOLDER/codes", "FOLDER/out/codes").replace(
+    "generator": _NONE + _GENERATOR.replace("FOLDER/codes", "FOLDER/out/codes").replace(
         "vocabulary: 16, classes: 3", "vocabulary: 32, classes: 10") + "run_dir: FOLDER/out/generator\n",
     "study": ("run_dir: FOLDER/out/study\nimages: FOLDER/digits\ncodes: FOLDER/out/codes\n"
               "tokenizer: FOLDER/study/tokenizer.yaml\ngenerator: FOLDER/study/generator.yaml\n"
@@ -85,6 +85,19 @@ def _words(text: str) -> Callable[[Path], list[str]]:
 def _launch(words: list[str]) -> None:
     """Be torchrun with two processes."""
     torchrun.main(["--standalone", "--nproc-per-node", "2", "train.py", *words])
+
+
+def launch(folder: str, *more: str, shutdown: float = 20.0) -> None:
+    """Be torchrun with two processes that train a small model. Runs in a fork.
+
+    Args:
+        folder: with its inputs.
+        more: overrides.
+        shutdown: the seconds that torchrun leaves them to end.
+    """
+    _become_small(folder, shutdown)
+    main, words = COMMANDS["launcher of two"]
+    main([*words(Path(folder)), *more])
 
 
 _FEATURES = "--features classifier --features-weights FOLDER/classifier --device cpu "
@@ -126,12 +139,7 @@ def work(command: str, folder: str, kill: list[Any] | None = None) -> int:
         folder: with its inputs.
         kill: a :class:`Kill` that this process, or the second of two, brings about itself.
     """
-    torch.set_num_threads(1)
-    blocks.PRESETS["mnist"] = (2, 2, 16)
-    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "20"
-    Step.log = Path(folder) / "steps.log"
-    pipeline.subprocess = SimpleNamespace(Popen=Step)
-    subprocess_handler.Popen = Step
+    _become_small(folder)
     main, words = COMMANDS[command]
     if command == "one of two":
         Step.begin = staticmethod(lambda: _arm(folder, kill if os.environ["RANK"] == "1" else None))
@@ -140,6 +148,16 @@ def work(command: str, folder: str, kill: list[Any] | None = None) -> int:
     cli.run(main, words(Path(folder)))
     library = ctypes.CDLL(None)
     return library.disk_calls() if hasattr(library, "disk_calls") else 0
+
+
+def _become_small(folder: str, shutdown: float = 20.0) -> None:
+    """Have this process's models be small, and the commands that it starts be forks."""
+    torch.set_num_threads(1)
+    blocks.PRESETS["mnist"] = (2, 2, 16)
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = f"{shutdown:.0f}"
+    Step.log = Path(folder) / "steps.log"
+    pipeline.subprocess = SimpleNamespace(Popen=Step)
+    subprocess_handler.Popen = Step
 
 
 def _arm(folder: str, kill: list[Any] | None) -> None:
@@ -190,8 +208,9 @@ def cases(place: Place) -> list[Case]:
     def one(number: int) -> str:
         command = names[number % len(names)]
         if command not in undisturbed:
+            shutil.rmtree(place.folder / "out", ignore_errors=True)
             begun = time.monotonic()
-            calls = _finish(command, place)
+            calls = finish(command, place)
             undisturbed[command] = time.monotonic() - begun, calls, results(place.folder / "out")
         return _try(command, number, *undisturbed[command], place)
 
@@ -199,7 +218,7 @@ def cases(place: Place) -> list[Case]:
             for number in range(place.count)]
 
 
-def _finish(command: str, place: Place) -> int:
+def finish(command: str, place: Place) -> int:
     """Run a command to its end; returns how many calls wrote."""
     (place.folder / "steps.log").unlink(missing_ok=True)
     answer = place.forks.run(f"{__name__}:work", command, str(place.folder))
@@ -223,7 +242,7 @@ def _try(command: str, number: int, seconds: float, calls: int, whole: dict[str,
             answer = place.forks.run(f"{__name__}:work", command, str(place.folder), None if outside else kill,
                                      **outside)
             kills += answer["signalled"] or answer["outcome"] != "returned" or bool(at_calls and not kills)
-        _finish(command, place)
+        finish(command, place)
     if (now := results(out)) != whole:
         different = sorted(name for name in {*now, *whole} if now.get(name) != whole.get(name))
         raise Fault(f"{kill}: run again, it leaves other files: {', '.join(different)}")

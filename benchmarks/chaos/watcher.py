@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import zipfile
@@ -15,7 +14,6 @@ from safetensors import safe_open
 
 from benchmarks.chaos.case import Fault
 from mutor_img.checkpoints.folder import read_meta
-from mutor_img.common.errors import UserError
 from mutor_img.common.files import read_json, read_lines
 
 PAUSE = 0.004  # seconds between looks
@@ -61,10 +59,12 @@ class Watcher:
 
 
 def final_files(folder: Path) -> Iterator[Path]:
-    """Yield the files under their final names: neither hidden, nor in a folder that is being put together."""
+    """Yield the files under their final names: not those that are hidden, of a folder of parts the parts alone."""
     for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".") and name != "whole"]
-        yield from (Path(place) / name for name in files if not name.startswith(".") and name != "whole")
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        of_parts = any(part.endswith("parts") for part in Path(place).relative_to(folder).parts)
+        yield from (Path(place) / name for name in files
+                    if name.startswith("part_") or not (of_parts or name.startswith(".")))
 
 
 def open_whole(path: Path) -> None:
@@ -91,12 +91,13 @@ def open_whole(path: Path) -> None:
             with safe_open(path, framework="np") as file:
                 whole = all(file.get_tensor(name) is not None for name in file.keys())  # noqa: SIM118
         elif path.suffix == ".png":
-            whole = Image.open(path).load() is not None
+            with Image.open(path) as image:
+                whole = image.load() is not None
         else:
             whole = path.read_bytes().endswith(b"\n")
     except FileNotFoundError:
         raise
-    except (UserError, Exception) as error:
+    except Exception as error:
         if not path.is_file():
             raise FileNotFoundError(path) from None
         raise Fault(f"{path.name} was there and not whole: {error}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from mutor_img.common import processes
+from mutor_img.common.child import die_with_parent
 from mutor_img.common.errors import UserError
 from mutor_img.common.locks import Lock, claim
 from mutor_img.training.hardware import keep_freed_memory
@@ -36,10 +38,14 @@ class Runtime:
     def start(cls, timeout_minutes: float = 30.0) -> Runtime:
         """Join the process group that the launcher describes (NCCL on GPUs, gloo on CPUs), if there is one.
 
+        If torchrun itself is gone, nobody ends the other processes when one fails: so each gets SIGTERM then.
+
         Raises:
             UserError: Slurm started several tasks and no launcher told them of each other.
         """
         check_launcher(os.environ)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            die_with_parent(signal.SIGTERM)
         if not torch.cuda.is_available():
             keep_freed_memory()
         timeout = timedelta(minutes=timeout_minutes)
