@@ -133,8 +133,10 @@ def _bytes_of(name: str) -> int:
 
 def _load() -> None:
     """Import what trials need, so that none of it counts as theirs."""
-    for name in ("benchmarks.chaos.hostile", "benchmarks.chaos.processes", "PIL.Image", "pyarrow.parquet", "timm.utils",
-                 "matplotlib.figure", "torch._dynamo"):
+    for name in ("benchmarks.chaos.hostile", "benchmarks.chaos.processes", "mutor_img.pretraining.command",
+                 "tokenizer.train", "tokenizer.encode", "tokenizer.reconstruct", "mutor_img.sampling.command",
+                 "mutor_img.evaluation.command", "mutor_img.study.__main__", "PIL.Image", "pyarrow.parquet",
+                 "timm.utils", "matplotlib.figure", "torch._dynamo", "torch.distributed.run"):
         with suppress(ModuleNotFoundError):
             importlib.import_module(name)
     from PIL import Image

@@ -14,38 +14,27 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 from benchmarks.chaos import inputs
 from benchmarks.chaos.case import Case, Fault, Place
-from benchmarks.chaos.steps import Step
+from benchmarks.chaos.steps import Step, be
 from benchmarks.chaos.watcher import Watcher
 from mutor_img import blocks
 from mutor_img.checkpoints.folder import newest_checkpoint
-from mutor_img.common import cli
 from mutor_img.common.files import read_lines
-from mutor_img.evaluation.command import main as evaluate
-from mutor_img.metrics.digits import main as train_classifier
-from mutor_img.pretraining.command import main as train_generator
-from mutor_img.sampling.command import main as sample
-from mutor_img.study import pipeline
-from mutor_img.study.__main__ import main as study
 from mutor_img.training.runtime import Runtime
 from tokenizer.encode import encode_images
-from tokenizer.encode import main as encode
 from tokenizer.images.layouts import open_images
-from tokenizer.train import main as train_tokenizer
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 TIMED = ("seal", "seconds", "training_seconds", "minutes", "peak_memory_gib", "mfu", "tokens_per_second",
@@ -78,43 +67,22 @@ _STUDY = {
 }
 
 
-def _words(text: str) -> Callable[[Path], list[str]]:
-    return lambda folder: text.replace("FOLDER", str(folder)).split()
-
-
-def _launch(words: list[str]) -> None:
-    """Be torchrun with two processes."""
-    torchrun.main(["--standalone", "--nproc-per-node", "2", "train.py", *words])
-
-
-def launch(folder: str, *more: str, shutdown: float = 20.0) -> None:
-    """Be torchrun with two processes that train a small model. Runs in a fork.
-
-    Args:
-        folder: with its inputs.
-        more: overrides.
-        shutdown: the seconds that torchrun leaves them to end.
-    """
-    _become_small(folder, shutdown)
-    main, words = COMMANDS["launcher of two"]
-    main([*words(Path(folder)), *more])
-
-
-_FEATURES = "--features classifier --features-weights FOLDER/classifier --device cpu "
-COMMANDS: dict[str, tuple[Callable[[list[str]], object], Callable[[Path], list[str]]]] = {
-    **{name: (train_tokenizer if name == "tokenizer" else train_generator,
-              _words(f"--config FOLDER/{name}.yaml run_dir=FOLDER/out/run")) for name in _CONFIGS},
-    "encode": (encode, _words("--tokenizer FOLDER/vq --images FOLDER/many --workers 0 --out FOLDER/out/codes")),
-    "sample": (sample, _words("--checkpoint FOLDER/generator --num-samples 300 --device cpu --out FOLDER/out/s.npz")),
-    "classifier": (train_classifier, _words("--images FOLDER/many --val FOLDER/images --epochs 3 --out FOLDER/out/c")),
-    "reference": (evaluate, _words("--make-reference FOLDER/many --role generation --out FOLDER/out/r.npz "
-                                   + _FEATURES)),
-    "score": (evaluate, _words("--checkpoint FOLDER/generator --num-samples 200 --reference FOLDER/many --json "
-                               "FOLDER/out/scores.json " + _FEATURES)),
-    "study": (study, _words("--config FOLDER/study/study.yaml")),
-    "launcher of two": (_launch, _words("--config FOLDER/registers.yaml run_dir=FOLDER/out/run train.picture_every=0")),
+_FEATURES = " --features classifier --features-weights FOLDER/classifier --device cpu"
+_TWO = ("-m torch.distributed.run --standalone --nproc-per-node 2 train.py --config FOLDER/registers.yaml "
+        "run_dir=FOLDER/out/run train.picture_every=0")
+COMMANDS = {  # as they are typed, after "python"
+    **{name: f"{'-m tokenizer.train' if name == 'tokenizer' else 'train.py'} --config FOLDER/{name}.yaml "
+             "run_dir=FOLDER/out/run" for name in _CONFIGS},
+    "encode": "-m tokenizer.encode --tokenizer FOLDER/vq --images FOLDER/many --workers 0 --out FOLDER/out/codes",
+    "sample": "sample.py --checkpoint FOLDER/generator --num-samples 300 --device cpu --out FOLDER/out/s.npz",
+    "classifier": "-m mutor_img.metrics.digits --images FOLDER/many --val FOLDER/images --epochs 3 --out FOLDER/out/c",
+    "reference": "evaluate_fid.py --make-reference FOLDER/many --role generation --out FOLDER/out/r.npz" + _FEATURES,
+    "score": "evaluate_fid.py --checkpoint FOLDER/generator --num-samples 200 --reference FOLDER/many --json "
+             "FOLDER/out/scores.json" + _FEATURES,
+    "study": "-m mutor_img.study --config FOLDER/study/study.yaml",
+    "launcher of two": _TWO,
+    "one of two": _TWO,
 }
-COMMANDS["one of two"] = COMMANDS["launcher of two"]
 
 
 class Kill(NamedTuple):
@@ -139,25 +107,30 @@ def work(command: str, folder: str, kill: list[Any] | None = None) -> int:
         folder: with its inputs.
         kill: a :class:`Kill` that this process, or the second of two, brings about itself.
     """
-    _become_small(folder)
-    main, words = COMMANDS[command]
     if command == "one of two":
         Step.begin = staticmethod(lambda: _arm(folder, kill if os.environ["RANK"] == "1" else None))
     else:
         _arm(folder, kill)
-    cli.run(main, words(Path(folder)))
+    type_in(command, folder)
     library = ctypes.CDLL(None)
     return library.disk_calls() if hasattr(library, "disk_calls") else 0
 
 
-def _become_small(folder: str, shutdown: float = 20.0) -> None:
-    """Have this process's models be small, and the commands that it starts be forks."""
+def type_in(command: str, folder: str, *more: str, shutdown: int = 20) -> None:
+    """Be a command whose models are small, and that starts others as forks.
+
+    Args:
+        command: of ``COMMANDS``.
+        folder: with its inputs.
+        more: further words.
+        shutdown: the seconds that torchrun leaves its processes to end.
+    """
     torch.set_num_threads(1)
     blocks.PRESETS["mnist"] = (2, 2, 16)
-    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = f"{shutdown:.0f}"
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(shutdown)
     Step.log = Path(folder) / "steps.log"
-    pipeline.subprocess = SimpleNamespace(Popen=Step)
-    subprocess_handler.Popen = Step
+    subprocess.Popen = subprocess_handler.Popen = Step
+    be([*COMMANDS[command].replace("FOLDER", folder).split(), *more])
 
 
 def _arm(folder: str, kill: list[Any] | None) -> None:

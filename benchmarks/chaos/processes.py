@@ -24,7 +24,7 @@ from mutor_img.common.errors import UserError
 from mutor_img.pretraining.task import GeneratorTask
 from mutor_img.training.trainer import Trainer
 
-TIMEOUT, SHUTDOWN, SLACK = 4.0, 3.0, 30.0  # seconds: of the run, of torchrun, and of a busy machine
+TIMEOUT, SHUTDOWN, SLACK = 4.0, 3, 30.0  # seconds: of the run, of torchrun, and of a busy machine
 COMMAND = "launcher of two"
 
 
@@ -74,12 +74,12 @@ def work(what: str, when: str, rank: int, folder: str) -> None:
             setattr(owner, name, spoilt)
 
     Step.begin = staticmethod(begin)
-    kills.launch(folder, f"train.timeout_minutes={TIMEOUT / 60}", shutdown=SHUTDOWN)
+    kills.type_in(COMMAND, folder, f"train.timeout_minutes={TIMEOUT / 60}", shutdown=SHUTDOWN)
 
 
 def go_on(folder: str) -> None:
     """Be torchrun of a run that would last for hours. Runs in a fork."""
-    kills.launch(folder, "train.steps=1000000", "train.checkpoint_every=0")
+    kills.type_in(COMMAND, folder, "train.steps=1000000", "train.checkpoint_every=0")
 
 
 def cases(place: Place) -> list[Case]:

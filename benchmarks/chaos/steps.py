@@ -17,8 +17,8 @@ from pathlib import Path
 
 from mutor_img.common import cli
 
-_DOORS = {"train.py": "mutor_img.pretraining.command", "sample.py": "mutor_img.sampling.command",
-          "evaluate_fid.py": "mutor_img.evaluation.command"}
+_MAINS = {"train.py": "mutor_img.pretraining.command", "sample.py": "mutor_img.sampling.command",
+          "evaluate_fid.py": "mutor_img.evaluation.command", "mutor_img.study": "mutor_img.study.__main__"}
 
 
 class Step:
@@ -89,12 +89,17 @@ class Step:
             os.kill(self.pid, signal.SIGTERM)
 
 
-def _status(words: Sequence[str]) -> int:
-    """Be the command that a Python's arguments say; returns its status."""
+def be(words: Sequence[str]) -> None:
+    """Be the command that a Python's arguments say, as in ``-m tokenizer.encode`` or ``-u train.py``."""
     at = next(number for number, word in enumerate(words) if word == "-m" or word.endswith(".py"))
-    module, rest = (words[at + 1], words[at + 2:]) if words[at] == "-m" else (_DOORS[words[at]], words[at + 1:])
+    at += words[at] == "-m"
+    cli.run(importlib.import_module(_MAINS.get(words[at], words[at])).main, words[at + 1:])
+
+
+def _status(words: Sequence[str]) -> int:
+    """Return the status with which a command ended."""
     try:
-        cli.run(importlib.import_module(module).main, rest)
+        be(words)
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:
