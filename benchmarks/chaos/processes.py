@@ -24,7 +24,7 @@ from mutor_img.common.errors import UserError
 from mutor_img.pretraining.task import GeneratorTask
 from mutor_img.training.trainer import Trainer
 
-TIMEOUT, SHUTDOWN, SLACK = 4.0, 3, 30.0  # seconds: of the run, of torchrun, and of a busy machine
+TIMEOUT, SHUTDOWN, SLACK = 4.0, 30.0, 20.0  # seconds: of the run, of torchrun after a failure, of a busy machine
 COMMAND = "launcher of two"
 
 
@@ -74,7 +74,7 @@ def work(what: str, when: str, rank: int, folder: str) -> None:
             setattr(owner, name, spoilt)
 
     Step.begin = staticmethod(begin)
-    kills.type_in(COMMAND, folder, f"train.timeout_minutes={TIMEOUT / 60}", shutdown=SHUTDOWN)
+    kills.type_in(COMMAND, folder, f"train.timeout_minutes={TIMEOUT / 60}")
 
 
 def go_on(folder: str) -> None:
