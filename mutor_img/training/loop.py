@@ -157,12 +157,13 @@ def _evaluate(trainer: Trainer, log: RunLog | None, bar: tqdm, stop: StopRequest
     A signal to a process that is alone ends it; the same command, run again, does it then.
     """
     with suppress(Stopped), stop.at_once() if trainer.runtime.world == 1 else nullcontext():
-        _do_evaluate(trainer, log, bar)
+        _validate_score_draw(trainer, log, bar)
         if log and _evaluates(trainer):
             remove(trainer.run_dir / TO_EVALUATE)
 
 
-def _do_evaluate(trainer: Trainer, log: RunLog | None, bar: tqdm) -> None:
+def _validate_score_draw(trainer: Trainer, log: RunLog | None, bar: tqdm) -> None:
+    """Do what :func:`_evaluate` is for."""
     train, step, task = trainer.config.train, trainer.step, trainer.task
     done = step == train.steps
     # Blocks were compiled for the shapes of training and for its mode: anything else would compile them again.

@@ -66,11 +66,12 @@ def test_what_gloo_says_of_another_process_is_one_line_that_a_user_understands(m
 
 
 def test_the_system_tells_a_process_of_torchrun_to_end_when_torchrun_is_gone():
-    child = os.fork()
+    child, number = os.fork(), ctypes.c_int()
     if child == 0:
-        os.environ["TORCHELASTIC_RUN_ID"] = "none"
-        Runtime.start()
-        number = ctypes.c_int()
-        ctypes.CDLL(None).prctl(2, ctypes.byref(number))  # PR_GET_PDEATHSIG
-        os._exit(number.value)
+        try:
+            os.environ["TORCHELASTIC_RUN_ID"] = "none"
+            Runtime.start()
+            ctypes.CDLL(None).prctl(2, ctypes.byref(number))  # PR_GET_PDEATHSIG
+        finally:
+            os._exit(number.value)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == signal.SIGTERM
