@@ -102,7 +102,8 @@ def _try(what: str, when: str, rank: int, whole: dict[str, Any], place: Place) -
     begun = time.monotonic()
     answer = place.forks.run(f"{__name__}:work", what, when, rank, str(place.folder))
     seconds = time.monotonic() - begun
-    lines = [line for line in log.read_text().replace("\r", "\n").splitlines() if line.strip()]
+    shown = [line.rstrip("\r").rpartition("\r")[2].strip() for line in log.read_text().split("\n")]
+    lines = [line for line in shown if line]  # as a terminal shows them: what is behind a "\r" stands in its place
     if answer["outcome"] == "returned":
         raise Fault("torchrun ended as if all was well")
     if seconds > TIMEOUT + SHUTDOWN + SLACK:
