@@ -7,6 +7,7 @@ to say why, and the same command, run again, leaves the bytes of a run that noth
 from __future__ import annotations
 
 import os
+import re
 import resource
 import shutil
 import signal
@@ -26,6 +27,7 @@ from mutor_img.training.trainer import Trainer
 
 TIMEOUT, SHUTDOWN, SLACK = 4.0, 30.0, 20.0  # seconds: of the run, of torchrun after a failure, of a busy machine
 COMMAND = "launcher of two"
+_PROGRESS = re.compile(r"(run: .*\]|step \d.*)")
 
 
 def _mistake() -> None:
@@ -102,8 +104,8 @@ def _try(what: str, when: str, rank: int, whole: dict[str, Any], place: Place) -
     begun = time.monotonic()
     answer = place.forks.run(f"{__name__}:work", what, when, rank, str(place.folder))
     seconds = time.monotonic() - begun
-    shown = [line.rstrip("\r").rpartition("\r")[2].strip() for line in log.read_text().split("\n")]
-    lines = [line for line in shown if line]  # as a terminal shows them: what is behind a "\r" stands in its place
+    # Process 0 may be a step behind: its progress is no reason.
+    lines = [line for line in log.read_text().splitlines() if line.strip() and not _PROGRESS.fullmatch(line.strip())]
     if answer["outcome"] == "returned":
         raise Fault("torchrun ended as if all was well")
     if seconds > TIMEOUT + SHUTDOWN + SLACK:
