@@ -1,1 +1,1 @@
-"""What the project survives, tried out: hostile and rotten files, disks that fail, numbers that are none."""
+"""What the project survives, tried out: hostile and rotten files, failing disks, numbers that are none, kills."""

@@ -28,13 +28,14 @@ from mutor_img.common.errors import check_range
 from mutor_img.common.files import append_line
 from mutor_img.common.locks import claim, file_lock
 
-PARTS = ("hostile", "rot", "fuzz", "disks", "changes", "numbers", "network", "page")
+PARTS = ("hostile", "rot", "fuzz", "disks", "changes", "numbers", "kills", "processes", "network", "page")
 
 
 def main(argv: Sequence[str]) -> int:
     """Try the parts out, print a table, and write a JSON line for each case; returns how many faults were found."""
     parser = Parser(description="Try out what the project survives: hostile and rotten files, failing disks, numbers "
-                    "that are none, no network, a crowd at the page. Prints a table, and each fault in a line.",
+                    "that are none, kills, processes that fail, no network, a crowd at the page. Prints a table, and "
+                    "each fault in a line.",
                     example="python -m benchmarks.chaos --only rot --cases 1000 --out chaos.jsonl")
     parser.add_argument("--only", metavar="NAME", help=f"one part: {', '.join(PARTS)} (default: all)")
     parser.add_argument("--cases", type=int, default=1000, help="cases of a part that draws them")

@@ -1,4 +1,5 @@
 /* A disk that fails: loaded before the C library, it has one call, or every call from one on, fail below a folder.
+ * Where the error's number is below 0, the process gets that signal at the call instead.
  *
  * Calls that are counted: those that write, flush, make, rename, lengthen or shorten a file. Removing always works.
  * The disk may be slow in place of failing, and the machine's clock may jump.
@@ -8,6 +9,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -43,6 +45,10 @@ static int fails(const char *path)
         usleep(pause_us);
     if (first < 0 || (once ? call != first : call < first))
         return 0;
+    if (error < 0) {
+        kill(getpid(), -error);
+        return 0;
+    }
     errno = error;
     return 1;
 }

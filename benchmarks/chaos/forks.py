@@ -47,21 +47,24 @@ class Forks:
             subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
         self._child = Child(module_command(__name__), environment)
 
-    def run(self, function: str, *arguments: Any, memory: int | None = None) -> dict[str, Any]:
+    def run(self, function: str, *arguments: Any, memory: int | None = None,
+            kill: tuple[float, int] = (PATIENCE, signal.SIGKILL)) -> dict[str, Any]:
         """Call ``module:function`` with arguments that JSON can say, in a fork.
 
         Args:
             function: where it is.
             arguments: for it.
             memory: bytes of address space that it may take beyond what the process has.
+            kill: the seconds after which it gets a signal, and which.
 
         Returns:
             ``outcome``: "returned", "refused" (a UserError), "raised", "ended" or "killed"; ``message``: of the error,
             or what was returned, as JSON; ``acts``: what it did that reading does not need; ``memory``: bytes of
-            address space that it took at most; ``printed``: on the standard error stream.
+            address space that it took at most; ``printed``: on the standard error stream; ``signalled``: it ran for
+            long enough to get the signal.
         """
         question = {"function": function, "arguments": arguments, "memory": memory}
-        return self._child.ask(question, PATIENCE + 60)
+        return self._child.ask({"kill": kill, "question": question}, 2 * PATIENCE + 60)
 
     def close(self) -> None:
         """End the process."""
@@ -69,8 +72,9 @@ class Forks:
         self._folder.cleanup()
 
 
-def _answer(question: dict[str, Any]) -> dict[str, Any]:
-    """Do one trial in a fork, and wait for it."""
+def _answer(asked: dict[str, Any]) -> dict[str, Any]:
+    """Do one trial in a fork, and wait for it and for all that it started."""
+    (seconds, number), question, sent = asked["kill"], asked["question"], []
     receive, send = os.pipe()
     child = os.fork()
     if child == 0:
@@ -79,15 +83,21 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
             pipe.write(json.dumps(_trial(**question)).encode())
         os._exit(0)
     os.close(send)
-    signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
-    signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+
+    def end(*_: object) -> None:
+        os.kill(child, signal.SIGKILL if sent else number)
+        sent.append(number)
+
+    signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds, PATIENCE)
     with open(receive, "rb") as pipe:
         told = pipe.read()
     _, status = os.waitpid(child, 0)
     signal.setitimer(signal.ITIMER_REAL, 0)
     code = os.waitstatus_to_exitcode(status)
-    return json.loads(told) if told else {"outcome": "killed", "message": f"status {code} and no answer", "acts": [],
-                                          "memory": 0, "printed": ""}
+    answer = json.loads(told) if told else {"outcome": "killed", "message": f"status {code} and no answer", "acts": [],
+                                            "memory": 0, "printed": ""}
+    return {**answer, "signalled": bool(sent)}
 
 
 def _trial(function: str, arguments: list[Any], memory: int | None) -> dict[str, Any]:
@@ -123,9 +133,10 @@ def _bytes_of(name: str) -> int:
 
 def _load() -> None:
     """Import what trials need, so that none of it counts as theirs."""
-    for name in ("benchmarks.chaos.hostile", "mutor_img.pretraining.command", "tokenizer.train", "tokenizer.encode",
-                 "mutor_img.sampling.command", "mutor_img.evaluation.command", "PIL.Image", "pyarrow.parquet",
-                 "timm.utils", "matplotlib.figure", "torch._dynamo"):
+    for name in ("benchmarks.chaos.hostile", "benchmarks.chaos.processes", "mutor_img.pretraining.command",
+                 "tokenizer.train", "tokenizer.encode", "tokenizer.reconstruct", "mutor_img.sampling.command",
+                 "mutor_img.evaluation.command", "mutor_img.study.__main__", "PIL.Image", "pyarrow.parquet",
+                 "timm.utils", "matplotlib.figure", "torch._dynamo", "torch.distributed.run"):
         with suppress(ModuleNotFoundError):
             importlib.import_module(name)
     from PIL import Image

@@ -75,8 +75,7 @@ def write_checkpoint(run_dir: str | Path, step: int, tensors: dict[str, dict[str
     final = root / _name(step)
     aside = root / f".{_name(step)}.part"
     if rank == 0:
-        for old in root.glob(".step_*.part"):  # of this attempt, of a killed one, or could not be removed before
-            remove(old)
+        _remove_parts(root)
         clear(aside)
         aside.mkdir(parents=True)
     barrier()
@@ -103,6 +102,25 @@ def write_checkpoint(run_dir: str | Path, step: int, tensors: dict[str, dict[str
             discard(old)  # what a kill leaves of it is no checkpoint, and removed next time
     barrier()
     return final
+
+
+def _remove_parts(root: Path) -> None:
+    for old in root.glob(".step_*.part"):  # of a killed attempt, or could not be removed before
+        remove(old)
+
+
+def tidy(run_dir: str | Path) -> Path | None:
+    """Do what a kill left undone once the newest checkpoint had appeared; returns that checkpoint, None: there is none.
+
+    Older ones that were to be pruned stay until the next save.
+    """
+    newest = newest_checkpoint(run_dir)
+    if newest is not None:
+        _remove_parts(newest.parent)
+        latest = newest.with_name("latest")
+        if not latest.is_file() or latest.read_text() != newest.name + "\n":
+            _mark_latest(newest)
+    return newest
 
 
 def _mark_latest(folder: Path) -> None:

@@ -174,10 +174,10 @@ def child_environment(defaults: Mapping[str, str] | None = None) -> dict[str, st
             "PYTHONFAULTHANDLER": "1"}  # a crash in native code prints where Python was
 
 
-def die_with_parent() -> None:
-    """Have the system kill this process when its parent is gone (Linux; elsewhere it goes on).
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Have the system send this process a signal when its parent is gone (Linux; elsewhere it goes on).
 
     A child calls it, or ``subprocess`` in the child's place: ``preexec_fn=die_with_parent``.
     """
     if _PRCTL is not None:
-        _PRCTL(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        _PRCTL(_PR_SET_PDEATHSIG, number)

@@ -128,7 +128,7 @@ def run(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = No
     files go; training saves first.
     """
     try:
-        with _sigterm_unwinds():
+        with _sigterm_unwinds(), _bars_vanish():
             main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         _fail(str(error), error)
@@ -171,6 +171,19 @@ def _sigterm_unwinds() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, former)
+
+
+@contextmanager
+def _bars_vanish() -> Iterator[None]:
+    """Take progress bars away when an error comes: they would be drawn once more, behind the line that says why."""
+    try:
+        yield
+    except (Exception, SystemExit):
+        if "tqdm" in sys.modules:
+            for bar in list(sys.modules["tqdm"].tqdm._instances):
+                bar.leave = False
+                bar.close()
+        raise
 
 
 def _fail(message: str, error: Exception) -> None:

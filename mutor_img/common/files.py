@@ -25,10 +25,14 @@ _MEND = "correct or remove that line"
 
 
 def write_atomic(path: str | os.PathLike, write: Callable[[Path], None]) -> Path:
-    """Call ``write(aside)``, flush, and rename ``aside`` to ``path``; nothing is left behind on an error."""
+    """Call ``write(aside)``, flush, and rename ``aside`` to ``path``; nothing is left behind on an error.
+
+    For outputs that this process owns: ``aside`` has the same name each time, so that what a kill leaves of it goes
+    when the same command runs again.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    aside = path.with_name(f".{path.name}.part")
     try:
         write(aside)
         with open(aside, "rb") as file:

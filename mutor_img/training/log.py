@@ -24,12 +24,13 @@ MOST_POINTS = 2000  # of one curve; a picture has fewer columns of pixels
 class RunLog:
     """Writes ``metrics.jsonl``, ``loss.png`` and what ``train.trackers`` asks for; used on rank 0 only."""
 
-    def __init__(self, config: Any, start_step: int):
+    def __init__(self, config: Any, start_step: int, evaluated: bool = True):
         """Open the log, forgetting rows of updates past ``start_step``, which a resumed run will do again.
 
         Args:
             config: has ``run_dir`` and ``train.trackers``.
             start_step: updates done.
+            evaluated: False: the last one's validation and scores are done again too.
 
         Raises:
             UserError: a tracker cannot begin.
@@ -37,7 +38,8 @@ class RunLog:
         self.run_dir = run_dir = Path(config.run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         self.wandb = open_wandb(config) if "wandb" in config.train.trackers else None
-        self.rows = [row for row in read_metrics(run_dir) if row["step"] <= start_step]
+        self.rows = [row for row in read_metrics(run_dir) if row["step"] < start_step or (
+            row["step"] == start_step and (evaluated or "samples" in row))]  # an update's row says its samples
         text = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_atomic(run_dir / "metrics.jsonl", lambda path: path.write_text(text))
         self.file = open(run_dir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (open for the run)

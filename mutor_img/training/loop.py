@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from mutor_img.common.config import record
-from mutor_img.common.files import write_atomic
+from mutor_img.common.files import remove, write_atomic
 from mutor_img.training.compiling import compile_settings
 from mutor_img.training.hardware import peak_flops
 from mutor_img.training.log import RunLog, log_line
@@ -19,6 +19,8 @@ from mutor_img.training.runtime import Runtime
 from mutor_img.training.stopping import Stopped, StopRequest
 from mutor_img.training.task import Task, read_numbers
 from mutor_img.training.trainer import Trainer
+
+TO_EVALUATE = ".to_evaluate"  # in a run folder: the step whose validation, scores and pictures are not all done
 
 
 def train(task: Task, config: Any, runtime: Runtime, stop: StopRequest | None = None) -> Trainer:
@@ -47,7 +49,8 @@ def _train(task: Task, config: Any, runtime: Runtime, stop: StopRequest) -> Trai
     with stop.at_once():
         stop.join(runtime)
         trainer = Trainer(task, config, runtime)
-    if trainer.step >= config.train.steps:
+        evaluated = not runtime.from_main(lambda: _is_left(trainer))
+    if trainer.step >= config.train.steps and evaluated:
         if runtime.is_main:
             more = f", more than train.steps={config.train.steps}" if trainer.step > config.train.steps else ""
             print(f"{config.run_dir}: all {trainer.step} updates are done already{more}; nothing to do"
@@ -55,13 +58,13 @@ def _train(task: Task, config: Any, runtime: Runtime, stop: StopRequest) -> Trai
         return trainer
     if runtime.is_main:
         _record(trainer)  # before a tracker that may not begin: what it leaves must not look like a stranger's folder
-    log = RunLog(config, trainer.step) if runtime.is_main else None
+    log = RunLog(config, trainer.step, evaluated) if runtime.is_main else None
     try:
-        _run(trainer, log, stop)
+        _run(trainer, log, stop, evaluated)
     finally:
         if log:
             log.close()
-    if runtime.is_main and trainer.step < config.train.steps:
+    if runtime.is_main and (trainer.step < config.train.steps or _is_left(trainer)):
         print(f"stopped after update {trainer.step}; to resume, run the same command again")
     return trainer
 
@@ -78,15 +81,26 @@ def _record(trainer: Trainer) -> None:
     write_atomic(path, lambda aside: aside.write_text(record(trainer.config)))
 
 
-def _run(trainer: Trainer, log: RunLog | None, stop: StopRequest) -> None:
-    """Update until done or stopped; log, save, validate and draw on the way."""
+def _is_left(trainer: Trainer) -> bool:
+    """Tell whether a kill or a signal came before this step's validation, scores and pictures were all done."""
+    path = trainer.run_dir / TO_EVALUATE
+    return path.is_file() and path.read_text() == f"{trainer.step}\n"
+
+
+def _run(trainer: Trainer, log: RunLog | None, stop: StopRequest, evaluated: bool) -> None:
+    """Update until done or stopped; log, save, validate and draw on the way.
+
+    Without ``evaluated`` it begins with the validation, scores and pictures of the last update.
+    """
     train, task, alone = trainer.config.train, trainer.task, trainer.runtime.world == 1
     peak = peak_flops(trainer.runtime.device, train.precision, task.operation)
     bar = tqdm(total=train.steps, initial=trainer.step, desc=trainer.run_dir.name, unit="step", disable=not log,
                mininterval=1.0, dynamic_ncols=True)
-    if log and train.compile:
+    if log and train.compile and trainer.step < train.steps:
         bar.write("compiling at the first update: it takes longer than the others, about a minute on CPUs")
     first, mark_step, mark_seconds = trainer.step, trainer.step, trainer.seconds
+    if not evaluated:
+        _evaluate(trainer, log, bar, stop)
     while trainer.step < train.steps and not stop.requested():
         begun = time.perf_counter()
         try:  # One process need not wait for an update's gradients, several not for the first one's, which compiles.
@@ -114,13 +128,14 @@ def _run(trainer: Trainer, log: RunLog | None, stop: StopRequest) -> None:
             mark_step, mark_seconds = step, trainer.seconds
         if _due(step, train.check_ranks_every, False):
             trainer.compare_ranks()
+        if log and _evaluates(trainer):
+            write_atomic(trainer.run_dir / TO_EVALUATE, lambda aside, step=step: aside.write_text(f"{step}\n"))
         if done or _due(step, train.checkpoint_every, False) or step in train.milestones:
             trainer.save()  # before what may take long
-        with suppress(Stopped), stop.at_once() if alone else nullcontext():
-            _evaluate(trainer, log, bar)
+        _evaluate(trainer, log, bar, stop)
     if trainer.saved_step < trainer.step:
         trainer.save()
-    if log:
+    if log and trainer.step < train.steps:
         log.draw(task.headline)
     bar.close()
 
@@ -130,8 +145,26 @@ def _due(step: int, every: int, done: bool) -> bool:
     return every > 0 and (done or step % every == 0)
 
 
-def _evaluate(trainer: Trainer, log: RunLog | None, bar: tqdm) -> None:
-    """Validate, score and draw, where this step is due for it."""
+def _evaluates(trainer: Trainer) -> bool:
+    """Tell whether this step is due for a validation, a score or pictures, or is the last one."""
+    train, step = trainer.config.train, trainer.step
+    return step == train.steps or any(
+        _due(step, every, False) for every in (train.validate_every, trainer.task.score_every, train.picture_every))
+
+
+def _evaluate(trainer: Trainer, log: RunLog | None, bar: tqdm, stop: StopRequest) -> None:
+    """Validate, score and draw, where this step is due for it.
+
+    A signal to a process that is alone ends it; the same command, run again, does it then.
+    """
+    with suppress(Stopped), stop.at_once() if trainer.runtime.world == 1 else nullcontext():
+        _validate_score_draw(trainer, log, bar)
+        if log and _evaluates(trainer):
+            remove(trainer.run_dir / TO_EVALUATE)
+
+
+def _validate_score_draw(trainer: Trainer, log: RunLog | None, bar: tqdm) -> None:
+    """Do what :func:`_evaluate` is for."""
     train, step, task = trainer.config.train, trainer.step, trainer.task
     done = step == train.steps
     # Blocks were compiled for the shapes of training and for its mode: anything else would compile them again.
@@ -146,7 +179,7 @@ def _evaluate(trainer: Trainer, log: RunLog | None, bar: tqdm) -> None:
             if model is not None:
                 task.draw_pictures(model, trainer.run_dir / "pictures", step)
                 log.show(trainer.run_dir / "pictures", step)
-    if log and _due(step, train.checkpoint_every, False):
+    if log and (done or _due(step, train.checkpoint_every, False)):
         log.draw(task.headline)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,12 +16,14 @@ from accelerate import PartialState
 from torch import Tensor
 
 from mutor_img.common import processes
+from mutor_img.common.child import die_with_parent
 from mutor_img.common.errors import UserError
 from mutor_img.common.locks import Lock, claim
 from mutor_img.training.hardware import keep_freed_memory
 
 T = TypeVar("T")
 _FAILURES = "mutor_img/failures"  # a counter in the store
+_GONE = "Connection closed by peer", "Connection reset by peer", "Broken pipe"  # gloo's words
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,14 @@ class Runtime:
     def start(cls, timeout_minutes: float = 30.0) -> Runtime:
         """Join the process group that the launcher describes (NCCL on GPUs, gloo on CPUs), if there is one.
 
+        If torchrun itself is gone, nobody ends the other processes when one fails: so each gets SIGTERM then.
+
         Raises:
             UserError: Slurm started several tasks and no launcher told them of each other.
         """
         check_launcher(os.environ)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            die_with_parent(signal.SIGTERM)
         if not torch.cuda.is_available():
             keep_freed_memory()
         timeout = timedelta(minutes=timeout_minutes)
@@ -112,20 +119,34 @@ class Runtime:
     def one_voice(self) -> Iterator[None]:
         """In here one process's failure ends all, and only the process that met it first says so.
 
-        The others find their peer gone in the middle of a collective, which is no news.
+        The others find their peer gone in the middle of a collective, which is no news, unless it could say nothing:
+        then they say in one line that it is gone or silent.
         """
         try:
             yield
-        except Exception as error:
+        except Exception as met:
             if self.world == 1:
                 raise
+            error = self._about_a_peer(met)
             try:
                 error.speaks = _store().add(_FAILURES, 1) == 1
             except RuntimeError:  # the process that keeps the store has gone, and has said why
                 error.speaks = False
             if error.speaks or isinstance(error, (UserError, OSError)):
-                raise
+                raise error from None
             raise SystemExit(1) from None
+
+    def _about_a_peer(self, error: Exception) -> Exception:
+        """Return what to say where gloo found another process gone or silent, else the error as it is."""
+        if isinstance(error, RuntimeError) and "Timed out waiting" in str(error):
+            minutes = self.timeout.total_seconds() / 60
+            return UserError(f"another process has been silent for {minutes:.3g} minutes (train.timeout_minutes): it "
+                             "hangs, is stopped, or its machine cannot be reached; look there, then run the same "
+                             "command again")
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in _GONE):
+            return UserError("another process has gone: it has said why, or the system has killed it, as it does where "
+                             "memory runs out; mend that and run the same command again")
+        return error
 
     def failed(self) -> bool:
         """Return whether a process has failed within :meth:`one_voice`."""

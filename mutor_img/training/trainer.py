@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mutor_img.checkpoints.folder import newest_checkpoint, open_group, read_meta, write_checkpoint
+from mutor_img.checkpoints.folder import newest_checkpoint, open_group, read_meta, tidy, write_checkpoint
 from mutor_img.common.config import to_dict
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import file_hash
@@ -89,9 +89,8 @@ class Trainer:
         """
         self.runtime.agree(to_dict(self.config))
         self.runtime.agree(self.task.metadata())
-        newest = newest_checkpoint(self.run_dir)
-        name = self.runtime.from_main(lambda: newest and newest.name)
-        folder = self.run_dir / "checkpoints" / name if name else newest
+        name = self.runtime.from_main(lambda: (newest := tidy(self.run_dir)) and newest.name)
+        folder = self.run_dir / "checkpoints" / name if name else newest_checkpoint(self.run_dir)
         seen = folder is not None and (folder / "checkpoint.json").is_file()
         self.runtime.agree({"the step of the checkpoint to go on from": read_meta(folder)["step"] if seen else None,
                             "the hash of its checkpoint.json": file_hash(folder / "checkpoint.json") if seen else None},

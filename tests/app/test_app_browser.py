@@ -242,7 +242,7 @@ def test_a_run_is_browsed(page):
 
 def test_a_broken_run_is_a_line_and_its_texts_are_no_markup(page):
     open_run(page, EVIL)
-    assert "metrics.jsonl, line 1: has no step" in page.locator("#run-curves [role=alert]").inner_text()
+    assert "metrics.jsonl, line 1: lacks 'step'" in page.locator("#run-curves [role=alert]").inner_text()
     page.locator("#run-config summary").click()
     assert EVIL in page.locator("#run-config pre").inner_text()
     open_run(page, "demo")

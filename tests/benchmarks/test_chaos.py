@@ -9,9 +9,11 @@ import pytest
 from benchmarks.chaos import __main__ as chaos
 from benchmarks.chaos import fuzz, network
 from benchmarks.chaos.case import Case, Fault, Place, said_no
+from benchmarks.chaos.watcher import Watcher
 from mutor_img.common.files import read_lines
 
 CHANGED = ("codes, file cut off", "tar, file replaced", "folder, file cut off", "out has mode", "stands at 1970")
+KILLED = ("mirai 1", "tokenizer 6", "encode 7", "reference 10")
 SLOW = ("compressed", "all black", "10 MB")  # whose files take a second to make
 
 
@@ -85,6 +87,22 @@ def test_what_goes_beyond_this_machine_is_noted_and_refused(event, details, told
     with pytest.raises(OSError, match="unreachable") if told else nullcontext():
         network._refuse(seen, event, details)
     assert seen == [told] * bool(told)
+
+
+def test_a_command_that_is_killed_goes_on_to_the_same_bytes(place):
+    found = tried("kills", place, lambda name: name in KILLED)
+    assert len(found) == 4 and any(outcome.endswith(": SIGKILL") for outcome in found.values())
+
+
+def test_a_process_that_is_killed_ends_the_other_which_says_so_last(place):
+    found = tried("processes", place, lambda name: name == "process 1 is killed in an update")
+    assert list(found.values()) == ["is killed: all end"]
+
+
+def test_a_file_that_is_not_whole_is_seen_by_the_watcher(tmp_path):
+    with pytest.raises(Fault, match=r"x\.json was there and not whole"), Watcher(tmp_path):
+        (tmp_path / ".hidden.json").write_text("{")
+        (tmp_path / "x.json").write_text("{")
 
 
 def test_a_trial_that_does_something_or_takes_memory_is_seen(place):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from mutor_img.common.cli import Parser, parse_numbers, run
 from mutor_img.common.errors import UserError
@@ -114,3 +115,14 @@ def test_a_message_is_one_short_line_whatever_it_quotes(capsys):
         run(refuse, [])
     error = capsys.readouterr().err
     assert len(error) < 1020 and "\x1b" not in error and error.count("\n") == 1 and error.endswith("999\n")
+
+
+def test_what_was_wrong_is_the_last_line_though_a_progress_bar_is_drawn(capsys):
+    def refuse(words):
+        for _ in tqdm(range(3), mininterval=0):
+            raise UserError("no such file")
+
+    with pytest.raises(SystemExit):
+        run(refuse, [])
+    drawn = capsys.readouterr().err.replace("\r", "\n").split("\n")
+    assert "0/3" in "".join(drawn) and drawn[-2:] == ["error: no such file", ""]

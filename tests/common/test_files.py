@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,16 @@ def test_what_is_discarded_is_whole_or_out_of_sight(monkeypatch, tmp_path, capsy
     monkeypatch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted")))
     discard(fill(tmp_path / "step_2", True))
     assert "step_2 cannot be removed (Operation not permitted)" in capsys.readouterr().err
+
+
+def test_what_a_kill_leaves_of_a_file_goes_when_it_is_written_again(tmp_path):
+    child = os.fork()
+    if child == 0:
+        files.write_atomic(tmp_path / "x", lambda aside: (aside.write_text("ha"), os.kill(os.getpid(), signal.SIGKILL)))
+    os.waitpid(child, 0)
+    assert len(list(tmp_path.iterdir())) == 1 and not (tmp_path / "x").exists()
+    files.write_atomic(tmp_path / "x", lambda aside: aside.write_text("half"))
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x", "half")]
 
 
 def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path):

@@ -1,9 +1,16 @@
-"""Slurm's tasks without a launcher are refused, since each would take itself for the whole run."""
+"""Tasks of Slurm without a launcher are refused, a process outlives neither torchrun nor its peers without a word."""
+
+import ctypes
+import os
+import signal
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from mutor_img.common.errors import UserError
 from mutor_img.evaluation import networks
+from mutor_img.training import runtime
 from mutor_img.training.runtime import Runtime
 
 SLURM = ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_JOB_ID", "ENVIRONMENT", "RANK",
@@ -45,3 +52,26 @@ def test_one_task_is_one_process(start, variables):
 
 def test_a_launcher_within_slurm_tells_each_process_its_rank(start):
     assert start(SLURM_NTASKS="2", SLURM_PROCID="0", RANK="0", WORLD_SIZE="1").rank == 0
+
+
+@pytest.mark.parametrize("gloo, words", [
+    ("[unbound_buffer.cc:78] Timed out waiting 4000ms for recv operation to complete",
+     r"silent for 30 minutes \(train\.timeout_minutes\)"),
+    ("[pair.cc:547] Connection closed by peer [127.0.0.1]:1234", "another process has gone")])
+def test_what_gloo_says_of_another_process_is_one_line_that_a_user_understands(monkeypatch, gloo, words):
+    monkeypatch.setattr(runtime, "_store", lambda: SimpleNamespace(add=lambda name, number: 1))
+    with pytest.raises(UserError, match=words) as caught, Runtime(torch.device("cpu"), world=2).one_voice():
+        raise RuntimeError(gloo)
+    assert caught.value.speaks
+
+
+def test_the_system_tells_a_process_of_torchrun_to_end_when_torchrun_is_gone():
+    child, number = os.fork(), ctypes.c_int()
+    if child == 0:
+        try:
+            os.environ["TORCHELASTIC_RUN_ID"] = "none"
+            Runtime.start()
+            ctypes.CDLL(None).prctl(2, ctypes.byref(number))  # PR_GET_PDEATHSIG
+        finally:
+            os._exit(number.value)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == signal.SIGTERM

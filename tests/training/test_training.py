@@ -79,6 +79,16 @@ def test_a_finished_run_is_left_alone(run_training, capsys):
     assert "nothing to do" in capsys.readouterr().out and digest(find_checkpoint(trainer.run_dir)) == before
 
 
+def test_what_a_kill_left_of_the_last_save_is_done_though_no_update_is_left(run_training):
+    root = run_training().run_dir / "checkpoints"
+    whole = sorted(path.name for path in root.iterdir())
+    (root / ".step_00000001.0.part").mkdir()
+    (root / "latest").write_text("step_00000002\n")
+    run_training()
+    assert sorted(path.name for path in root.iterdir()) == whole
+    assert (root / "latest").read_text() == "step_00000003\n"
+
+
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_is_taken_when_asked_for(run_file, run_training):
     whole = run_training("train.steps=4")
     before = digest(find_checkpoint(whole.run_dir))
@@ -228,6 +238,42 @@ def test_a_signal_at_any_moment_loses_nothing(run_training, tmp_path, monkeypatc
     again = run_training(f"run_dir={tmp_path}/stopped", *overrides)
     whole = run_training(f"run_dir={tmp_path}/whole", *overrides)
     assert digest(find_checkpoint(again.run_dir)) == digest(find_checkpoint(whole.run_dir))
+    assert held_out(again.run_dir) == held_out(whole.run_dir) and len(held_out(whole.run_dir)) == 4
+
+
+def held_out(run_dir) -> list[tuple[int, float]]:
+    return [(row["step"], row["val_next_token"]) for row in read_metrics(Path(run_dir)) if "val_next_token" in row]
+
+
+class Killed(BaseException):
+    """Stands for a kill: the run does nothing more."""
+
+
+@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize("name", ["validate", "draw_pictures"])
+def test_a_kill_after_a_checkpoint_loses_no_validation_and_no_picture_of_its_step(run_training, tmp_path, monkeypatch,
+                                                                                capsys, name, step):
+    overrides, drawn = ("train.steps=4", "train.validate_every=1", "train.picture_every=1"), []
+    monkeypatch.setattr(GeneratorTask, "draw_pictures", lambda task, model, folder, step: drawn.append(step))
+    with monkeypatch.context() as patch:
+        good, calls = getattr(GeneratorTask, name), []
+
+        def deadly(*arguments):
+            calls.append(1)
+            if len(calls) == step:
+                raise Killed
+            return good(*arguments)
+
+        patch.setattr(GeneratorTask, name, deadly)
+        with pytest.raises(Killed):
+            run_training(*overrides)
+    run_dir = run_training(*overrides).run_dir
+    whole = run_training(f"run_dir={tmp_path}/whole", *overrides)
+    assert held_out(run_dir) == held_out(whole.run_dir) and len(held_out(run_dir)) == 4
+    assert drawn == [*[s for s in (1, 2, 3, 4) if s < step], *range(step, 5), 1, 2, 3, 4]
+    assert not list(run_dir.glob(".*"))
+    run_training(*overrides)
+    assert "nothing to do" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("owner, name", [(generator, "Transformer"), (GeneratorTask, "loss")])
