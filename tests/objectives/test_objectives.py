@@ -124,7 +124,8 @@ def test_loaders_drop_what_only_training_used_and_nothing_else(name, run_trainin
         load_checkpoint(tmp_path / "other.pt", grid=(4, 4), heads=2)
 
     for objective in (OBJECTIVES[name], NEXT_TOKEN):
-        config = load_config(GeneratorConfig, run_file, [f"init_from={trainer.run_dir}", *objective])
+        config = load_config(GeneratorConfig, run_file, [f"init_from={trainer.run_dir}", f"run_dir={tmp_path}/new",
+                                                         *objective])
         started = GeneratorTask(config, Runtime.start()).model
         assert torch.equal(started.output.weight, model.output.weight)
 
