@@ -28,6 +28,7 @@ PACKAGES = tuple(str(ROOT / name) + "/" for name in ("mutor_img", "tokenizer"))
 CUDA, META = torch.device("cuda", 0), torch.device("meta")
 INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
 NUMBERS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}  # hangs on what the tensors hold
+ALLOCATING = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided)
 COPIES = (aten.copy_, aten._foreach_copy_)  # from the CPU to the GPU they may
 
 
@@ -55,11 +56,16 @@ class FakeCuda(TorchDispatchMode):
     Args:
         reads: functions of the project, dotted, that may read from the GPU. They get numbers that are made up: 1 for a
             single one, True, a ramp. One that reads nothing is an error at the end.
+
+    Attributes:
+        kernels: operations that the GPU was given, copies to it among them.
+        waits: reads for which the CPU would have waited: all but copies that are not blocking.
     """
 
     def __init__(self, reads: Collection[str] = ()):
         super().__init__()
         self.reads, self.seen, self._stack = set(reads), set(), ExitStack()
+        self.kernels, self.waits = 0, 0
 
     def __enter__(self) -> FakeCuda:
         def autocast(runtime: Runtime, precision: str):  # torch.autocast refuses CUDA where there is none
@@ -70,6 +76,8 @@ class FakeCuda(TorchDispatchMode):
         self._stack.enter_context(torch.compiler.set_stance("force_eager"))  # what is compiled runs as it is written
         self._stack.enter_context(mock.patch("torch.cuda.get_device_name", lambda device: "H100"))
         self._stack.enter_context(mock.patch("torch.Generator", CpuGenerator))
+        self._stack.enter_context(mock.patch("torch.cuda.Event", mock.Mock))
+        self._stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda x: x))  # it asks for a driver
         self._stack.enter_context(mock.patch.object(FakeTensor, "is_cuda", property(lambda x: x.device.type == "cuda"),
                                                     create=True))
         # FakeTensorMode remembers each tensor by a weak reference, for which Module.to would refuse to swap it.
@@ -94,6 +102,7 @@ class FakeCuda(TorchDispatchMode):
         if not fakes and (target is None or target.type != "cuda"):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
+        self.kernels += not (func.is_view or op in ALLOCATING)
         others = [x for x in tensors if not isinstance(x, FakeTensor)]
         to_cpu = fakes and (target == torch.device("cpu") or (op in COPIES and others and args[0] is others[0]))
         masked = fakes and op in INDEXING and any(x is not None and x.dtype == torch.bool for x in args[1])
@@ -116,6 +125,7 @@ class FakeCuda(TorchDispatchMode):
         if place not in self.reads:
             raise HostRead(f"{func} in {place}")
         self.seen.add(place)
+        self.waits += not kwargs.get("non_blocking")
         if op is aten._local_scalar_dense:
             return True if source.dtype == torch.bool else 1.0 if source.is_floating_point() else 1
         if op in COPIES or op in (aten.index_put_, aten._index_put_impl_):

@@ -19,9 +19,10 @@ from mutor_img.common.config import to_dict
 from mutor_img.common.images import to_nhwc, write_png
 from mutor_img.common.streams import Stream, generator_seed, integers
 from mutor_img.training.command import train_command
+from mutor_img.training.numbers import read_numbers
 from mutor_img.training.optimizer import learning_rate
 from mutor_img.training.runtime import Runtime
-from mutor_img.training.task import Task, read_numbers
+from mutor_img.training.task import Task
 from tokenizer.images.crops import to_float
 from tokenizer.images.folder import list_images
 from tokenizer.images.source import ImageSource
@@ -116,17 +117,17 @@ class TokenizerTask(Task):
         return self.adversary.learn(self.config.train.global_batch, self.config.train.precision)
 
     @torch.no_grad()
-    def after_update(self, model: nn.Module, step: int) -> dict[str, Tensor]:
+    def after_update(self, model: nn.Module, step: int, skipped: Tensor) -> dict[str, Tensor]:
         """Move the discriminator, count the use of each code, and move codes that went unused for too long."""
         if self._judged(step):
-            self.adversary.step(learning_rate(self.config.optim, step, self.config.train.steps))
+            self.adversary.step(learning_rate(self.config.optim, step, self.config.train.steps), skipped)
         quantizer, revival = model.quantize, self.config.revival
         indices = torch.cat([quantised.indices.flatten() for _, quantised in self.seen])
         counts = self.runtime.sum(count_codes(indices, quantizer.vocabulary))
-        quantizer.note_use(counts)
+        quantizer.note_use(counts, skipped)
         if revival.after and step < revival.until * self.config.train.steps:
             codes = torch.arange(quantizer.vocabulary, device=indices.device)
-            quantizer.reseed(quantizer.idle(revival.after), self._draw_latents(step, codes))
+            quantizer.reseed(quantizer.idle(revival.after) & ~skipped, self._draw_latents(step, codes))
         self.seen.clear()
         return code_use(counts)
 

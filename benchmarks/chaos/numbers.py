@@ -1,7 +1,8 @@
 """Numbers that are none: NaN and infinity in a weight, a gradient, a batch, an average, a moment, a discriminator.
 
 Nothing of it may reach a checkpoint. What the update's loss or gradients show is refused before any weight moves; what
-they don't show is refused before the checkpoint is written. The message names the step.
+they don't show is refused before the checkpoint is written. The message names the step. Where one update may be
+skipped, the first bad one moves nothing, and the second is refused.
 """
 
 from __future__ import annotations
@@ -45,25 +46,29 @@ train: {{steps: 9, global_batch: 4, precision: fp32, compile: false, ema: 0.9, v
 TARGETS = {"a weight": GENERATOR, "a weight that no update uses": GENERATOR, "a gradient": GENERATOR,
            "the average": GENERATOR, "a moment": GENERATOR, "a weight of the tokenizer": TOKENIZER,
            "a batch": TOKENIZER, "the tokenizer's average": TOKENIZER, "the discriminator": TOKENIZER}
+SKIPPED = ("a gradient", "a batch", "the discriminator")  # a number in a weight of the model stays, and nothing helps
 
 
-def attempt(target: str, value: str, folder: str, run: str) -> str:
+def attempt(target: str, value: str, folder: str, run: str, skips: int) -> str:
     """Train two updates and save, put the number in, and go on as the loop does; runs in a fork.
 
     Returns what was refused: ``"before the update"`` or ``"before the checkpoint"``, and the message.
     """
     torch.set_num_threads(1)
-    trainer = open_trainer(TARGETS[target], Path(folder), Path(folder) / run)
+    trainer = open_trainer(TARGETS[target], Path(folder), Path(folder) / run, skips)
     for _ in range(2):
         trainer.update()
     trainer.save()
     _put(target, VALUES[value], trainer)
     before = _state(trainer)
+    for _ in range(skips):
+        trainer.update()
+        if not _same(before, _state(trainer)):
+            return "weights moved"
     try:
         trainer.update()
     except UserError as error:
-        same = all(torch.equal(a, b) for a, b in zip(before, _state(trainer), strict=True))
-        return f"before the update|{error}" if same else "weights moved"
+        return f"before the update|{error}" if _same(before, _state(trainer)) else "weights moved"
     try:
         trainer.save()
     except UserError as error:
@@ -71,13 +76,14 @@ def attempt(target: str, value: str, folder: str, run: str) -> str:
     return "nothing was refused"
 
 
-def open_trainer(text: str, folder: Path, run: Path) -> Trainer:
+def open_trainer(text: str, folder: Path, run: Path, skips: int = 0) -> Trainer:
     """Return a trainer of ``GENERATOR`` or a variant of ``TOKENIZER``, at the beginning or at its checkpoint."""
     blocks.PRESETS["mnist"] = (1, 2, 16)
     path = folder / f"{run.name}.yaml"
     path.write_text(text.format(folder=folder) + f"run_dir: {run}\n")
     schema, task = (GeneratorConfig, GeneratorTask) if text is GENERATOR else (TokenizerConfig, TokenizerTask)
-    config, runtime = load_config(schema, path), Runtime(torch.device("cpu"))
+    config = load_config(schema, path, [f"train.skip_bad_updates={skips}"])
+    runtime = Runtime(torch.device("cpu"))
     return Trainer(task(config, runtime), config, runtime)
 
 
@@ -107,30 +113,44 @@ def _put(target: str, value: float, trainer: Trainer) -> None:
 
 
 def _state(trainer: Trainer) -> list[Tensor]:
-    """Return copies of all that an update moves, bit for bit."""
+    """Return copies of all that an update moves, bit for bit.
+
+    The average of a weight that is NaN or infinite is left out: it becomes NaN, and neither is ever saved.
+    """
+    weights = trainer.model.state_dict()
+    averages = [average.where(weights[name].isfinite(), 0.0)
+                for name, average in trainer.ema.module.state_dict().items()]
     moments = [value for state in trainer.optimizer.state.values() for value in state.values()]
-    held = [*trainer.model.state_dict().values(), *trainer.ema.module.state_dict().values(), *moments]
+    beside = [tensor for group in trainer.task.tensors().values() for tensor in group.values()]
+    held = [*weights.values(), *averages, *moments, *beside]
     return [tensor.clone().view(torch.uint8) if tensor.dim() else tensor.clone().view(1).view(torch.uint8)
             for tensor in held]
 
 
+def _same(before: list[Tensor], after: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
 def cases(place: Place) -> list[Case]:
-    """Return a case for each target and number."""
+    """Return a case for each target and number; where it passes with its update, one more, which may skip one."""
     inputs.write_images(place.folder / "images", side=16)
     small = inputs.write_images(place.folder / "small")
     encode_images(inputs.write_tokenizer(place.folder / "tokenizer"), open_images(small), place.folder / "codes",
                   runtime=Runtime(torch.device("cpu")))
-    return [Case(f"{value} in {target}", lambda n=number, t=target, v=value: _try(t, v, f"run_{n}", place))
-            for number, (target, value) in enumerate(product(TARGETS, VALUES))]
+    tried = [(target, value, 0) for target, value in product(TARGETS, VALUES)]
+    tried += [(target, value, 1) for target, value in product(SKIPPED, VALUES)]
+    return [Case(f"{value} in {target}" + ", one update may be skipped" * skips,
+                 lambda n=number, t=target, v=value, s=skips: _try(t, v, s, f"run_{n}", place))
+            for number, (target, value, skips) in enumerate(tried)]
 
 
-def _try(target: str, value: str, run: str, place: Place) -> str:
-    answer = place.forks.run(f"{__name__}:attempt", target, value, str(place.folder), run)
+def _try(target: str, value: str, skips: int, run: str, place: Place) -> str:
+    answer = place.forks.run(f"{__name__}:attempt", target, value, str(place.folder), run, skips)
     if answer["outcome"] != "returned" or "|" not in answer["message"]:
         raise Fault(f"{answer['outcome']}: {answer['message'][:500]}")
     outcome, _, message = answer["message"].strip('"').partition("|")
     message = said_no({"outcome": "refused", "message": message}, place.folder / run)
-    if "step 2" not in message and "step 3" not in message:
+    if f"step {2 + skips}" not in message and "step 3" not in message:
         raise Fault(f"the step is not named: {message}")
     if newest_intact(place.folder / run).name != "step_00000002":
         raise Fault("the last good checkpoint is gone")

@@ -86,6 +86,7 @@ class TrainConfig:
     parallel: str = "ddp"  # ddp: each process holds all; fsdp: weights, gradients, optimiser and EMA are sharded
     timeout_minutes: float = 30.0  # a process that is silent for this long counts as dead
     ema: float = 0.0  # decay of the averaged weights, with warm-up; 0: no averaging
+    skip_bad_updates: int = 0  # how many updates of 1000 may be skipped for NaN or infinity; 0: the first ends the run
     check_ranks_every: int = 1000  # steps between comparisons of the processes' copies of the weights; 0: never
     log_every: int = 50  # steps between log lines
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])  # beside metrics.jsonl: tensorboard, wandb
@@ -101,6 +102,7 @@ class TrainConfig:
             check_range(f"train.{name}", getattr(self, name), 1, 10**9)
         for name in ("micro_batch", "check_ranks_every", "checkpoint_every", "validate_every", "picture_every"):
             check_range(f"train.{name}", getattr(self, name), 0, 10**9)
+        check_range("train.skip_bad_updates", self.skip_bad_updates, 0, 999)
         for step in self.milestones:
             check_range("train.milestones", step, 1, 10**9)
         check_range("train.ema", self.ema, 0.0, 0.999999)

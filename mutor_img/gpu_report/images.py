@@ -92,7 +92,7 @@ def tokenizer_trainer(place: Place, config: TokenizerConfig,
 def tokenizer_tensors(trainer: Trainer) -> tuple[dict[str, Tensor], Quantised]:
     """Return losses and gradients of the first update by name, and what the quantiser made of its images."""
     logged = trainer.gradients()
-    found = {name: torch.tensor(logged[name], device=trainer.runtime.device) for name in ("loss", "discriminator")}
+    found = {name: logged[name] for name in ("loss", "discriminator")}
     for owner, network in (("", trainer.model), ("the discriminator's ", trainer.task.adversary.discriminator)):
         found |= {f"gradient of {owner}{name}": weight.grad for name, weight in network.named_parameters()}
     return found, trainer.task.seen[0][1]

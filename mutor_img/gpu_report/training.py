@@ -67,7 +67,7 @@ def tensors_of(trainer: Trainer, step: int) -> dict[str, Tensor]:
     """Return the loss and every gradient of update ``step`` by name; nothing moves."""
     trainer.step = step
     logged = trainer.gradients()
-    found = {"loss": torch.tensor(logged["loss"], device=trainer.runtime.device)}
+    found = {"loss": logged["loss"]}
     for name, weight in trainer.model.named_parameters():
         found[f"gradient of {name}"] = whole(weight.grad).clone()
     trainer.model.zero_grad(set_to_none=True)

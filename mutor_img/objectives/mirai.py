@@ -67,7 +67,7 @@ class Mirai(Objective):
             sums[f"align_{o}"] = -cosine(rho(state[:, :n - o]), wanted).sum()
         return sums
 
-    def terms(self, seed: int, step: int, samples: Tensor) -> dict[str, int | Tensor]:
+    def terms(self, seed: int, step: int, samples: Tensor) -> dict[str, int]:
         pairs = {f"align_{o}": len(samples) * (self.config.length - o) for o in self.offsets}
         return {**super().terms(seed, step, samples), **pairs}
 

@@ -31,11 +31,11 @@ class Mutor(Objective):
         regular, register = self.read_out(run.states[self.config.layers], model.norm, model.output, wanted, rows)
         return {"next_token": regular, "register": register}
 
-    def terms(self, seed: int, step: int, samples: Tensor) -> dict[str, int | Tensor]:
+    def terms(self, seed: int, step: int, samples: Tensor) -> dict[str, int]:
         if self.law.count is not None:  # anchors are drawn among those with a target
             registers = len(samples) * self.law.count
         else:
-            registers = count_targets(*self.law.draw(seed, step, samples), self.config.length).clamp(min=1)
+            registers = max(1, int(count_targets(*self.law.draw(seed, step, samples), self.config.length)))
         return {**super().terms(seed, step, samples), "register": registers}
 
     def weights(self, step: int, steps: int) -> dict[str, float]:

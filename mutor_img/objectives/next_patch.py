@@ -78,7 +78,7 @@ class NextPatch(Objective):
         run = model.through(x, self.tables[str(batch.side)](places)[None], SdpaAttention(x.shape[1]))
         return {"next_patch": self.next_token(model, run, batch, rows)}
 
-    def terms(self, seed: int, step: int, samples: Tensor) -> dict[str, int | Tensor]:
+    def terms(self, seed: int, step: int, samples: Tensor) -> dict[str, int]:
         return dict.fromkeys(self.weights(step, 0), len(samples) * self.config.length)  # each code is predicted once
 
     def weights(self, step: int, steps: int) -> dict[str, float]:

@@ -78,7 +78,8 @@ class Objective(nn.Module):
         Args:
             seed: the run's.
             step: number of the update.
-            samples: (B,) int64 global sample numbers, on the device.
+            samples: (B,) int64 global sample numbers. Here everything is on the CPU, also in a run on a GPU: it draws
+                while the GPU works on the update before.
             labels: (B,) int64, the null class where it is dropped.
             codes: (B, N) int64, x_1 .. x_N.
         """
@@ -100,12 +101,12 @@ class Objective(nn.Module):
         [loss] = self.read_out(run.states[self.config.layers], model.norm, model.output, [batch.targets], rows)
         return loss
 
-    def terms(self, seed: int, step: int, samples: Tensor) -> dict[str, int | Tensor]:
+    def terms(self, seed: int, step: int, samples: Tensor) -> dict[str, int]:
         """Return how many terms each sum of :meth:`forward` has, from shapes and draws alone.
 
         Args:
             seed, step: as for :meth:`prepare`.
-            samples: (global batch,) int64, all samples of the update, on the device.
+            samples: (global batch,) int64, all samples of the update, on the CPU.
         """
         return {"next_token": len(samples) * self.config.length}
 

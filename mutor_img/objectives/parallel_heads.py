@@ -75,7 +75,7 @@ class ParallelHeads(Objective):
             [sums[f"head_{offset}"]] = self.read_out(x, model.norm, output, [wanted], rows)
         return sums
 
-    def terms(self, seed: int, step: int, samples: Tensor) -> dict[str, int | Tensor]:
+    def terms(self, seed: int, step: int, samples: Tensor) -> dict[str, int]:
         heads = {f"head_{d}": len(samples) * (self.config.length - d + 1) for d in self.offsets}
         return {**super().terms(seed, step, samples), **heads}
 

@@ -83,7 +83,7 @@ class Rear(Objective):
             sums["decode"] = -cosine(self.decode(run.states[self.deep]), vectors).sum()
         return sums
 
-    def terms(self, seed: int, step: int, samples: Tensor) -> dict[str, int | Tensor]:
+    def terms(self, seed: int, step: int, samples: Tensor) -> dict[str, int]:
         n, count = self.config.length, len(samples)  # the number of changed inputs moves no divisor
         beside = {"encode": count * (n - 1), "decode": count * n} if self.weight else {}
         return {**super().terms(seed, step, samples), **beside}

@@ -74,7 +74,7 @@ class SequentialHeads(Objective):
             [sums[f"depth_{k}"]] = self.read_out(state[:, :n - k], depth.norm, model.output, [wanted], rows)
         return sums
 
-    def terms(self, seed: int, step: int, samples: Tensor) -> dict[str, int | Tensor]:
+    def terms(self, seed: int, step: int, samples: Tensor) -> dict[str, int]:
         depths = {f"depth_{k}": len(samples) * (self.config.length - k) for k in range(1, len(self.depths) + 1)}
         return {**super().terms(seed, step, samples), **depths}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mutor_img.common.errors import UserError
 from mutor_img.common.streams import Stream, generator_seed, uniform
 from mutor_img.data.order import TrainingCodes, check_same_codes
 from mutor_img.data.store import Codes
+from mutor_img.objectives.objective import Batch
 from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.pretraining.held_out import next_token_loss
 from mutor_img.pretraining.plan import training_flops, trunk_flops
@@ -27,6 +29,7 @@ from mutor_img.pretraining.preflight import Preflight, preflight
 from mutor_img.pretraining.scores import RunScores
 from mutor_img.sampling.pictures import PUT_BACK, verified_tokenizer
 from mutor_img.training.compiling import compile_whole
+from mutor_img.training.hardware import to_device
 from mutor_img.training.optimizer import freeze
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.task import Task
@@ -52,7 +55,7 @@ class GeneratorTask(Task):
         runtime.agree(to_dict(config))
         self.preflight: Preflight | None = None
         self.law = config.law()
-        self._counted: tuple[int, dict[str, int | Tensor]] = -1, {}  # a step, and its losses' terms
+        self._counted: tuple[int, dict[str, int]] = -1, {}  # a step, and its losses' terms
         self.data = TrainingCodes([open_codes(f, config, runtime) for f in config.data.folders()], config.seed)
         self.codes = self.data.stores[0]
         self.val_codes = open_codes(config.data.val_codes, config, runtime) if config.data.val_codes else None
@@ -86,13 +89,12 @@ class GeneratorTask(Task):
         return training_flops(self._trunk_flops, self.model.objective, step)
 
     def batch(self, step: int, samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return labels (b,), the same with the null class where they are dropped, and codes (b, N).
+        """Return labels (b,), the same with the null class where they are dropped, and codes (b, N), on the CPU.
 
-        ``samples`` are global sample numbers (b,) on the CPU. What it returns is on the run's device.
+        ``samples`` are global sample numbers (b,).
         """
-        device = self.runtime.device
-        codes, labels = (x.to(device, non_blocking=True) for x in self.data.batch(samples.numpy()))
-        drawn = uniform(self.config.seed, Stream.CLASS_DROP, step, samples.to(device, non_blocking=True))
+        codes, labels = self.data.batch(samples.numpy())
+        drawn = uniform(self.config.seed, Stream.CLASS_DROP, step, samples)
         return labels, torch.where(drawn < self.config.model.class_dropout, self.config.model.classes, labels), codes
 
     def loss(self, model: nn.Module, step: int, samples: Tensor,
@@ -100,15 +102,15 @@ class GeneratorTask(Task):
         """Return this micro-batch's share of the objective's loss, and of its parts before they are weighted."""
         labels, dropped, codes = self.batch(step, samples)  # (b,), (b,), (b, N)
         config, device, objective = self.config, self.runtime.device, self.model.objective
-        batch = objective.prepare(config.seed, step, samples.to(device, non_blocking=True), dropped, codes)
+        batch = on_device(objective.prepare(config.seed, step, samples, dropped, codes), device)
         if objective.teacher_taps:
+            clean = to_device(labels, device), to_device(codes[:, :-1], device)
             with torch.no_grad():
-                batch.teacher = average(within=lambda whole: whole.run(labels, codes[:, :-1],
-                                                                       taps=objective.teacher_taps).states)
+                batch.teacher = average(within=lambda whole: whole.run(*clean, taps=objective.teacher_taps).states)
         if batch.anchors is not None and self.model.flex is None and self.flex_passes(device):
             self.model.use_flex(batch.anchors, fixed=self.law.count is None)
         sums = model(within=lambda whole: whole.objective(whole, batch, config.model.loss_chunk))
-        terms, weights = self._terms(step, device), objective.weights(step, config.train.steps)
+        terms, weights = self._terms(step), objective.weights(step, config.train.steps)
         means = {name: sums[name] / terms[name] for name in weights}
         return sum(weights[name] * mean for name, mean in means.items()), means
 
@@ -125,11 +127,11 @@ class GeneratorTask(Task):
             self.preflight.record(self.config.run_dir, self.runtime)
         return self.preflight is not None and self.preflight.passed
 
-    def _terms(self, step: int, device: torch.device) -> dict[str, int | Tensor]:
+    def _terms(self, step: int) -> dict[str, int]:
         """Return how many terms each loss has in the whole global batch: a mean over ranks would depend on them."""
         batch = self.config.train.global_batch
         if self._counted[0] != step:  # once per update, not once per micro-batch
-            everyone = torch.arange(step * batch, (step + 1) * batch, device=device)
+            everyone = torch.arange(step * batch, (step + 1) * batch)
             self._counted = step, self.model.objective.terms(self.config.seed, step, everyone)
         return self._counted[1]
 
@@ -141,7 +143,7 @@ class GeneratorTask(Task):
         loss = next_token_loss(model, self.model.config, self.val_codes, size, self.runtime, chunk)
         return {"val_next_token": loss}
 
-    def doubt(self, step: int, values: Mapping[str, float | Tensor]) -> str | None:
+    def doubt(self, step: int, values: Mapping[str, float]) -> str | None:
         loss = values.get("next_token")
         if step != DOUBTED or not self.config.expected_loss or self.config.init_from or loss is None:
             return None
@@ -150,7 +152,7 @@ class GeneratorTask(Task):
             return None
         hint = ("it learns little: look at optim.lr, gradient_norm and data.codes" if loss > high else
                 "something may tell it the answers, or the codes are too plain: look at them with tokenizer.inspect")
-        return (f"next_token is {float(loss):.3f} after {step} updates, and expected_loss is {low:g} to {high:g}; "
+        return (f"next_token is {loss:.3f} after {step} updates, and expected_loss is {low:g} to {high:g}; "
                 f"{hint} (docs/imagenet.md, 'What loss should I see?')")
 
     def score(self, model: nn.Module, step: int) -> dict[str, float]:
@@ -179,6 +181,12 @@ class GeneratorTask(Task):
                 "tokenizer_hash": info.tokenizer_hash, "stores": [
                     {"path": str(store.folder), "hash": store.content_hash(), "crop": store.info.crop,
                      "views": store.info.views} for store in stores]}
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """Return a batch that was made on the CPU, on the device; the CPU does not wait."""
+    moved = {name: to_device(value, device) for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    return replace(batch, **moved)
 
 
 def start_from(model: Transformer, path: str, codes: dict[str, Any] | None = None) -> str:

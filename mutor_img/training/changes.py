@@ -18,7 +18,7 @@ SILENT = (  # change where, how fast or how long a run trains and what it shows,
     "expected_loss", "eval.", "train.steps", "train.micro_batch", "train.compile", "train.parallel",
     "train.activation_checkpointing", "train.log_every", "train.trackers", "train.checkpoint_every", "train.keep",
     "train.milestones", "train.validate_every", "train.picture_every", "train.timeout_minutes",
-    "train.check_ranks_every",
+    "train.check_ranks_every", "train.skip_bad_updates",
 )
 
 

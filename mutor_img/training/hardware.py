@@ -1,4 +1,4 @@
-"""What the device could do at best, for model FLOPs utilisation (MFU)."""
+"""What the device could do at best, for model FLOPs utilisation (MFU), and how memory is used best."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import time
 
 import torch
+from torch import Tensor
 
 # Dense peaks in TFLOP/s from the vendors' data sheets: bf16, TF32, fp32. By words of the device's name; the first whose
 # words are all in it counts.
@@ -30,6 +31,16 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and stay there
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Return a CPU tensor on the device, which copies it when it gets there: the CPU does not wait.
+
+    From memory that is not pinned, the CPU would wait until the device has done all that it was told before.
+    """
+    if torch.device(device).type == "cuda":
+        tensor = tensor.contiguous().pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def computes_in_bf16(device: torch.device) -> bool:

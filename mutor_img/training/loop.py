@@ -13,12 +13,12 @@ from tqdm import tqdm
 from mutor_img.common.config import record
 from mutor_img.common.files import remove, write_atomic
 from mutor_img.training.compiling import compile_settings
-from mutor_img.training.hardware import peak_flops
-from mutor_img.training.log import RunLog, log_line
+from mutor_img.training.log import RunLog
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.stopping import Stopped, StopRequest
-from mutor_img.training.task import Task, read_numbers
+from mutor_img.training.task import Task
 from mutor_img.training.trainer import Trainer
+from mutor_img.training.updates import Updates
 
 TO_EVALUATE = ".to_evaluate"  # in a run folder: the step whose validation, scores and pictures are not all done
 
@@ -47,7 +47,6 @@ def train(task: Task, config: Any, runtime: Runtime, stop: StopRequest | None = 
 
 def _train(task: Task, config: Any, runtime: Runtime, stop: StopRequest) -> Trainer:
     with stop.at_once():
-        stop.join(runtime)
         trainer = Trainer(task, config, runtime)
         evaluated = not runtime.from_main(lambda: _is_left(trainer))
     if trainer.step >= config.train.steps and evaluated:
@@ -92,51 +91,45 @@ def _run(trainer: Trainer, log: RunLog | None, stop: StopRequest, evaluated: boo
 
     Without ``evaluated`` it begins with the validation, scores and pictures of the last update.
     """
-    train, task, alone = trainer.config.train, trainer.task, trainer.runtime.world == 1
-    peak = peak_flops(trainer.runtime.device, train.precision, task.operation)
-    bar = tqdm(total=train.steps, initial=trainer.step, desc=trainer.run_dir.name, unit="step", disable=not log,
+    train, alone, first = trainer.config.train, trainer.runtime.world == 1, trainer.step
+    bar = tqdm(total=train.steps, initial=first, desc=trainer.run_dir.name, unit="step", disable=not log,
                mininterval=1.0, dynamic_ncols=True)
     if log and train.compile and trainer.step < train.steps:
         bar.write("compiling at the first update: it takes longer than the others, about a minute on CPUs")
-    first, mark_step, mark_seconds = trainer.step, trainer.step, trainer.seconds
+    updates = Updates(trainer, log, bar)
     if not evaluated:
         _evaluate(trainer, log, bar, stop)
-    while trainer.step < train.steps and not stop.requested():
+    while trainer.step < train.steps and not updates.stop and not (alone and stop.seen):
         begun = time.perf_counter()
         try:  # One process need not wait for an update's gradients, several not for the first one's, which compiles.
             with stop.at_once() if alone or trainer.step == first else nullcontext():
-                values = trainer.gradients()
+                values = trainer.gradients(stop)
         except Stopped:
             if trainer.step == first:
                 raise
             break
-        values = trainer.apply(values)
-        trainer.seconds += time.perf_counter() - begun
+        updates.add(trainer.apply(values))
         step, done = trainer.step, trainer.step == train.steps
+        saving = done or _due(step, train.checkpoint_every, False) or step in train.milestones
+        looking = _evaluates(trainer)
+        arrived = updates.arrived(everything=saving or looking)
+        trainer.seconds += time.perf_counter() - begun
         bar.update()
-        if log and (doubt := task.doubt(step, values)):
-            bar.write(f"warning: {doubt}")
-        if log and (done or step % train.log_every == 0 or step == 1):
-            elapsed = max(1e-9, trainer.seconds - mark_seconds)
-            rate = (step - mark_step) * train.global_batch / elapsed  # samples per second
-            values = {**read_numbers(values), "samples": step * train.global_batch}
-            values[f"{task.unit}_per_second"] = rate * task.units_per_sample
-            if peak:
-                values["mfu"] = rate * task.flops_per_sample(step - 1) / peak / trainer.runtime.world
-            log.write(step, values)
-            bar.write(log_line(values, step, train.steps, task, elapsed / (step - mark_step)))
-            mark_step, mark_seconds = step, trainer.seconds
+        for number, values in arrived:
+            updates.tell(number, values)
         if _due(step, train.check_ranks_every, False):
             trainer.compare_ranks()
-        if log and _evaluates(trainer):
+        if log and looking:
             write_atomic(trainer.run_dir / TO_EVALUATE, lambda aside, step=step: aside.write_text(f"{step}\n"))
-        if done or _due(step, train.checkpoint_every, False) or step in train.milestones:
+        if saving:
             trainer.save()  # before what may take long
         _evaluate(trainer, log, bar, stop)
+    for number, values in updates.arrived(everything=True):
+        updates.tell(number, values)
     if trainer.saved_step < trainer.step:
         trainer.save()
     if log and trainer.step < train.steps:
-        log.draw(task.headline)
+        log.draw(trainer.task.headline)
     bar.close()
 
 

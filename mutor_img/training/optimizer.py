@@ -27,6 +27,21 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), fused=True)
 
 
+def take_step(optimizer: torch.optim.AdamW, lr: float, skipped: Tensor) -> None:
+    """Move weights along their gradients, and drop these; where ``skipped``, neither weights nor moments move.
+
+    Args:
+        optimizer: fused.
+        lr: the learning rate.
+        skipped: () bool, on the device. Nobody waits to know it.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.found_inf = skipped.float()  # where torch.amp.GradScaler tells fused optimisers of an overflow
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     """Keep every weight as it is whose name matches one of the patterns: it gets no gradient and no weight decay.
 

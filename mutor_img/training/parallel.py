@@ -158,14 +158,18 @@ def copy_rows(target: Tensor, group: TensorGroup, name: str) -> None:
     rows.tensor.copy_(group.read(name, rows.start, rows.start + len(rows.tensor)))
 
 
+def held(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return named tensors as this process holds them: of a sharded one its rows, in the same memory."""
+    return {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
+
+
 def not_finite(tensors: dict[str, Tensor], runtime: Runtime) -> str | None:
     """Return the name of the first tensor with a number that is not finite, or None; one read from the device.
 
     Of a sharded tensor those numbers count that this process holds.
     """
-    held = {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
     ends = {name: torch.stack(tensor.detach().aminmax()).double().to(runtime.device)  # both are NaN where one number is
-            for name, tensor in held.items() if tensor.numel() and tensor.is_floating_point()}
+            for name, tensor in held(tensors).items() if tensor.numel() and tensor.is_floating_point()}
     sound = torch.stack(list(ends.values())).isfinite().all(dim=1).tolist() if ends else []
     return next((name for name, good in zip(ends, sound) if not good), None)
 
@@ -176,14 +180,14 @@ def other_copy(tensors: dict[str, Tensor], runtime: Runtime) -> str | None:
     Of each tensor one number travels, the sum of its bits read as whole numbers: any one flipped bit changes it. What
     is sharded stands nowhere twice and is passed over.
     """
-    held = {name: tensor.detach() for name, tensor in tensors.items() if not isinstance(tensor, DTensor)}
-    if runtime.world == 1 or not held:
+    copies = {name: tensor.detach() for name, tensor in tensors.items() if not isinstance(tensor, DTensor)}
+    if runtime.world == 1 or not copies:
         return None
     sums = torch.stack([tensor.view(_WHOLE[tensor.element_size()]).sum(dtype=torch.int64).to(runtime.device)
-                        for tensor in held.values()])  # (tensors,)
+                        for tensor in copies.values()])  # (tensors,)
     first = sums.clone()
     dist.broadcast(first, 0)
-    return next((name for name, same in zip(held, (sums == first).tolist()) if not same), None)
+    return next((name for name, same in zip(copies, (sums == first).tolist()) if not same), None)
 
 
 def load_model(model: nn.Module, group: TensorGroup) -> None:

@@ -8,11 +8,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-import torch.distributed as dist
-
-from mutor_img.training.runtime import Runtime
-
 
 class Stopped(BaseException):
     """A signal came where there is nothing to save. No ``Exception``: nothing on the way may swallow it."""
@@ -24,7 +19,6 @@ class StopRequest:
     def __init__(self):
         self.seen = False
         self._raising = False
-        self._group = None
         self._previous = {}
 
     def __enter__(self) -> StopRequest:
@@ -35,11 +29,6 @@ class StopRequest:
     def __exit__(self, *error) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-
-    def join(self, runtime: Runtime) -> None:
-        """Ask all processes of the launch from now on."""
-        if runtime.world > 1:  # a CPU group: agreeing must not wait for the GPU
-            self._group = dist.new_group(backend="gloo", timeout=runtime.timeout)
 
     def _note(self, number, frame) -> None:
         self.seen = True
@@ -57,14 +46,6 @@ class StopRequest:
             yield
         finally:
             self._raising = False
-
-    def requested(self) -> bool:
-        """Return whether any process was asked to stop; every process calls this at the same step."""
-        if self._group is None:
-            return self.seen
-        flag = torch.tensor([int(self.seen)])
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
-        return bool(flag.item())
 
 
 def end_now() -> None:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 
@@ -62,21 +61,26 @@ class Task:
     def draw_pictures(self, model: nn.Module, folder: Path, step: int) -> None:
         """Write pictures of what ``model`` can do by now into ``folder``; runs on rank 0."""
 
-    def doubt(self, step: int, values: Mapping[str, float | Tensor]) -> str | None:
+    def doubt(self, step: int, values: Mapping[str, float]) -> str | None:
         """Return what looks wrong after ``step`` updates, for a warning; ``values`` are what the last one logs."""
         return None
 
     def before_update(self, step: int) -> dict[str, Tensor]:
         """Make the gradients of what the task trains beside the model (e.g. a discriminator), before any weight moves.
 
-        Returns scalars to log, the same on all ranks. If one of them is not finite, nothing is updated.
+        Returns scalars to log, the same on all ranks. If one of them is not finite, the update is skipped.
         """
         return {}
 
-    def after_update(self, model: nn.Module, step: int) -> dict[str, Tensor]:
+    def after_update(self, model: nn.Module, step: int, skipped: Tensor) -> dict[str, Tensor]:
         """Mend the model after an update (e.g. dead codes); returns scalars to log, the same on all ranks.
 
-        Nothing here may read from the device: an update waits for it once, when its gradients are known.
+        Nothing here may read from the device, nor move where the update is skipped.
+
+        Args:
+            model: this task's.
+            step: number of the update, from 0.
+            skipped: () bool, on the device.
         """
         return {}
 
@@ -94,10 +98,3 @@ class Task:
     def metadata(self) -> dict[str, Any]:
         """Return what a checkpoint's JSON must say for the model to be built again without this config."""
         raise NotImplementedError(type(self).__name__)
-
-
-def read_numbers(values: Mapping[str, float | Tensor]) -> dict[str, float]:
-    """Return named scalars as numbers, all that are on the device in one read, which waits for it."""
-    found = {name: value.double() for name, value in values.items() if isinstance(value, Tensor)}
-    numbers = torch.stack(list(found.values())).tolist() if found else []
-    return {**values, **dict(zip(found, numbers))}

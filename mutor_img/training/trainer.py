@@ -24,10 +24,19 @@ from mutor_img.common.processes import share_mistake
 from mutor_img.common.streams import Stream, generator_seed
 from mutor_img.training import parallel
 from mutor_img.training.changes import check_changes, require_group
-from mutor_img.training.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
+from mutor_img.training.numbers import read_numbers
+from mutor_img.training.optimizer import (
+    build_optimizer,
+    learning_rate,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    take_step,
+)
 from mutor_img.training.runtime import Runtime
-from mutor_img.training.task import Task, read_numbers
+from mutor_img.training.stopping import StopRequest
+from mutor_img.training.task import Task
 
+WINDOW = 1000  # the updates among which train.skip_bad_updates counts
 _REMEDY = "lower optim.lr or use train.precision=fp32, then run the same command again"
 
 
@@ -37,6 +46,7 @@ class Trainer:
     Attributes:
         step: updates done.
         seconds: time spent in updates, over all sittings; validation and pictures not counted.
+        skipped: those of the last updates that were skipped, as the number of updates done with each.
         changes: settings that differ from those of the checkpoint that it resumed from, a phrase each.
     """
 
@@ -77,7 +87,7 @@ class Trainer:
         if self.ema is not None and self.sharded:
             parallel.shard(self.ema.module, task.blocks(self.ema.module), config.train, runtime)
         self.optimizer = build_optimizer(self.model, config.optim)
-        self.step, self.seconds, self.saved_step, self.changes = 0, 0.0, 0, []
+        self.step, self.seconds, self.saved_step, self.skipped, self.changes = 0, 0.0, 0, [], []
         if folder is not None:
             self._resume(folder)
 
@@ -112,6 +122,7 @@ class Trainer:
             parallel.load_model(self.ema.module, open_group(folder, "ema", rank, world))
         self.task.resume(folder)
         self.step, self.seconds, self.saved_step = meta["step"], meta["seconds"], meta["step"]
+        self.skipped = meta.get("skipped", [])
 
     @property
     def best_model(self) -> nn.Module:
@@ -130,14 +141,24 @@ class Trainer:
         return model.eval() if wanted else None
 
     def update(self) -> dict[str, float]:
-        """Do one optimiser update over the global batch; returns the logged values, the same on all ranks."""
-        return read_numbers(self.apply(self.gradients()))
-
-    def gradients(self) -> dict[str, float]:
-        """Make the clipped gradients of the global batch; returns what is logged of them. Nothing that is saved moves.
+        """Do one optimiser update over the global batch and wait for it; returns the logged values.
 
         Raises:
-            UserError: a loss or a gradient norm is not finite.
+            UserError: as :meth:`judge`.
+        """
+        values = read_numbers(self.apply(self.gradients()))
+        self.judge(self.step, values)
+        return values
+
+    def gradients(self, stop: StopRequest | None = None) -> dict[str, Tensor]:
+        """Make the clipped gradients of the global batch. Nothing that is saved moves.
+
+        Args:
+            stop: whether this process was asked to stop.
+
+        Returns:
+            Scalars on the device, the same on all ranks: what is logged of the gradients, and with ``stop`` under this
+            name how many processes were asked to. Neither here nor in :meth:`apply` does the CPU wait for the device.
         """
         train, runtime = self.config.train, self.runtime
         average = self.ema.module if self.ema is not None else None
@@ -157,30 +178,66 @@ class Trainer:
                 totals[name] = totals.get(name, 0.0) + value.detach()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip or math.inf)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        sums = runtime.sum(torch.stack([totals[name].float() for name in totals]))
-        beside = self.task.before_update(self.step)
-        logged = read_numbers({**dict(zip(totals, sums)), "gradient_norm": norm, **beside})
-        bad = [name for name, value in logged.items() if not math.isfinite(value)]
-        if bad:
-            raise UserError(f"step {self.step}: {bad[0]} is {logged[bad[0]]}; nothing was updated and "
-                            f"{self._last_good()} is the last good state; {_REMEDY}")
-        return logged
+        if stop is not None:
+            totals["stop"] = torch.full((), float(stop.seen), device=runtime.device)
+        sums = runtime.sum(torch.stack([total.float() for total in totals.values()]))
+        return {**dict(zip(totals, sums)), "gradient_norm": norm, **self.task.before_update(self.step)}
 
-    def apply(self, logged: dict[str, float]) -> dict[str, float | Tensor]:
-        """Move the weights by their gradients, and the average after them; returns ``logged`` and more.
+    def apply(self, values: dict[str, Tensor]) -> dict[str, float | Tensor]:
+        """Do the update whose gradients are made: weights move, and the average after them.
 
-        Nothing here waits for the device: what is more may still be on it.
+        Where one of ``values`` is not finite, the update is skipped. It counts as done, and nothing that is saved
+        moves. The device decides this, and the CPU learns of it later, by :meth:`judge`.
+
+        Args:
+            values: of :meth:`gradients`.
+
+        Returns:
+            ``values`` and more to log, and under ``skipped`` whether this update was.
         """
+        skipped = ~torch.stack([value.float() for value in values.values()]).isfinite().all()  # () bool
         lr = learning_rate(self.config.optim, self.step, self.config.train.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        after = self.task.after_update(self.model, self.step)
+        take_step(self.optimizer, lr, skipped)
+        after = self.task.after_update(self.model, self.step, skipped)
         if self.ema is not None:
-            self.ema.update(self.model, step=self.step + 2)  # decay (1 + n) / (10 + n) at update n
+            self._average(skipped)
         self.step += 1
-        return {**logged, **after, "lr": lr}
+        return {**values, **after, "lr": lr, "skipped": skipped}
+
+    @torch.no_grad()
+    def _average(self, skipped: Tensor) -> None:
+        """Move the averaged model towards the model, as ModelEmaV3 does; where ``skipped``, it stays.
+
+        But the average of a weight that is itself NaN becomes NaN, too: 0 * NaN is. Neither is ever saved.
+        """
+        share = ~skipped * (1.0 - self.ema.get_decay(self.step + 2))  # decay (1 + n) / (10 + n) at update n
+        averages, weights = (parallel.held(model.state_dict()) for model in (self.ema.module, self.model))
+        torch._foreach_lerp_(list(averages.values()), list(weights.values()), [share] * len(averages))
+
+    def judge(self, step: int, values: dict[str, float]) -> str | None:
+        """Look at what update number ``step``, from 1, has computed, and take ``skipped`` out of it.
+
+        Args:
+            step: the updates done with it.
+            values: those of :meth:`apply`, read from the device.
+
+        Returns:
+            None, or of an update that was skipped what to tell.
+
+        Raises:
+            UserError: it was skipped, and no more may be.
+        """
+        if values.pop("skipped") != 1:
+            return None
+        fault = next(f"{name} is {value}" for name, value in values.items() if not math.isfinite(value))
+        self.skipped = [done for done in self.skipped if done > step - WINDOW] + [step]
+        most = self.config.train.skip_bad_updates
+        if len(self.skipped) > most:
+            enough = f", {most} of the {WINDOW} updates before were skipped already," if most else ""
+            raise UserError(f"step {step - 1}: {fault}; nothing was updated{enough} and {self._last_good()} is the "
+                            f"last good state; {_REMEDY}")
+        return (f"step {step}: {fault}; this update was skipped (train.skip_bad_updates: {len(self.skipped)} of {most} "
+                f"in {WINDOW} updates)")
 
     def compare_ranks(self) -> None:
         """Check that all processes hold the same weights, average and optimiser state; all call this.
@@ -219,7 +276,8 @@ class Trainer:
             tensors["ema"] = self.ema.module.state_dict()
         tensors.update(self.task.tensors())
         self._refuse_broken(tensors)
-        meta = {"seconds": self.seconds, "samples": self.step * self.config.train.global_batch, **self.metadata()}
+        meta = {"seconds": self.seconds, "samples": self.step * self.config.train.global_batch,
+                "skipped": self.skipped, **self.metadata()}
         rows = {group: parallel.as_slices(content, self.runtime) for group, content in tensors.items()}
         train = self.config.train
         write_checkpoint(self.run_dir, self.step, rows, meta, train.keep, self.runtime, train.milestones)

@@ -67,7 +67,7 @@ def test_a_disk_that_fails_is_one_line_and_nothing_is_lost(place):
 
 def test_a_number_that_is_none_is_refused_before_it_is_saved(place):
     found = tried("numbers", place, lambda name: name.startswith("NaN"))
-    assert len(found) == 9 and set(found.values()) == {"before the update", "before the checkpoint"}
+    assert len(found) == 12 and set(found.values()) == {"before the update", "before the checkpoint"}
 
 
 def test_no_command_asks_for_a_network_and_what_is_to_be_fetched_is_missing_in_one_line(place):

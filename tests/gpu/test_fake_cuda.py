@@ -1,6 +1,6 @@
 """Every command's core on CUDA tensors without a GPU: no tensors of two devices meet, and nothing waits unseen.
 
-Each walk names the functions that may read from the GPU. Those of an update are one: ``read_numbers``.
+Each walk names the functions that may read from the GPU. An update reads nothing, and ``Sent`` what it has made, later.
 """
 
 import itertools
@@ -30,7 +30,9 @@ from mutor_img.pretraining.scores import as_sampled
 from mutor_img.pretraining.task import GeneratorTask
 from mutor_img.registers import RegisterLaw
 from mutor_img.sampling.command import main as sample
+from mutor_img.training.numbers import Sent
 from mutor_img.training.runtime import Runtime
+from mutor_img.training.stopping import StopRequest
 from mutor_img.training.trainer import Trainer
 from tokenizer import load_tokenizer, scores
 from tokenizer.encode import main as encode
@@ -43,7 +45,7 @@ from tokenizer.training.perceptual import LPIPS
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 
 GPU = Runtime(torch.device("cuda"))
-OPEN, UPDATE = "mutor_img.pretraining.task.open_codes", "mutor_img.training.task.read_numbers"
+OPEN, UPDATE = "mutor_img.pretraining.task.open_codes", "mutor_img.training.numbers.Sent.__init__"
 SAVE = ("mutor_img.checkpoints.tensor_files._bytes_of", "mutor_img.training.parallel.not_finite")
 TO_NHWC = "mutor_img.common.images.to_nhwc"
 CHECKS = tuple(f"tokenizer.network.interface.ImageTokenizer.{name}" for name in ("_check_images", "_check_codes"))
@@ -104,16 +106,38 @@ LAWS = [
     ("registers.kind=1d", "registers.count=6", "registers.mixed_offsets=true", "train.precision=fp32"),
     ("registers.kind=1d", "registers.count=null", "registers.every=2", "registers.embedding=per_offset",
      "optim.clip=0"),
+    ("registers.kind=none", "objective.kind=mirai"),
 ]
 
 
 @pytest.mark.parametrize("overrides", LAWS)
-def test_an_update_of_a_generator(run_file, tiny, overrides):
+def test_an_update_of_a_generator_reads_nothing(run_file, tiny, overrides):
     config = generator(run_file, *overrides)
-    with FakeCuda([OPEN, UPDATE]):
+    with FakeCuda([OPEN]):
         trainer = Trainer(GeneratorTask(config, GPU), config, GPU)
-        trainer.update()
+        trainer.apply(trainer.gradients(StopRequest()))
         assert trainer.model.output.weight.device == trainer.best_model.output.weight.device == torch.device("cuda:0")
+
+
+def test_the_numbers_of_an_update_are_sent_without_waiting_for_them():
+    with FakeCuda([UPDATE]) as gpu:
+        values = {"loss": torch.ones((), device="cuda"), "lr": 0.1}
+        sent = Sent(values)
+        assert gpu.waits == 0 and sent.read() == {"loss": 0.0, "lr": 0.1}  # FakeCuda makes numbers up
+
+
+@pytest.mark.parametrize("most, overrides", [
+    (15, ("registers.kind=none",)), (40, ("registers.count=6",)),
+    (40, ("registers.count=null", "registers.wrap=false"))])
+def test_what_a_gpu_does_before_the_first_block_is_little(run_file, tiny, most, overrides):
+    config, seen = generator(run_file, *overrides), []
+    with FakeCuda([OPEN]) as gpu:
+        trainer = Trainer(GeneratorTask(config, GPU), config, GPU)
+        trainer.apply(trainer.gradients())
+        trainer.model.layers[0].register_forward_pre_hook(lambda *_: seen.append(gpu.kernels))
+        before = gpu.kernels
+        trainer.gradients()
+    assert 0 < seen[0] - before <= most
 
 
 def test_a_generators_run_its_pictures_and_its_resume(run_file, codes_folder, tiny, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from mutor_img.objectives.mirai import Mirai
 from mutor_img.objectives.objective import Batch
 from mutor_img.pretraining.task import GeneratorTask
+from mutor_img.training.numbers import read_numbers
 
 N, LAYERS, TAP = 20, 3, 2
 LABELS = torch.tensor([0, 2])
@@ -119,7 +120,7 @@ def test_the_logged_loss_is_that_against_the_average_of_the_updates_before(run_t
     task, samples = trainer.task, torch.arange(12, 16)
     other = copy.deepcopy(trainer.model).eval()
     by_average, by_model = (task.loss(trainer.model, 3, samples, teacher)[1] for teacher in (trainer.ema.module, other))
-    logged = trainer.gradients()
+    logged = read_numbers(trainer.gradients())
     for name in ("align_0", "align_1", "align_4"):
         assert logged[name] == pytest.approx(by_average[name].item(), rel=1e-5)
         assert logged[name] != pytest.approx(by_model[name].item(), rel=1e-5)

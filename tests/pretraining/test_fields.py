@@ -9,6 +9,7 @@ from tiny_runs import write_tokenizer
 from mutor_img import sampling
 from mutor_img.checkpoints.folder import find_checkpoint, read_meta
 from mutor_img.common.config import field_names, load_config
+from mutor_img.common.errors import UserError
 from mutor_img.pretraining import task as generator
 from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.pretraining.plan import plan_generator
@@ -67,6 +68,13 @@ def losses(trainer):
 
 def logged(trainer):
     return set(read_metrics(trainer.run_dir)[0])
+
+
+def verdict_on_a_bad_update(trainer):
+    try:
+        return trainer.judge(4, {"loss": float("nan"), "skipped": 1.0})
+    except UserError as error:
+        return str(error)
 
 
 def pictures(trainer):
@@ -170,6 +178,7 @@ FIELDS = {
     "train.milestones": (("train.keep=1",), "[1]", steps_kept),
     "train.validate_every": ((), "1", lambda t: len(rows_with(t, "val_next_token"))),
     "train.picture_every": ((), "1", pictures),
+    "train.skip_bad_updates": ((), "1", verdict_on_a_bad_update),
     "train.check_ranks_every": ((), "2", lambda t: COMPARED.copy()),
     "pictures.cfg_scale": (("train.picture_every=1",), "3", pictures),
     "pictures.per_class": (("train.picture_every=1",), "2", pictures),

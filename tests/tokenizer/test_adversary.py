@@ -65,7 +65,7 @@ def test_a_learning_discriminator_tells_images_from_reconstructions():
     for _ in range(15):
         rival.judge(images, reconstruction)
         logged = rival.learn(2, "fp32")
-        rival.step(1e-2)
+        rival.step(1e-2, torch.tensor(False))
     assert logged["discriminator"] < 0.7 and logged["logits_real"] > logged["logits_fake"] + 0.5
 
 

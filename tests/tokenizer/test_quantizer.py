@@ -82,7 +82,7 @@ def test_the_length_of_a_stored_row_does_not_matter():
 def test_idle_codes_are_counted_and_moved():
     codebook, _ = build(vocabulary=4, dim=2)
     for _ in range(3):
-        codebook.note_use(torch.tensor([5, 0, 1, 0]))
+        codebook.note_use(torch.tensor([5, 0, 1, 0]), torch.tensor(False))
     assert codebook.idle(3).tolist() == [False, True, False, True] and not codebook.idle(4).any()
     kept = codebook.codes()[[0, 2]]
     codebook.reseed(codebook.idle(3), torch.tensor([[0.6, 0.8], [0.0, 1.0], [0.6, 0.8], [1.0, 0.0]]))

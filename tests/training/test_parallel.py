@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -23,7 +24,7 @@ from mutor_img.common.config import TrainConfig, load_config
 from mutor_img.common.errors import UserError
 from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.pretraining.task import GeneratorTask
-from mutor_img.training import parallel
+from mutor_img.training import parallel, updates
 from mutor_img.training.log import read_metrics
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.trainer import Trainer
@@ -77,8 +78,11 @@ def gathered(trainer: Trainer) -> tuple[torch.nn.Module, bool]:
     return model, {weight.data_ptr() for weight in model.parameters()} == places
 
 
-def stop_on_rank_0(root: Path) -> int:
-    """Send SIGTERM to rank 0 alone in the midst of update 3; returns the step at which this process stopped."""
+def stop_on_rank_0(root: Path, behind: int) -> int:
+    """Send SIGTERM to rank 0 alone in the midst of update 3; returns the step at which this process stopped.
+
+    With ``behind`` 1 an update's numbers are looked at when the next one is under way, as on GPUs.
+    """
     good = GeneratorTask.loss
 
     def interrupted(task, model, step, samples, average):
@@ -88,7 +92,21 @@ def stop_on_rank_0(root: Path) -> int:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GeneratorTask, "loss", interrupted)
-        return train_small(root, "stopped", (FSDP,)).step
+        patch.setattr(updates, "behind", lambda device: behind)
+        return train_small(root, f"stopped_{behind}", (FSDP,)).step
+
+
+def skip_one(root: Path, name: str, *overrides: str) -> None:
+    """Train where the last process's loss of the second update is NaN, and one update may be skipped."""
+    good = GeneratorTask.loss
+
+    def broken(task, model, step, samples, average):
+        loss, values = good(task, model, step, samples, average)
+        return loss * (math.nan if step == 1 and task.runtime.rank == task.runtime.world - 1 else 1.0), values
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GeneratorTask, "loss", broken)
+        train_small(root, name, ("train.skip_bad_updates=1", "train.check_ranks_every=1", "train.steps=4", *overrides))
 
 
 def fail_on_rank_1(root: Path) -> None:
@@ -128,7 +146,9 @@ def work(rank: int, world: int, port: int, root: Path) -> None:
         result = {"reduce_scatters": reduced, "gathered_itself": itself,
                   "ddp_graphs": count_graphs(root, "ddp_compiled"),
                   "fsdp_graphs": count_graphs(root, "fsdp_compiled", FSDP, "train.activation_checkpointing=true"),
-                  "stopped_at": stop_on_rank_0(root)}
+                  "stopped_at": [stop_on_rank_0(root, behind) for behind in (0, 1)]}
+        skip_one(root, "ddp_skipped")
+        skip_one(root, "fsdp_skipped", FSDP)
         (root / f"result_{rank}.json").write_text(json.dumps(result))
         cli.run(lambda argv: fail_on_rank_1(root), [])
 
@@ -141,6 +161,7 @@ def root(tmp_path_factory, make_codes, processes) -> Path:
     train_small(root, "one", ())
     train_small(root, "frozen", ("freeze=['layers.0.*']",))
     train_small(root, "one_two_one", ("train.steps=2",))
+    skip_one(root, "skipped")
     (root / "status").write_text(json.dumps(launch(processes, 2, work, root)))
     launch(processes, 3, three, root)
     train_small(root, "one_two_one", ())
@@ -214,8 +235,17 @@ def test_blocks_are_compiled_whole_under_both_wrappers(root):
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step(root):
-    assert result(root)["stopped_at"] == result(root, 1)["stopped_at"] == 3
-    assert read_meta(find_checkpoint(root / "stopped"))["step"] == 3
+    assert result(root)["stopped_at"] == result(root, 1)["stopped_at"] == [3, 4]
+    assert [read_meta(find_checkpoint(root / f"stopped_{behind}"))["step"] for behind in (0, 1)] == [3, 4]
+
+
+@pytest.mark.parametrize("name", ["ddp_skipped", "fsdp_skipped"])
+def test_all_processes_skip_the_update_in_which_one_of_them_has_a_loss_that_is_none(root, name):
+    assert [row["step"] for row in read_metrics(root / name) if "skipped" in row] == [2]
+    assert curve(root, name) == pytest.approx(curve(root, "skipped"), abs=2e-5) and len(curve(root, name)) == 3
+    for group in ("model", "ema"):
+        one, two = saved(root, "skipped", group), saved(root, name, group)
+        assert all(torch.allclose(one[key], two[key], atol=1e-4) for key in one)
 
 
 def test_a_mistake_of_one_process_is_said_once_and_ends_both(root):

@@ -57,10 +57,10 @@ def flip(root: Path) -> None:
     """Train while a bit of rank 1's weights flips in the second update."""
     good = GeneratorTask.after_update
 
-    def after(task, model, step):
+    def after(task, model, step, skipped):
         if os.environ["RANK"] == "1" and step == 1:
             model.output.weight.data.view(torch.int32)[3, 2] ^= 1
-        return good(task, model, step)
+        return good(task, model, step, skipped)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GeneratorTask, "after_update", after)

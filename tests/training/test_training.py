@@ -103,10 +103,10 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_is_taken_whe
 def test_a_weight_that_is_not_finite_is_never_saved_and_the_step_is_named(run_training, monkeypatch, tmp_path):
     good = GeneratorTask.after_update
 
-    def spoil(task, model, step):
+    def spoil(task, model, step, skipped):
         if step == 2:  # the null class: no loss of this update sees it
             model.cls_embedding.embedding_table.weight.data[-1, 0] = float("inf")
-        return good(task, model, step)
+        return good(task, model, step, skipped)
 
     monkeypatch.setattr(GeneratorTask, "after_update", spoil)
     with pytest.raises(UserError, match=r"step 3: model cls_embedding\S* holds NaN or infinity.*step_00000002 is the"):

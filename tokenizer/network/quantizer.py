@@ -110,10 +110,15 @@ class Quantizer(nn.Module):
         return F.normalize(vectors.float(), dim=dim) if self.unit else vectors.float()
 
     @torch.no_grad()
-    def note_use(self, counts: Tensor) -> None:
-        """Record one update's use of each code; ``counts`` (vocabulary,) is over the whole global batch."""
+    def note_use(self, counts: Tensor, skipped: Tensor) -> None:
+        """Record one update's use of each code.
+
+        Args:
+            counts: (vocabulary,), over the whole global batch.
+            skipped: () bool, whether the update is skipped: then it does not count.
+        """
         idle = self.codebook_used[: self.vocabulary]
-        idle.copy_(torch.where(counts > 0, 0.0, idle + 1))
+        idle.copy_(torch.where(skipped, idle, torch.where(counts > 0, 0.0, idle + 1)))
 
     def idle(self, updates: int) -> Tensor:
         """Return which codes went unused for at least ``updates`` updates, (vocabulary,) bool.

@@ -17,7 +17,7 @@ from mutor_img.checkpoints.folder import load_strict, open_group, read_meta, rea
 from mutor_img.checkpoints.tensor_files import has_group
 from mutor_img.common.config import OptimConfig
 from mutor_img.common.errors import UserError
-from mutor_img.training.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from mutor_img.training.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors, take_step
 from mutor_img.training.runtime import Runtime
 from tokenizer.training.discriminator import PatchDiscriminator, discriminator_loss, generator_loss
 
@@ -82,12 +82,9 @@ class Adversary:
         loss, real, fake = self.runtime.sum(sums)
         return {"discriminator": loss, "logits_real": real, "logits_fake": fake, "discriminator_gradient_norm": norm}
 
-    def step(self, lr: float) -> None:
-        """Move the discriminator's weights along the gradients of :meth:`learn`."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+    def step(self, lr: float, skipped: Tensor) -> None:
+        """Move the discriminator's weights along the gradients of :meth:`learn`, but where ``skipped``, () bool."""
+        take_step(self.optimizer, lr, skipped)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return weights and optimiser state, as two groups of named tensors."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from mutor_img.common.images import naming
 from mutor_img.common.streams import Stream, uniform
 from mutor_img.data.order import StatelessOrder
+from mutor_img.training.hardware import to_device
 from tokenizer.images.crops import center_crop, crop_rule, pil_mode, pixels, random_crop, read_squares, to_float
 from tokenizer.images.source import ImageSource
 
@@ -60,7 +61,7 @@ class TrainingImages:
         if self.mirror:
             flipped = uniform(self.seed, Stream.AUGMENT, samples, 0) < 0.5  # (b,)
             images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
-        return to_float(images.to(device, non_blocking=True))
+        return to_float(to_device(images, device))
 
     def _read(self, samples: list[int]) -> list[Tensor]:
         """Return the pixels of ``samples``, and begin to read those that the next call should ask for."""
