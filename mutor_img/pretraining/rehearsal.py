@@ -20,7 +20,12 @@ IMAGES = 64
 
 
 def write_random_codes(folder: Path, grid: tuple[int, int], vocabulary: int, classes: int) -> Path:
-    """Write a code store of ``IMAGES`` images, one view each, of uniform codes drawn by a fixed seed; returns it."""
+    """Write a code store of ``IMAGES`` images, one view each, of uniform codes drawn by a fixed seed; returns it.
+
+    One that is there is the same, and stays: a run may be reading it.
+    """
+    if (folder / "codes.json").is_file():
+        return folder
     folder.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(0)
     codes = draw.integers(0, vocabulary, (IMAGES, 1, grid[0] * grid[1])).astype(code_dtype(vocabulary))
@@ -46,7 +51,9 @@ def random_run(folder: Path, law: RegisterLaw, *, schema: type[GeneratorConfig] 
         fields: other fields of ``schema``.
     """
     section = ModelSection(grid=law.grid, **(model or {}))
-    codes = write_random_codes(folder / "codes", law.grid, section.vocabulary, section.classes)
+    sizes = *law.grid, section.vocabulary, section.classes
+    name = "_".join(map(str, ("codes", *sizes)))
+    codes = write_random_codes(folder / name, law.grid, section.vocabulary, section.classes)
     registers = RegistersConfig(law.kind, law.count, law.d_max, list(law.chosen), every=law.every,
                                 mixed_offsets=law.mixed, wrap=law.wrap)
     once = {"log_every": 1, "checkpoint_every": 0, "validate_every": 0, "picture_every": 0}

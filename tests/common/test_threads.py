@@ -12,10 +12,12 @@ from mutor_img.common.threads import CHOICES, LONG, NEVER
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ["train.py", "sample.py", "evaluate_fid.py"]
-MODULES = sorted(
+WITHOUT_TORCH = {"mutor_img.study.fashion"}
+MODULES = sorted({
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
     for room in ("mutor_img", "tokenizer", "benchmarks") for path in (ROOT / room).rglob("*.py")
-    if 'if __name__ == "__main__":' in (text := path.read_text()) and "serve(" not in text)  # children inherit
+    if 'if __name__ == "__main__":' in (text := path.read_text()) and "serve(" not in text  # children inherit
+} - WITHOUT_TORCH)
 INSTALLED = [f"from mutor_img.common.doors import {door}; {door}()" for door in ("train", "sample", "evaluate_fid")]
 COMMANDS = [*([script] for script in SCRIPTS), *(["-m", module] for module in MODULES),
             *(["-c", code] for code in INSTALLED)]
@@ -97,6 +99,12 @@ def test_the_load_is_that_of_others():
 def test_a_user_s_choice_wins(seen_by_torch, name, value):
     seen = seen_by_torch("sample.py", load="100 100", **{name: value})
     assert seen == [value if n == name else "None" for n in CHOICES]
+
+
+@pytest.mark.parametrize("module", sorted(WITHOUT_TORCH))
+def test_a_command_that_sets_nothing_loads_no_torch(module):
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_a_library_import_changes_nothing(seen_by_torch):

@@ -6,6 +6,7 @@ import torch
 
 from mutor_img.common import cli
 from mutor_img.common.errors import UserError
+from mutor_img.common.files import read_json
 from mutor_img.evaluation import networks
 from mutor_img.evaluation.command import main
 from mutor_img.metrics import inception
@@ -30,7 +31,7 @@ def digits(samples, folders, classifier, *more):
 def test_digits_are_scored_to_a_table_and_a_file(samples, digit_folders, classifier, tmp_path, capsys):
     result = main(digits(samples, digit_folders, classifier, "--held-out", digit_folders["val"],
                          "--json", tmp_path / "scores.json"))
-    assert json.loads((tmp_path / "scores.json").read_text()) == result
+    assert read_json(tmp_path / "scores.json") == result
     assert {"fd", "is", "precision", "recall", "recognised", "distinct", "nearer_than_held_out"} <= set(result)
     assert (result["labels"], result["features"], result["nearer_than_held_out"]) == ("random", "mnist", 40)
     printed = capsys.readouterr()
