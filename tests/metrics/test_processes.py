@@ -1,6 +1,5 @@
 """Scoring in several processes: the numbers of one, and a mistake of one ends all."""
 
-import json
 import os
 import socket
 
@@ -12,6 +11,7 @@ from PIL import Image
 from projection import Projection
 
 from mutor_img.common.errors import UserError
+from mutor_img.common.files import read_json
 from mutor_img.evaluation.command import main
 from mutor_img.metrics.extraction import extract
 from mutor_img.metrics.image_sets import ArrayImages, FolderImages
@@ -74,7 +74,7 @@ def test_two_and_three_processes_get_the_numbers_of_one(run, digit_folders, clas
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(process, ([*arguments, "--json", str(tmp_path / "s.json")], tmp_path, port), nprocs=3)
-    found = json.loads((tmp_path / "s.json").read_text())
+    found = read_json(tmp_path / "s.json")
     assert found | {"seconds": 0} == expected | {"seconds": 0}
     alone = list(extracted())
     for name in ("three", "two"):

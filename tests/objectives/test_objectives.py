@@ -140,7 +140,7 @@ def test_another_objective_is_another_run(name, run_training):
 @pytest.mark.parametrize("override, message", [
     (("objective.kind=parallel",), r"objective.kind is 'parallel'; did you mean 'parallel-heads'"),
     (("objective.kind=parallel-heads", "registers.kind=2d"), "parallel-heads has no registers; give registers.ki"),
-    (("objective.weight=0.5",), "objective.weight is no setting of objective.kind=mutor; its settings stand"),
+    (("objective.weight=0.5",), "objective.weight is no setting of objective.kind=mutor; its settings are under"),
     ((*HEADS, "objective.offsets=[2,2]"), r"objective.offsets is \[2, 2\]; give different offsets between 1 and 16"),
     ((*HEADS, "objective.offsets=[17]"), r"objective.offsets is \[17\]"),
     ((*HEADS, "objective.tap_from_end=7"), r"objective.tap_from_end is 7; give a value in \[0, 2\]"),

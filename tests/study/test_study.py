@@ -18,6 +18,7 @@ from mutor_img.checkpoints.folder import write_checkpoint
 from mutor_img.common import cli, locks
 from mutor_img.common.config import field_names, load_config
 from mutor_img.common.errors import UserError
+from mutor_img.common.files import read_json
 from mutor_img.common.locks import claim, file_lock
 from mutor_img.sampling.pictures import decode_images
 from mutor_img.study import __main__ as study
@@ -130,7 +131,7 @@ def test_a_small_study_runs_from_images_to_scores_and_reuses_what_is_done(digits
     everything = json.loads((tmp_path / "runs" / "study" / "scores.json").read_text())
     scores, tokenizer = everything["generators"], everything["tokenizer"]
     assert {"psnr", "fd", "recall", "recognised", "per_class", "tokenizer_hash"} <= tokenizer.keys()
-    assert tokenizer == json.loads((tmp_path / "runs" / "study" / "reconstructions.json").read_text())
+    assert tokenizer == read_json(tmp_path / "runs" / "study" / "reconstructions.json")
     assert f"FD {tokenizer['fd']:.2f}" in done.stdout
     assert scores["mutor2d"]["per_class"].keys() == tokenizer["per_class"].keys() == set("0123456789")
     assert {"fd", "recognised", "recall", "distinct", "same_codes", "real_against_real"} <= scores["mutor2d"].keys()
