@@ -349,8 +349,9 @@ def _unknown(origin: str, key: str, schema: type) -> UserError:
     if key in known:  # in a file, where OmegaConf takes no dots
         section, _, name = key.rpartition(".")
         return UserError(f"{origin}: {key!r} is a key for the command line; in a file write {section}: {{{name}: …}}")
-    program = _ELSEWHERE.get(key) or _ELSEWHERE.get(key.partition(".")[0])
-    if program:
+    section = key.partition(".")[0]
+    ours = any(name.startswith(f"{section}.") for name in known)
+    if program := _ELSEWHERE.get(key) or (None if ours else _ELSEWHERE.get(section)):
         return UserError(f"{origin}: unknown key {key!r}; {program} has it: give that this config")
     return UserError(f"{origin}: unknown key {key!r}{suggest(key, known)}")
 

@@ -248,7 +248,7 @@ def test_every_kind_of_shipped_config_takes_two_steps_on_a_small_model(path, tin
 
     class Fake(Codes):  # random codes of the config's own grid, vocabulary and classes
         def __init__(self, folder):
-            super().__init__(make_codes(tmp_path / "codes"))
+            super().__init__(codes)
             length = wanted.model.grid[0] * wanted.model.grid[1]
             self.info.grid, self.info.vocabulary = tuple(wanted.model.grid), wanted.model.vocabulary
             self.info.class_names = [str(i) for i in range(wanted.model.classes)]
@@ -260,6 +260,7 @@ def test_every_kind_of_shipped_config_takes_two_steps_on_a_small_model(path, tin
     wanted = load_config(GeneratorConfig, path, [
         f"run_dir={tmp_path}/run", "train.steps=2", "train.global_batch=2", "train.compile=false", "train.log_every=1",
         "train.picture_every=0", "train.micro_batch=0", "train.precision=auto"])
+    codes = make_codes(tmp_path / "codes")
     vq = write_tokenizer(tmp_path / "vq", vocabulary=wanted.model.vocabulary, code_dim=8)
     monkeypatch.setattr(generator, "Codes", Fake)
     runtime = Runtime.start()

@@ -1,5 +1,6 @@
 """The YAML of a comparison: which runs it makes, in which order and under which keys, and what is refused."""
 
+import json
 import os
 import subprocess
 import sys
@@ -184,9 +185,7 @@ def arguments_of(line: str, folder: Path) -> list[list[str]]:
     subprocess.run(["bash", "-c", line], cwd=folder, check=True, env={
         **os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "SLURM_NNODES": "2", "SLURM_NODEID": "1",
         "SLURM_JOB_NODELIST": "node[7-8]", "NODE_RANK": "1", "MASTER_ADDR": "node7"})
-    from mutor_img.common.files import read_lines
-
-    return read_lines(folder / "calls")
+    return [json.loads(line) for line in (folder / "calls").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "sbatch"])

@@ -173,7 +173,7 @@ def test_a_record_without_an_id_is_one_line(tmp_path, record):
 
 
 def test_a_setting_of_the_environment_that_cannot_be_is_one_line(monkeypatch, tmp_path):
-    pytest.importorskip("wandb")
+    pytest.importorskip("wandb").teardown()  # it looks at the environment once per process
     monkeypatch.setenv("WANDB_MODE", "offlin")
     with pytest.raises(UserError, match=r"wandb cannot start \(.*mode Input should be 'online', 'offline'"):
         open_wandb(SimpleNamespace(run_dir=tmp_path))
