@@ -52,7 +52,7 @@ _CONFIGS = {
     "registers": _GENERATOR + "registers: {kind: 2d, count: 6, d_max: 3}\n",
     "mirai": _GENERATOR + _NONE + "objective: {kind: mirai}\n",
     "rear": _GENERATOR + _NONE + "objective: {kind: rear, noise_until: 10, code_dim: 4}\n",
-    "patches": _GENERATOR + _NONE + "objective: {kind: next-patch, stage_ends: [10]}\n",
+    "patches": _GENERATOR + _NONE + "objective: {kind: npp, stage_ends: [10]}\n",
     "heads": _GENERATOR + _NONE + "objective: {kind: parallel-heads, own_output: true}\n",
     "chain": _GENERATOR + _NONE + "objective: {kind: sequential-heads, depths: 2}\n",
     "tokenizer": _TOKENIZER,
