@@ -20,12 +20,12 @@ import platform
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.public import PublicTransformer
-from benchmarks.turns import in_turn, median_of, per_second, processor, product_peak
+from benchmarks.turns import forward_flops, in_turn, median_of, per_second, processor, product_peak, wait_for
 from mutor_img import generate
-from mutor_img.blocks import ModelConfig, model_flops
+from mutor_img.blocks import ModelConfig
 from mutor_img.common.cli import Parser, parse_numbers, run
 from mutor_img.common.config import check_choice
 from mutor_img.common.errors import check_range
@@ -48,24 +48,20 @@ def measure(who: str, batch: int, args: argparse.Namespace) -> dict[str, float]:
         nn.init.normal_(model.output.weight, std=0.02)
 
         def sample() -> None:
-            finished(generate(model, labels, cfg_scale=SCALE))
+            generate(model, labels, cfg_scale=SCALE)
+            wait_for(device)
     else:
         plain = PublicTransformer(config.layers, config.heads, config.dim, config.hidden, args.grid, args.vocabulary,
                                   config.classes).to(device, dtype).eval()
 
         def sample() -> None:
-            finished(plain.generate(labels, SCALE))
+            plain.generate(labels, SCALE)
+            wait_for(device)
 
     peak = product_peak(dtype, 2 * batch, device)
     rate = batch * per_second(sample, args.seconds)
-    flops = 2 * model_flops(config, config.length, config.length * (config.length + 1) / 2)  # with guidance
+    flops = 2 * forward_flops(config)  # with guidance
     return {"images per second": rate, "share of the peak": rate * flops / peak}
-
-
-def finished(codes: Tensor) -> None:
-    """Wait until codes are there."""
-    if codes.device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def machine(device: torch.device) -> str:

@@ -30,8 +30,8 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.public import PublicTransformer, training_step
-from benchmarks.turns import in_turn, median_of, per_second, processor, product_peak
-from mutor_img.blocks import LLAMAGEN_PRESETS, ModelConfig, model_flops
+from benchmarks.turns import forward_flops, in_turn, median_of, per_second, processor, product_peak
+from mutor_img.blocks import LLAMAGEN_PRESETS, ModelConfig
 from mutor_img.common.cli import Parser, run
 from mutor_img.common.config import TrainConfig, check_choice
 from mutor_img.common.errors import UserError, check_range
@@ -101,8 +101,7 @@ def measure(who: str, args: argparse.Namespace) -> dict[str, float]:
                 model.compile()
             step = training_step(model, args.batch, args.dtype == "bf16")
         rate = args.batch * per_second(step, args.seconds)
-    flops = 3 * model_flops(config, config.length, config.length * (config.length + 1) / 2)
-    return {"tokens per second": rate * config.length, "share of the peak": rate * flops / peak}
+    return {"tokens per second": rate * config.length, "share of the peak": rate * 3 * forward_flops(config) / peak}
 
 
 def against_public(args: argparse.Namespace) -> dict[str, float]:

@@ -14,6 +14,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from mutor_img.blocks import ModelConfig
+from mutor_img.transformer import Transformer
+
 CPU = torch.device("cpu")
 
 
@@ -55,6 +58,18 @@ def per_second(work: Callable[[], object], seconds: float) -> float:
     return calls / elapsed
 
 
+def wait_for(device: torch.device) -> None:
+    """Return once a device has done all that it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def forward_flops(config: ModelConfig) -> float:
+    """Return the FLOPs of a forward pass over one sequence without registers."""
+    with torch.device("meta"):
+        return Transformer(config).forward_flops(config.length)
+
+
 def product_peak(dtype: torch.dtype, rows: int = 1024, device: torch.device = CPU) -> float:
     """Return the FLOP/s of the machine's matrix product of (rows, 1024) by (1024, 4096): the best of five."""
     a, b = torch.randn(rows, 1024, device=device).to(dtype), torch.randn(4096, 1024, device=device).to(dtype).T
@@ -64,8 +79,7 @@ def product_peak(dtype: torch.dtype, rows: int = 1024, device: torch.device = CP
     def products() -> None:
         for _ in range(repeats):
             a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(device)
 
     return repeats * 2 * rows * 1024 * 4096 * max(per_second(products, 0.2) for _ in range(5))
 

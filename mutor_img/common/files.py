@@ -18,10 +18,8 @@ from mutor_img.common.errors import UserError
 
 PATIENCE = 90.0  # seconds; a network file system may show another machine's file a minute late (NFS: acdirmax)
 SEAL = "seal"  # the key of a hash in a JSON file
-_stuck: set[Path] = set()  # what could not be removed and has been said
-
-
 _MEND = "correct or remove that line"
+_stuck: set[Path] = set()  # what could not be removed and has been said
 
 
 def write_atomic(path: str | os.PathLike, write: Callable[[Path], None]) -> Path:

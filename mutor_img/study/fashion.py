@@ -67,9 +67,8 @@ def read_part(raw: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         UserError: a file is missing or damaged, or the two do not belong together.
     """
-    arrays = [read_idx(_find(raw, f"{PARTS[part]}-{name}"), dimensions)
-              for name, dimensions in (("images-idx3-ubyte", 3), ("labels-idx1-ubyte", 1))]
-    images, labels = arrays
+    images, labels = (read_idx(_find(raw, f"{PARTS[part]}-{name}"), dimensions)
+                      for name, dimensions in (("images-idx3-ubyte", 3), ("labels-idx1-ubyte", 1)))
     if len(images) != len(labels):
         raise UserError(f"{raw}: {len(images)} images and {len(labels)} labels in {PARTS[part]}-*; fetch both again")
     if len(labels) and labels.max() >= CLASSES:
