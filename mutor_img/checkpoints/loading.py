@@ -131,22 +131,24 @@ def _load_folder(path: Path, ema: bool | None, grid: tuple[int, int] | None, hea
         check_range("codes of the grid", config.length, 1, MOST_CODES)
         model = _blank(config)
     check_shapes(model, shapes, weights.origin)
-    _check_codes(meta.get("codes", {}), config.classes, origin)
+    if wrong := _damaged_about_codes(meta.get("codes", {}), config.classes):
+        raise UserError(f"{origin}: what it says of its codes is damaged ({wrong}); use another checkpoint")
     load_strict(model.to_empty(device="cpu"), sampled_weights(weights.read_all()), weights.origin)
     model.origin = folder
     return Loaded(model, folder, which, meta)
 
 
-def _check_codes(codes: Any, classes: int, origin: Path) -> None:
-    """Raise :class:`UserError` where a checkpoint says something of its codes that sampling could not use."""
-    wanted = {"tokenizer": str, "tokenizer_hash": str, "class_names": list, "image_size": int}
-    wrong = [name for name, kind in wanted.items() if type(codes.get(name)) not in (kind, type(None))] if isinstance(
-        codes, dict) else ["all of it"]
-    names = None if wrong else codes.get("class_names")
+def _damaged_about_codes(codes: Any, classes: int) -> str | None:
+    """Return what sampling could not use of what a checkpoint says of its codes, or None."""
+    if not isinstance(codes, dict):
+        return "all of it"
+    for name, kind in (("tokenizer", str), ("tokenizer_hash", str), ("class_names", list), ("image_size", int)):
+        if type(codes.get(name)) not in (kind, type(None)):
+            return name
+    names = codes.get("class_names")
     if names is not None and (len(names) != classes or not all(isinstance(name, str) for name in names)):
-        wrong = ["class_names"]
-    if wrong:
-        raise UserError(f"{origin}: what it says of its codes is damaged ({wrong[0]}); use another checkpoint")
+        return "class_names"
+    return None
 
 
 def _group(which: str) -> str:
