@@ -41,6 +41,15 @@ def check_range(name: str, value: float, low: float, high: float, *, low_open: b
 
 
 @contextmanager
+def naming(origin: object) -> Iterator[None]:
+    """Put ``origin``, a file or a key, before the message of a :class:`UserError`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from None
+
+
+@contextmanager
 def describing(kind: str, origin: object) -> Iterator[None]:
     """Turn whatever is raised while a model is built by the words of a file into an error that names the file.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mutor_img.blocks import ModelConfig
-from mutor_img.common.errors import UserError
+from mutor_img.common.errors import UserError, naming
 from mutor_img.common.hub import is_hub_name
 from mutor_img.common.images import grid_picture, shrink, to_nhwc, write_png
 from mutor_img.decoding.drafting import NO_DRAFT, Draft
@@ -76,9 +76,12 @@ def open_tokenizer(path: str | Path, device: torch.device | str, model: ModelCon
         raise UserError(f"{path}: has {vq.vocabulary} codes, but {origin} makes {model.vocabulary}; give the "
                         "tokenizer it was trained with")
     size = codes.get("image_size")
-    if size is not None and vq.grid_for(size) != model.grid:
-        raise UserError(f"{path}: makes {vq.grid_for(size)} codes of {size} pixels, but {origin} makes "
-                        f"{model.grid}; give the tokenizer it was trained with")
+    if size is not None:
+        with naming(origin):
+            grid = vq.grid_for(size)
+        if grid != model.grid:
+            raise UserError(f"{path}: makes {grid} codes of {size} pixels, but {origin} makes {model.grid}; give the "
+                            "tokenizer it was trained with")
     return vq
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from mutor_img.common.errors import UserError, check_range
+from mutor_img.common.errors import UserError, check_range, naming
 from mutor_img.decoding.guidance import parse_schedule
 
 
@@ -41,8 +41,9 @@ class StudyConfig:
             raise UserError("cfg_scales is empty; give at least one guidance scale")
         if not self.cfg_schedules:
             raise UserError("cfg_schedules is empty; give at least one schedule, as in constant")
-        for schedule in self.cfg_schedules:
-            parse_schedule(schedule)
+        with naming("cfg_schedules"):
+            for schedule in self.cfg_schedules:
+                parse_schedule(schedule)
         check_range("top_p", self.top_p, 0.0, 1.0, low_open=True)
         for scale in self.cfg_scales:
             check_range("cfg_scales", scale, 1.0, 100.0)

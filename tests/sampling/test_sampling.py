@@ -140,7 +140,7 @@ def test_cuda_is_refused_where_there_is_none(tmp_path):
 @pytest.mark.parametrize(("codes", "words"), [
     ({"tokenizer_hash": "0" * 64}, "were made by a tokenizer with 0000000000000000"),
     ({"tokenizer": "/absent/vq"}, "/absent/vq: no such file or folder"), ({"tokenizer": None}, "give --tokenizer"),
-    ({"image_size": 16}, "codes of 16 pixels"),
+    ({"image_size": 16}, "codes of 16 pixels"), ({"image_size": 0}, "step_00000003: image size 0 does not fit"),
 ], ids=str)
 def test_a_tokenizer_that_does_not_fit_is_refused(run_of, tmp_path, codes, words):
     with pytest.raises(UserError, match=words):

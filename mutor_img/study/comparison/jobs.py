@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mutor_img.checkpoints.folder import newest_checkpoint, read_meta
 from mutor_img.common.config import load_config, to_dict
-from mutor_img.common.errors import UserError, suggest
+from mutor_img.common.errors import UserError, naming, suggest
 from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.study.comparison.config import ComparisonConfig, RowConfig
 from mutor_img.training.changes import decisive
@@ -85,10 +85,8 @@ def row_config(study: ComparisonConfig, row: RowConfig) -> GeneratorConfig:
         if (key := text.partition("=")[0].strip()) in SET:
             raise UserError(f"row {row.name!r}: override {text!r}: the study itself sets {key} from its {SET[key]}; "
                             "leave it out")
-    try:
+    with naming(f"row {row.name!r}"):
         config = load_config(GeneratorConfig, row.config or study.base, [*row.overrides, _milestones(study, row)])
-    except UserError as error:
-        raise UserError(f"row {row.name!r}: {error}") from None
     if (last := study.steps(row)[-1]) > config.train.steps:
         raise UserError(f"row {row.name!r}: checkpoint {last} lies beyond its run of train.steps={config.train.steps} "
                         "updates; leave it out, or raise train.steps")
