@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 
+from benchmarks.chaos.steps import Step
 from mutor_img import blocks
 from mutor_img.common.config import load_config
 from mutor_img.pretraining.config import GeneratorConfig
@@ -98,6 +99,22 @@ def start_sampling(*flags: object, processes: int = 1, cwd: Path) -> subprocess.
     program = [sys.executable, *(launch if processes > 1 else ()), str(ROOT / "sample.py"), *map(str, flags)]
     return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd,
                             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+
+
+def start_fork(folder: Path, *words: str) -> Step:
+    """Start one of the project's commands in a folder, as a fork; the commands that it starts are forks, too.
+
+    What it prints goes to ``folder/printed.txt``. Saves the import of torch, which takes longer than a small run.
+    """
+    class Fork(Step):
+        log = folder / "printed.txt"
+
+        @staticmethod
+        def begin() -> None:
+            os.chdir(folder)
+            subprocess.Popen = Fork
+
+    return Fork([sys.executable, *words])
 
 
 def end_with_its_child(processes: BaseContext, target: Callable[[Path], None], folder: Path, number: int

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import IO, Any
 
 from mutor_img.common import cli
 
@@ -25,7 +26,7 @@ class Step:
     """A process like that of ``subprocess.Popen``.
 
     Attributes:
-        log: where everything goes that a step prints.
+        log: where everything goes that a step prints, unless it is started with a file for it.
         begin: called first in each step; set by whoever wants to do something to it.
     """
 
@@ -33,7 +34,8 @@ class Step:
     begin: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(self, args: Sequence[str], env: Mapping[str, str] | None = None,
-                 preexec_fn: Callable[[], None] | None = None, start_new_session: bool = False, **_: object):
+                 preexec_fn: Callable[[], None] | None = None, start_new_session: bool = False,
+                 stdout: IO[Any] | None = None, **_: object):
         self.returncode: int | None = None
         ready, begun = os.pipe()
         self.pid = os.fork()
@@ -52,7 +54,7 @@ class Step:
             if preexec_fn is not None:
                 preexec_fn()
             os.close(begun)
-            sys.stdout = sys.stderr = open(self.log, "a", buffering=1)  # noqa: SIM115 (open until the process ends)
+            sys.stdout = sys.stderr = open(stdout.fileno() if stdout else self.log, "a", buffering=1)  # noqa: SIM115
             if env is not None:
                 os.environ.clear()
                 os.environ.update(env)
@@ -90,7 +92,12 @@ class Step:
 
 
 def be(words: Sequence[str]) -> None:
-    """Be the command that a Python's arguments say, as in ``-m tokenizer.encode`` or ``-u train.py``."""
+    """Be the command that a Python's arguments say, as in ``-m tokenizer.encode``, ``-u train.py`` or ``-c CODE``."""
+    if "-c" in words:
+        at = words.index("-c") + 1
+        sys.argv = ["-c", *words[at + 1:]]
+        exec(words[at], {})
+        return
     at = next(number for number, word in enumerate(words) if word == "-m" or word.endswith(".py"))
     at += words[at] == "-m"
     cli.run(importlib.import_module(_MAINS.get(words[at], words[at])).main, words[at + 1:])

@@ -4,14 +4,13 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+from launching import start_fork
 from PIL import Image
 from tiny_study import write_inputs
 
@@ -31,11 +30,6 @@ WORDS = re.search(r"```\npython (-m mutor_img\.study .*)\n```", (ROOT / "docs" /
 CONFIG = WORDS[-1]
 
 
-def start(folder: Path) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, *WORDS], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
-
-
 def lines(folder: Path) -> list[str]:
     path = folder / "runs" / "tiny_study" / "rows.jsonl"
     return path.read_text().splitlines() if path.is_file() else []
@@ -51,17 +45,19 @@ def made(tmp_path_factory):
     (folder / "configs").mkdir()
     (folder / "configs" / "tiny.yaml").write_text(RECIPE)
     (folder / CONFIG).write_text(STUDY)
-    first = start(folder)
+    printed = folder / "printed.txt"
+    first = start_fork(folder, *WORDS)
     while len(lines(folder)) < 3:  # of six of the first run
-        assert first.poll() is None, first.communicate()[0]
+        assert first.poll() is None, printed.read_text()
         time.sleep(0.05)
     children = psutil.Process(first.pid).children(recursive=True)
-    first.kill()
-    first.communicate()
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
     psutil.wait_procs(children, timeout=60)
     left = lines(folder)
-    said = start(folder).communicate(timeout=1000)[0]
-    return folder, said, left
+    printed.unlink()
+    start_fork(folder, *WORDS).wait(1000)
+    return folder, printed.read_text(), left
 
 
 @pytest.mark.timeout(1200)
@@ -148,13 +144,13 @@ def test_a_study_that_is_told_to_end_ends_its_runs(made, tmp_path):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "tiny.yaml").write_text(RECIPE.replace("steps: 4", "steps: 100000"))
     (tmp_path / CONFIG).write_text(STUDY.replace("train.steps=6", "train.steps=100000"))
-    study = start(tmp_path)
+    study = start_fork(tmp_path, *WORDS)
     log = tmp_path / "runs" / "tiny_study" / "logs"
     while not log.is_dir() or not any("step 1/" in path.read_text() for path in log.iterdir()):
         assert study.poll() is None and time.sleep(0.05) is None
     children = psutil.Process(study.pid).children(recursive=True)
-    study.send_signal(signal.SIGTERM)
-    study.communicate(timeout=120)
+    study.terminate()
+    status = study.wait(120)
     _, alive = psutil.wait_procs(children, timeout=10)
-    assert study.returncode == 128 + signal.SIGTERM and not alive
+    assert status == 128 + signal.SIGTERM and not alive
     assert "to resume, run the same command again" in next(log.iterdir()).read_text()  # after it has saved

@@ -13,7 +13,7 @@ from mutor_img.common.config import load_config
 from mutor_img.common.errors import UserError
 from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.study import __main__ as command
-from mutor_img.study.comparison.commands import printed, torchrun
+from mutor_img.study.comparison.commands import printed, stages, torchrun
 from mutor_img.study.comparison.config import ComparisonConfig, RowConfig
 from mutor_img.study.comparison.jobs import all_jobs, find_job
 
@@ -49,6 +49,17 @@ def test_the_first_seed_of_every_row_comes_first(study_file):
 def test_the_words_of_a_run_give_its_config(study_file):
     for job in all_jobs(load_config(ComparisonConfig, study_file)):
         assert load_config(GeneratorConfig, job.words[1], job.words[2:]) == job.config
+
+
+@pytest.mark.parametrize("stage", ["training", "scoring"])
+def test_the_commands_of_a_run_start_in_a_new_python_anywhere(study_file, tmp_path, stage):
+    words = ["--config", str(study_file)]
+    started = dict(stages(all_jobs(load_config(ComparisonConfig, study_file))[0], words, trained=False))[stage]
+    (tmp_path / "mutor_img").mkdir()  # another package of this name, which is not the one that is meant
+    (tmp_path / "mutor_img" / "__init__.py").write_text("raise ImportError('another')")
+    done = subprocess.run([*started, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=200,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0 and "--config" in done.stdout, done.stderr
 
 
 def key(*overrides: str, seed: int = 0, config: str = "mnist/ntp") -> str:
