@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import socket
 import subprocess
@@ -76,6 +77,11 @@ def train_small(root: Path, name: str, overrides: tuple[str, ...]) -> Trainer:
         config = load_config(GeneratorConfig, root / "run.yaml", [f"run_dir={root / name}", *overrides])
         runtime = Runtime.start(5)
         return train(GeneratorTask(config, runtime), config, runtime)
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """Return the sha256 of each file of weights in a checkpoint."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.safetensors"))}
 
 
 @contextmanager
