@@ -91,6 +91,17 @@ def test_the_loss_does_not_depend_on_the_cut_into_micro_batches(name, drop_path,
     assert set(whole[1]) <= set(task.headline)
 
 
+@pytest.mark.parametrize("name", ["parallel heads", "sequential heads", "heads with an output"])
+def test_each_block_drops_by_keys_of_its_own(name, run_file, tiny):
+    task, seen = build(run_file, *OBJECTIVES[name], "model.dropout=0.1"), []
+    blocks = task.blocks(task.model)
+    for block in blocks:
+        block.register_forward_pre_hook(lambda block, inputs: seen.append(inputs[3]))
+    loss_of(task, torch.arange(4))
+    assert len(blocks) > len(task.model.layers) and len(seen) == len(blocks)
+    assert len({keys.numpy().tobytes() for keys in seen}) == len(blocks)
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_resumed_run_leaves_the_bytes_of_an_uninterrupted_one(name, run_training, tmp_path):
     options = (*OBJECTIVES[name], "model.dropout=0.1", "train.ema=0.9")
