@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from mutor_img.common.dropout import dropout
 from mutor_img.common.errors import UserError, suggest
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -146,12 +147,11 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head attention; who sees whom is the caller's ``attend``."""
 
-    def __init__(self, config: ModelConfig, dropout: float):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.heads = config.heads
         self.wqkv = nn.Linear(config.dim, 3 * config.dim, bias=False)  # rows: q, k, v
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
-        self.dropout = nn.Dropout(dropout)
         self.q_norm = self.k_norm = None
         if config.qk_norm:
             self.q_norm, self.k_norm = (RMSNorm(config.dim // config.heads) for _ in range(2))
@@ -173,44 +173,50 @@ class Attention(nn.Module):
             turning = torch.stack([self.q_norm(turning[:, :, 0]), self.k_norm(turning[:, :, 1])], 2).type_as(qkv)
         q, k = rotate(turning, rope).transpose(1, 3).unbind(2)  # (B, H, S, head_dim) each
         out = attend(q, k, qkv[:, :, 2].transpose(1, 2))  # (B, H, S, head_dim)
-        return self.dropout(self.wo(rearrange(out, "b h s d -> b s (h d)")))
+        return self.wo(rearrange(out, "b h s d -> b s (h d)"))
 
 
 class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) * (w3 x))."""
 
-    def __init__(self, config: ModelConfig, dropout: float):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.w1 = nn.Linear(config.dim, config.hidden, bias=False)
         self.w3 = nn.Linear(config.dim, config.hidden, bias=False)
         self.w2 = nn.Linear(config.hidden, config.dim, bias=False)
-        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what the feed-forward adds to x (..., dim), which is normalised; the same shape."""
-        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
 class Block(nn.Module):
-    """A pre-norm block: attention, then feed-forward, each added to what it reads."""
+    """A pre-norm block: attention, then feed-forward, each added to what it reads.
+
+    What they add is dropped in part, or with ``config.drop_path`` in whole, where :meth:`forward` is given keys.
+    """
 
     def __init__(self, config: ModelConfig, drop_path: float):
         super().__init__()
-        dropout = 0.0 if config.drop_path > 0 else config.dropout
-        self.attention = Attention(config, dropout)
-        self.feed_forward = FeedForward(config, dropout)
+        self.whole = config.drop_path > 0
+        self.rate = drop_path if self.whole else config.dropout
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
         self.attention_norm = RMSNorm(config.dim)
         self.ffn_norm = RMSNorm(config.dim)
-        self.drop_path = nn.Identity()
-        if drop_path:
-            from timm.layers import DropPath  # seconds to import, and for stochastic depth only
 
-            self.drop_path = DropPath(drop_path)
+    def forward(self, x: Tensor, rope: Tensor, attend: Attend, keys: Tensor | None = None) -> Tensor:
+        """Return the residual stream x (B, S, dim) after this block.
 
-    def forward(self, x: Tensor, rope: Tensor, attend: Attend) -> Tensor:
-        """Return the residual stream x (B, S, dim) after this block; arguments as for :meth:`Attention.forward`."""
-        x = x + self.drop_path(self.attention(self.attention_norm(x), rope, attend))
-        return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))
+        Args:
+            x, rope, attend: as for :meth:`Attention.forward`.
+            keys: (2, B, S, 2) int32, which decide what is dropped of attention's part and of the feed-forward's; None:
+                nothing is.
+        """
+        first, second = (None, None) if keys is None else keys
+        added = self.attention(self.attention_norm(x), rope, attend)
+        x = x + dropout(added, first, self.rate, self.whole)
+        return x + dropout(self.feed_forward(self.ffn_norm(x)), second, self.rate, self.whole)
 
 
 class LabelEmbedding(nn.Module):

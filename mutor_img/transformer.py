@@ -26,6 +26,7 @@ from mutor_img.blocks import (
     draw_weights,
     model_flops,
 )
+from mutor_img.common.dropout import dropout, row_keys
 from mutor_img.common.hub import HubModel
 from mutor_img.registers import embedding_rows, register_ids
 
@@ -40,11 +41,13 @@ class Run:
         states: by the number of blocks passed, the residual stream (B, S + R, dim) as it stands before the last norm.
         rope: (1 or B, S + R, 2, head_dim / 2), what :class:`RotaryTable` gives for the position ids.
         attend: who sees whom.
+        keys: for each of the objective's blocks, what it is to be called with as ``keys``.
     """
 
     states: dict[int, Tensor]
     rope: Tensor
     attend: Attend
+    keys: list[Tensor | None]
 
 
 class Transformer(HubModel, nn.Module):
@@ -55,20 +58,24 @@ class Transformer(HubModel, nn.Module):
         flex: a :class:`~mutor_img.attention.FlexAttention` that training on GPUs sets; None: SDPA.
         objective: the :class:`~mutor_img.objectives.objective.Objective` that training hangs on, with weights of its
             own or none; None: nothing of the kind.
+        drop_inputs: what drops inputs, :func:`~mutor_img.common.dropout.dropout`; training on GPUs replaces it by a
+            compiled one.
+        keys: of the masks of dropout, while a forward pass that was given some is under way; else None.
     """
 
     loader = "mutor_img.checkpoints.loading", "load_checkpoint"
+    drop_inputs = staticmethod(dropout)
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.flex: FlexAttention | None = None
         self.objective: nn.Module | None = None
+        self.keys: Tensor | None = None
         self.cls_embedding = LabelEmbedding(config.classes, config.dim)
         self.tok_embeddings = nn.Embedding(config.vocabulary, config.dim)
         if config.register_offsets is not None:
             self.register_embedding = nn.Embedding(max(1, len(config.register_offsets)), config.dim)
-        self.dropout = nn.Dropout(config.dropout)
         self.rope = RotaryTable(config.grid, config.dim // config.heads)
         last = max(1, config.layers - 1)
         self.layers = nn.ModuleList(Block(config, config.drop_path * i / last) for i in range(config.layers))
@@ -89,8 +96,8 @@ class Transformer(HubModel, nn.Module):
         nn.init.zeros_(self.output.weight)
 
     def forward(self, labels: Tensor | None = None, codes: Tensor | None = None, anchors: Tensor | None = None,
-                offsets: Tensor | None = None, *, within: Callable[[Transformer], T] | None = None
-                ) -> Tensor | tuple[Tensor, Tensor] | T:
+                offsets: Tensor | None = None, *, within: Callable[[Transformer], T] | None = None,
+                keys: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor] | T:
         """Return logits of the next codes and, with registers, of the registers' targets.
 
         Args:
@@ -99,6 +106,8 @@ class Transformer(HubModel, nn.Module):
             anchors, offsets: (B, R) int64 of the registers, in any order.
             within: a function of this model, to compute something else from its parts: ``model(within=f)`` is
                 ``f(model)``. Only while a model's forward pass runs are sharded weights whole.
+            keys: (places, B, 2) int32, what :func:`~mutor_img.common.dropout.mask_keys` gives: with ``within``, in
+                training mode, they decide what is dropped. None: torch's generator does.
 
         Returns:
             (B, S, V), or that and (B, R, V). Register rows without a target are unspecified. With ``within``, what
@@ -108,7 +117,11 @@ class Transformer(HubModel, nn.Module):
             ValueError: shapes that do not fit each other or the grid, or registers on a model without them.
         """
         if within is not None:
-            return within(self)
+            self.keys = keys
+            try:
+                return within(self)
+            finally:
+                self.keys = None
         x = self.norm(self.run(labels, codes, anchors, offsets).states[self.config.layers])
         if anchors is None:
             return self.output(x)  # (B, S, V)
@@ -145,13 +158,32 @@ class Transformer(HubModel, nn.Module):
             rope, attend: as in :class:`Run`.
             taps: as in :meth:`run`.
         """
-        taps, x = taps or (self.config.layers,), self.dropout(x)
+        taps, (first, *keys) = taps or (self.config.layers,), self._keys_of_places(x)
+        if first is not None:
+            x = self.drop_inputs(x, first, self.config.dropout)
         states = {0: x} if 0 in taps else {}
-        for number, layer in enumerate(islice(self.layers, max(taps)), start=1):
-            x = layer(x, rope, attend)
+        for number, (layer, its) in enumerate(islice(zip(self.layers, keys), max(taps)), start=1):
+            x = layer(x, rope, attend, its)
             if number in taps:
                 states[number] = x
-        return Run(states, rope, attend)
+        return Run(states, rope, attend, keys[self.config.layers:])
+
+    @property
+    def places(self) -> int:
+        """How often something is dropped: of the inputs, then twice in each block, the objective's after the model's.
+        """
+        blocks = self.config.layers + (len(self.objective.blocks()) if self.objective is not None else 0)
+        return 1 + 2 * blocks
+
+    def _keys_of_places(self, x: Tensor) -> list[Tensor | None]:
+        """Return keys for the dropout of inputs x, (B, S, 2), and for each block, (2, B, S, 2); or None for each."""
+        if not self.training or not (self.config.dropout or self.config.drop_path):
+            return [None] * (1 + self.places // 2)
+        keys = self.keys
+        if keys is None:
+            keys = torch.randint(-2**31, 2**31, (self.places, len(x), 2), dtype=torch.int32, device=x.device)
+        keys = row_keys(keys, *x.shape[1:])  # (places, B, S, 2)
+        return [keys[0], *keys[1:].unflatten(0, (-1, 2))]
 
     def use_flex(self, anchors: Tensor, fixed: bool) -> None:
         """Attend with FlexAttention from now on, whenever registers are given (training on GPUs).

@@ -26,7 +26,6 @@ import torch
 from PIL import Image
 from projection import Projection
 from tiny_runs import write_generator, write_tokenizer
-from torch._functorch import config as functorch
 
 from mutor_img import blocks
 from mutor_img.blocks import ModelConfig
@@ -47,7 +46,6 @@ torch.set_num_threads(1)  # the same sums in the same order, and no contention b
 
 # Files of few tests that take a minute or two, begun first: at the end, one process would do them while another waits.
 SLOWEST = ("test_comparison.py", "test_study.py", "test_objectives_in_processes.py", "test_parallel.py")
-GRAPHSAFE = functorch.graphsafe_rng_functionalization
 
 RUN = """
 data: {{codes: {codes}, val_codes: {codes}}}
@@ -66,13 +64,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):  # not item.keywords, which hold the names of folders too
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
-@pytest.fixture(autouse=True)
-def torchs_own_settings():
-    """Give each test what blocks that are prepared outside a run change for the whole process."""
-    with functorch.patch(graphsafe_rng_functionalization=GRAPHSAFE):
-        yield
 
 
 @pytest.fixture(autouse=True)

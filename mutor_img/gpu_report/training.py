@@ -19,6 +19,7 @@ from mutor_img.attention import SdpaAttention
 from mutor_img.blocks import Block, ModelConfig, RotaryTable
 from mutor_img.checkpoints.folder import find_checkpoint, open_group, read_tensors
 from mutor_img.common.config import OptimConfig
+from mutor_img.common.dropout import kept, mask_keys, row_keys
 from mutor_img.gpu_report.place import CheckFailed, Place, expect, process_group, relative
 from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.pretraining.examination import HEADS
@@ -97,39 +98,33 @@ def check_training_step(place: Place, law: RegisterLaw, head_dim: int, precision
 
 
 def check_dropout(place: Place, precision: str, rate: float = 0.1) -> str:
-    """Masks of a compiled block: of the right share and scale, a function of the seed, and else independent."""
+    """A compiled block drops what the same keys drop on a CPU, and scales the rest."""
     grid, device = (8, 8), place.device
     config = ModelConfig(1, HEADS, HEADS * 64, grid, dropout=rate)
     block = draw_at_scale_one(Block(config, drop_path=0.0), seed=0).to(device)
-    run, attend, details = place.compiled(block), SdpaAttention(config.length), []
+    run, attend, shares = place.compiled(block), SdpaAttention(config.length), []
     x = torch.randn(8, config.length, config.dim, generator=torch.Generator().manual_seed(0)).to(device)
     rope = RotaryTable(grid, 64).to(device)(torch.arange(config.length, device=device))[None]
+    keys = row_keys(mask_keys(0, 0, torch.arange(8), places=2), config.length, config.dim)  # (2, 8, N, 2)
 
-    def added(function: Callable, seed: int = 0) -> Tensor:
-        torch.manual_seed(seed)
+    def added(function: Callable, *keys: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            return (function(x, rope, attend) - x).detach()  # with gradients on, as training compiles it
+            return (function(x, rope, attend, *keys) - x).detach()  # with gradients on, as training compiles it
 
-    for branch, silent in (("attention", block.feed_forward.w2), ("feed-forward", block.attention.wo)):
-        kept, silent.weight.data = silent.weight.data, torch.zeros_like(silent.weight)
-        plain = added(block.eval())  # (8, N, dim), what the branch adds where nothing is dropped
-        block.train()
-        one, again, other = added(run, 1), added(run, 1), added(run, 2)
-        silent.weight.data = kept
-        if not torch.equal(one == 0, again == 0):
-            raise CheckFailed(f"{branch}: the same seed gives other masks")
-        masks, size = [one == 0, other == 0], one.numel()
-        shares = {"dropped": (masks[0], rate), "dropped by two seeds": (masks[0] & masks[1], rate**2),
-                  "dropped in two sequences": (masks[0][:4] & masks[0][4:], rate**2)}
-        for what, (mask, expected) in shares.items():
-            share, spread = mask.double().mean().item(), math.sqrt(expected * (1 - expected) / mask.numel())
-            if abs(share - expected) > 6 * spread:
-                raise CheckFailed(f"{branch}: {share:.4f} of {mask.numel()} are {what}, not {expected:.4f}")
-            details.append(share)
-        scale = ((one * plain).sum() / plain[~masks[0]].square().sum()).item() * (1 - rate)
+    for branch, silent, its in (("attention", block.feed_forward.w2, keys[0]),
+                                ("feed-forward", block.attention.wo, keys[1])):
+        weight, silent.weight.data = silent.weight.data, torch.zeros_like(silent.weight)
+        plain, found = added(block), added(run, keys.to(device))  # (8, N, dim), what the branch adds
+        silent.weight.data = weight
+        expected = kept(its, config.dim, rate).to(device)
+        wrong = ((found != 0) != expected).float().mean().item()
+        if wrong:
+            raise CheckFailed(f"{branch}: {wrong:.2%} of the mask is not what the same keys give on a CPU")
+        scale = ((found * plain).sum() / plain[expected].square().sum()).item() * (1 - rate)
         if abs(scale - 1) > 0.01:
             raise CheckFailed(f"{branch}: what is kept is scaled by {scale / (1 - rate):.4f}, not {1 / (1 - rate):.4f}")
-    return f"{details[0]:.4f} and {details[3]:.4f} of {size} dropped, {rate} asked for; two seeds are independent"
+        shares.append(1 - expected.float().mean().item())
+    return f"{shares[0]:.4f} and {shares[1]:.4f} of {x.numel()} dropped, {rate} asked for; the masks are a CPU's"
 
 
 def check_dropout_gradient(place: Place, law: RegisterLaw, checkpointing: bool) -> str:
@@ -141,7 +136,7 @@ def check_dropout_gradient(place: Place, law: RegisterLaw, checkpointing: bool) 
         loss, again = found.pop("loss").item(), tensors_of(trainer, 0)["loss"].item()
         if abs(again - loss) > 1e-5 * loss:
             raise CheckFailed(f"the loss of one update is {loss:.6f} at first and then {again:.6f}: its masks are no "
-                              "function of the seed, and a resumed run would differ")
+                              "function of seed and step, and a resumed run would differ")
         square = sum(gradient.double().square().sum().item() for gradient in found.values())
         step, losses = 0.01 / square, []  # the loss should change by 0.01 to either side
         for sign in (1, -2):

@@ -115,7 +115,10 @@ class Objective(nn.Module):
         return {"next_token": 1.0}
 
     def blocks(self) -> list[nn.Module]:
-        """Return the heavy parts of this: like the model's blocks, compiled, checkpointed and sharded one by one."""
+        """Return the heavy parts of this: like the model's blocks, compiled, checkpointed and sharded one by one.
+
+        :attr:`Run.keys <mutor_img.transformer.Run>` has keys for the dropout of each, in this order.
+        """
         return []
 
     def extra_flops(self, step: int) -> tuple[float, float]:

@@ -64,11 +64,11 @@ class ParallelHeads(Objective):
     def forward(self, model: Transformer, batch: Batch, rows: int = 0) -> dict[str, Tensor]:
         """Return sums: ``next_token``, and for each offset d ``head_d``, the cross-entropy of its head."""
         run = model.run(batch.labels, batch.codes, taps=(self.tap, self.config.layers))
-        sums = {"next_token": self.next_token(model, run, batch, rows)}
+        sums, keys = {"next_token": self.next_token(model, run, batch, rows)}, iter(run.keys)
         for offset, head in zip(self.offsets, self.heads):
             x = run.states[self.tap]  # (B, N, dim)
             for block in head.blocks:
-                x = block(x, run.rope, run.attend)
+                x = block(x, run.rope, run.attend, next(keys))
             x = x[:, :self.config.length - offset + 1]  # (B, N - d + 1, dim): the rest has no target
             output = model.output if head.output is None else head.output
             wanted = batch.targets[:, offset - 1:]  # (B, N - d + 1)

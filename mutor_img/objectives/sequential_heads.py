@@ -65,11 +65,11 @@ class SequentialHeads(Objective):
         run = model.run(batch.labels, batch.codes)
         sums = {"next_token": self.next_token(model, run, batch, rows)}
         state, row = run.states[self.config.layers], torch.arange(n, device=batch.targets.device)
-        for k, depth in enumerate(self.depths, start=1):
+        for k, (depth, keys) in enumerate(zip(self.depths, run.keys), start=1):
             # The last k rows have no target. They stay, with any token, so that shapes do; no other row sees them.
             ids = (row + k).clamp(max=n - 1)  # (N,) the position id t + k, and in 1 .. N the place of x_{t+k}
             token = model.tok_embeddings(batch.targets[:, ids - 1])  # (B, N, dim)
-            state = depth.block(depth.join(state, token), model.rope(ids)[None], run.attend)  # (B, N, dim)
+            state = depth.block(depth.join(state, token), model.rope(ids)[None], run.attend, keys)  # (B, N, dim)
             wanted = batch.targets[:, k:]  # (B, N - k)
             [sums[f"depth_{k}"]] = self.read_out(state[:, :n - k], depth.norm, model.output, [wanted], rows)
         return sums

@@ -31,8 +31,9 @@ from mutor_img.registers import RegisterLaw
 PRODUCTS, ATTENTION, BANDWIDTH = 0.6, 0.15, 0.75  # shares of the peaks, assumed
 IDLE = 0.009  # seconds per update, fitted
 LAUNCH = 10e-6  # seconds of the CPU per kernel, assumed
-KERNELS = 45  # of a block in a forward and a backward pass
+KERNELS = 43  # of a block in a forward and a backward pass
 EAGER = 5  # times the kernels and bytes of a compiled block
+EAGER_MASK = 90  # bytes beside that, for each number that dropout may drop
 H100_MEMORY = 3.35e12  # bytes per second of an H100 SXM's memory, by its data sheet
 
 
@@ -144,30 +145,32 @@ def cell_flops(config: ModelConfig, step: Step) -> float:
 def block_traffic(config: ModelConfig, step: Step) -> float:
     """Return the bytes per token that a block's kernels read and write beside products and attention itself.
 
-    Kernel by kernel as torch.compile fuses them for GPUs, the residual stream in fp32; eager :data:`EAGER` times that.
+    Kernel by kernel as torch.compile fuses them for GPUs, the residual stream in fp32; eager :data:`EAGER` times that,
+    and the masks of dropout.
     """
     d, w = config.dim, step.width
-    mask = 1 if config.dropout > 0 and config.drop_path == 0 else 0  # of dropout, bool
+    mask = 1 if config.dropout > 0 and config.drop_path == 0 else 0  # of the feed-forward's dropout, bool
     turns = FP32 * d / config.heads  # cos and sin of a position
     head = d // config.heads
     # Copies in another order: v, the result of attention and its gradient. SDPA takes all three as they are.
     copies = 6 * w * d if step.registers or head % 8 else 0
-    last = (2 * FP32 + 2 * w + 3 * mask) * d  # residuals and both branches' results in, the stream out
+    last = (2 * FP32 + 2 * w + mask) * d  # residuals and both branches' results in, the stream out
     forward = (
         (FP32 + w) * d  # norm
         + 4 * w * d + turns  # q and k turned
-        + (FP32 + 2 * w + 2 * mask) * d  # dropout, residual and norm
+        + (FP32 + 2 * w) * d  # dropout, residual and norm
         + 3 * w * config.hidden  # silu and product
         + last)
     backward = (
         (FP32 + w + mask) * d  # dropout after the feed-forward
         + 5 * w * config.hidden  # product and silu
-        + (3 * FP32 + 4 * w + mask) * d  # norm, residual and dropout
+        + (3 * FP32 + 4 * w) * d  # norm, residual and dropout, whose mask is computed again
         + 6 * w * d + turns  # q and k turned back, put together with v
-        + (FP32 + 4 * w + mask) * d  # weights of both norms
+        + (FP32 + 4 * w) * d  # weights of both norms
         + (3 * FP32 + w) * d)  # norm and residual
     again = forward - last if step.checkpointing else 0
-    return (forward + backward + copies + again) * (1 if step.compiled else EAGER)
+    compiled = forward + backward + copies + again
+    return compiled if step.compiled else EAGER * compiled + 2 * mask * EAGER_MASK * d
 
 
 def logit_traffic(step: Step) -> float:

@@ -97,7 +97,8 @@ def step_memory(config: ModelConfig, parameters: int, step: Step) -> Memory:
 def block_bytes(config: ModelConfig, step: Step) -> float:
     """Return the bytes per token that one block keeps."""
     d, h, w = config.dim, config.hidden, step.width
-    masks = 2 * d if config.dropout > 0 and config.drop_path == 0 else 0  # bool: after attention, after feed-forward
+    kept_masks = 1 if step.compiled else 2  # bool, after the feed-forward; after attention it is cheap to compute again
+    masks = kept_masks * d if config.dropout > 0 and config.drop_path == 0 else 0
     statistics = 2 * FP32 + FP32 * config.heads  # of two norms; log-sum-exp of each head
     if step.compiled:  # block's input, normed; attention and its projection; normed; feed-forward: w1, w3, product
         kept = FP32 * d + w * d + w * d + w * d + 3 * w * h

@@ -17,6 +17,7 @@ from mutor_img.checkpoints.folder import load_strict, newest_checkpoint
 from mutor_img.checkpoints.loading import Loaded, load_run
 from mutor_img.chunked_loss import read_out_losses
 from mutor_img.common.config import to_dict
+from mutor_img.common.dropout import dropout, mask_keys
 from mutor_img.common.errors import UserError
 from mutor_img.common.streams import Stream, generator_seed, uniform
 from mutor_img.data.order import TrainingCodes, check_same_codes
@@ -71,8 +72,10 @@ class GeneratorTask(Task):
         freeze(self.model, config.freeze)
         if codebook is not None:
             objective.take_codebook(codebook)
-        if config.train.compile and runtime.device.type == "cuda" and not config.model.loss_chunk:
-            objective.read_out = compile_whole(read_out_losses)
+        if config.train.compile and runtime.device.type == "cuda":
+            self.model.drop_inputs = compile_whole(dropout)
+            if not config.model.loss_chunk:
+                objective.read_out = compile_whole(read_out_losses)
         steps = config.train.steps
         self.headline = tuple(dict.fromkeys(  # losses of the first update, and of the last
             ("loss", *objective.weights(0, steps), *objective.weights(steps - 1, steps), "val_next_token")))
@@ -109,7 +112,10 @@ class GeneratorTask(Task):
                 batch.teacher = average(within=lambda whole: whole.run(*clean, taps=objective.teacher_taps).states)
         if batch.anchors is not None and self.model.flex is None and self.flex_passes(device):
             self.model.use_flex(batch.anchors, fixed=self.law.count is None)
-        sums = model(within=lambda whole: whole.objective(whole, batch, config.model.loss_chunk))
+        keys = None
+        if config.model.dropout or config.model.drop_path:
+            keys = to_device(mask_keys(config.seed, step, samples, self.model.places), device)
+        sums = model(within=lambda whole: whole.objective(whole, batch, config.model.loss_chunk), keys=keys)
         terms, weights = self._terms(step), objective.weights(step, config.train.steps)
         means = {name: sums[name] / terms[name] for name in weights}
         return sum(weights[name] * mean for name, mean in means.items()), means

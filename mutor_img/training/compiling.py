@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-import torch._functorch.config
 from torch import nn
 
 
@@ -33,10 +32,9 @@ def forbid_fallback(blocks: int) -> None:
 @contextmanager
 def compile_settings() -> Iterator[None]:
     """Put torch's settings back at the end, which preparing blocks changes for the whole process."""
-    dynamo, functorch = torch._dynamo.config, torch._functorch.config
+    dynamo = torch._dynamo.config
     names = ("fail_on_recompile_limit_hit", "recompile_limit", "accumulated_recompile_limit", "optimize_ddp")
-    with (dynamo.patch({name: getattr(dynamo, name) for name in names}),
-          functorch.patch(graphsafe_rng_functionalization=functorch.graphsafe_rng_functionalization)):
+    with dynamo.patch({name: getattr(dynamo, name) for name in names}):
         yield
 
 

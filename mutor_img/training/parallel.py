@@ -12,7 +12,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch._functorch.config
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -41,19 +40,11 @@ def prepare_blocks(blocks: list[nn.Module], train: TrainConfig) -> None:
     ``optimize_ddp`` is off: it would cut each block's graph where DDP's buckets end (and give up on graphs with
     FlexAttention or a checkpoint in them), so that reduction overlaps with the backward pass. Here it overlaps without:
     each block is a graph of its own, whose gradients are on their way while the block before it goes backward.
-
-    ``graphsafe_rng_functionalization`` is off where both are on. Dropout is then drawn twice, and on GPUs torch has the
-    second draw repeat the first by two generators of its own. These start from the state at compilation, once per
-    process, and no seed reaches them after: a resumed run would draw other masks than an uninterrupted one. Without it
-    the state of the device's generator, which every update seeds, is kept and set again. That rules out CUDA graphs,
-    which training does not use.
     """
     if train.activation_checkpointing:
         replace_forward(blocks, _checkpointed)
     if train.compile:
         torch._dynamo.config.optimize_ddp = False
-        if train.activation_checkpointing:
-            torch._functorch.config.graphsafe_rng_functionalization = False
         compile_blocks(blocks)
 
 

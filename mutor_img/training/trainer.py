@@ -1,9 +1,8 @@
 """What a run consists of at one moment, and one update of it: the same on one CPU and on many GPUs.
 
-Random numbers are functions of (seed, step, sample) or, for dropout and stochastic depth, of (seed, step, rank,
-micro-batch), and the data order is a function of the sample number. So "to resume, run the same command again" gives
-the bytes of an uninterrupted run. Another number of processes, or another micro-batch, gives its loss curve only where
-dropout and stochastic depth are off.
+Random numbers are functions of (seed, step, sample), and the data order is a function of the sample number. So "to
+resume, run the same command again" gives the bytes of an uninterrupted run, and another number of processes gives its
+loss curve up to rounding. So does another micro-batch, where a task's loss is a sum over samples.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from mutor_img.common.config import to_dict
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import file_hash
 from mutor_img.common.processes import share_mistake
-from mutor_img.common.streams import Stream, generator_seed
 from mutor_img.training import parallel
 from mutor_img.training.changes import check_changes, require_group
 from mutor_img.training.numbers import read_numbers
@@ -167,7 +165,6 @@ class Trainer:
         first = self.step * train.global_batch + runtime.rank * self.local_batch
         for offset in range(0, self.local_batch, self.micro_batch):
             samples = torch.arange(first + offset, first + offset + self.micro_batch)
-            torch.manual_seed(generator_seed(self.config.seed, Stream.DROPOUT, self.step, runtime.rank, offset))
             last = offset + self.micro_batch == self.local_batch
             parallel.reduce_gradients(self.wrapped, now=last)
             with runtime.autocast(train.precision):

@@ -15,7 +15,7 @@ SMALL, PLAIN, EVEN = RegisterLaw("2d", (4, 5), 3, 6), RegisterLaw("none", (4, 5)
 
 # Traced as torch.compile does it; in the other rehearsals blocks run as they are, since nothing new would be traced.
 TRACED = ("training step", "training step, no registers", "training step, checkpointed, chunked loss", "DDP", "FSDP2",
-          "resume", "dropout, gradient", "tokenizer step")
+          "resume", "dropout, gradient", "dropout, gradient, checkpointed", "tokenizer step")
 BODIES = {
     "flex": partial(attention.check_flex, law=SMALL, head_dim=100, precision="fp32"),
     "sdpa": partial(attention.check_sdpa, law=SMALL, head_dim=100, precision="bf16", compiled=True),
@@ -27,6 +27,7 @@ BODIES = {
         training.check_training_step, law=SMALL, head_dim=16, precision="bf16", checkpointing=True, loss_chunk=7),
     "dropout, bf16": partial(training.check_dropout, precision="bf16"),
     "dropout, gradient": partial(training.check_dropout_gradient, law=SMALL, checkpointing=False),
+    "dropout, gradient, checkpointed": partial(training.check_dropout_gradient, law=SMALL, checkpointing=True),
     "averaged weights": partial(training.check_ema, law=SMALL),
     "DDP": partial(training.check_group, law=SMALL, wrapper="ddp", precision="bf16"),
     "FSDP2": partial(training.check_group, law=SMALL, wrapper="fsdp", precision="bf16"),

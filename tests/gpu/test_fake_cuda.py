@@ -127,7 +127,7 @@ def test_the_numbers_of_an_update_are_sent_without_waiting_for_them():
 
 
 @pytest.mark.parametrize("most, overrides", [
-    (15, ("registers.kind=none",)), (40, ("registers.count=6",)),
+    (15, ("registers.kind=none",)), (30, ("registers.kind=none", "model.dropout=0.1")), (40, ("registers.count=6",)),
     (40, ("registers.count=null", "registers.wrap=false"))])
 def test_what_a_gpu_does_before_the_first_block_is_little(run_file, tiny, most, overrides):
     config, seen = generator(run_file, *overrides), []

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from bodies import BODIES, CHECKS, CPU, SMALL, TRACED
+from bodies import BODIES, CHECKS, CPU, TRACED
 
 from mutor_img.blocks import LLAMAGEN_PRESETS
-from mutor_img.gpu_report import training
 from mutor_img.gpu_report.checks import LAWS, all_checks
 from mutor_img.gpu_report.place import Place
 
@@ -45,8 +44,3 @@ def test_every_check_of_the_table_is_rehearsed_on_a_cpu():
 def test_the_body_of_a_check_runs_on_a_cpu(body, request):
     request.getfixturevalue("eager" if body in TRACED else "uncompiled")
     assert BODIES[body](CPU)
-
-
-def test_masks_of_checkpointed_blocks_are_checked_uncompiled_on_a_cpu(uncompiled):
-    """The eager backend of torch.compile draws other masks when it computes a block again."""
-    assert training.check_dropout_gradient(CPU, SMALL, checkpointing=True)

@@ -1,5 +1,6 @@
 """Each GPU check fails on the faults that it is for, planted here and run on a CPU."""
 
+import itertools
 from functools import partial
 
 import pytest
@@ -7,11 +8,12 @@ import timm.utils
 import torch
 from bodies import BODIES, CHECKS, CPU, EVEN, PLAIN, SMALL
 
-from mutor_img import chunked_loss
+from mutor_img import blocks, chunked_loss
 from mutor_img.decoding.cpu import PackedDecoder
 from mutor_img.decoding.drafting import Drafts
 from mutor_img.gpu_report import attention, decoding, images, runs, training
 from mutor_img.gpu_report.place import CheckFailed, Place
+from mutor_img.pretraining import task as task_module
 from mutor_img.pretraining.task import GeneratorTask
 from mutor_img.training import compiling, parallel
 from mutor_img.training import trainer as trainer_module
@@ -116,46 +118,43 @@ def a_batch_of_another_size(monkeypatch):
         self, model, step, samples[step:], average))
 
 
-@fault(training.check_dropout, "are dropped, not 0.1000", precision="fp32")
+@fault(training.check_dropout, "of the mask is not what the same keys give", precision="fp32")
 def a_dropout_of_another_rate(monkeypatch):
     wrap(monkeypatch, training, "Block", lambda right, config, drop_path: right(
         training.replace(config, dropout=0.15), drop_path))
 
 
-@fault(training.check_dropout, "are dropped by two seeds", precision="fp32")
-def masks_that_every_seed_gives(monkeypatch):
-    wrap(monkeypatch, Place, "compiled", lambda right, self, block: lambda *given: (
-        torch.manual_seed(5), block(*given))[1])
+@fault(training.check_dropout, "feed-forward: .* is not what the same keys give", precision="bf16")
+def one_mask_for_both_branches(monkeypatch):
+    wrap(monkeypatch, Place, "compiled", lambda right, self, block: lambda *given: block(
+        *given[:3], *(keys[:1].expand(2, -1, -1, -1) for keys in given[3:])))
 
 
-@fault(training.check_dropout, "dropped in two sequences", precision="fp32")
+@fault(training.check_dropout, "of the mask is not what the same keys give", precision="fp32")
 def masks_that_sequences_share(monkeypatch):
-    monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, x: torch.nn.functional.dropout(
-        torch.ones_like(x[:1]), self.p, self.training) * x)
-
-
-@fault(training.check_dropout, "same seed gives other masks", precision="fp32")
-def masks_that_no_seed_decides(monkeypatch):
-    wrap(monkeypatch, Place, "compiled", lambda right, self, block: lambda *given: (torch.seed(), block(*given))[1])
+    wrap(monkeypatch, blocks, "dropout", lambda right, x, keys, *given: right(
+        x, keys if keys is None else keys[:1].expand_as(keys), *given))
 
 
 @fault(training.check_dropout, "what is kept is scaled by", precision="fp32")
 def a_dropout_that_does_not_scale(monkeypatch):
-    wrap(monkeypatch, torch.nn.Dropout, "forward", lambda right, self, x: right(self, x) * (
-        1 - self.p if self.training else 1.0))
+    wrap(monkeypatch, blocks, "dropout", lambda right, x, keys, rate, whole: right(x, keys, rate, whole) * (
+        1.0 if keys is None else 1 - rate))
 
 
 @fault(training.check_dropout_gradient, "not those of the forward pass", law=SMALL, checkpointing=True)
 def other_masks_when_a_block_is_computed_again(monkeypatch):
-    wrap(monkeypatch, parallel, "checkpoint", lambda right, *given, **options: right(
-        *given, preserve_rng_state=False, **options))
+    def other(right, x, keys, *given):
+        return right(x, keys + (torch._C._current_graph_task_id() >= 0), *given)  # within a backward pass
+
+    wrap(monkeypatch, blocks, "dropout", other)
 
 
-@fault(training.check_dropout_gradient, "no function of the seed", law=SMALL, checkpointing=False)
+@fault(training.check_dropout_gradient, "no function of seed and step", law=SMALL, checkpointing=False)
 @fault(runs.check_resume, r"of the resumed run is \d\.\d\d of the way", law=SMALL, precision="bf16")
 def masks_that_a_process_counts_on(monkeypatch):
-    seeds = iter(range(10**6))
-    monkeypatch.setattr(trainer_module, "generator_seed", lambda *keys: next(seeds))
+    count = itertools.count()
+    wrap(monkeypatch, task_module, "mask_keys", lambda right, seed, step, *given: right(seed, next(count), *given))
 
 
 @fault(training.check_ema, "the average of .* is off by", law=SMALL)

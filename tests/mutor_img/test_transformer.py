@@ -7,11 +7,10 @@ import pytest
 import torch
 from reference import mutor as reference
 from reference.comparison import batch_of, registers_of
-from torch import nn
 
 from mutor_img import mutor_loss
-from mutor_img.attention import SdpaAttention
-from mutor_img.blocks import PRESETS, Block, ModelConfig, RMSNorm, RotaryTable, rotate
+from mutor_img.blocks import PRESETS, ModelConfig, RMSNorm, RotaryTable, rotate
+from mutor_img.common.dropout import kept, mask_keys, row_keys
 from mutor_img.common.errors import UserError
 from mutor_img.transformer import Transformer
 
@@ -137,41 +136,47 @@ def test_the_norm_works_in_fp32_casts_back_and_then_weighs():
 # ---- dropout and training
 
 
-def test_dropout_stands_after_the_embeddings_each_attention_and_each_feed_forward():
-    model = Transformer(ModelConfig(3, 2, 32, (4, 5), 11, 3, dropout=0.1))
-    places = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
-    blocks = {f"layers.{i}.{part}.dropout": 0.1 for i in range(3) for part in ("attention", "feed_forward")}
-    assert places == {"dropout": 0.1, **blocks}
+KEYS = mask_keys(0, 0, torch.arange(2), 7)  # of three blocks
 
 
-def test_a_drop_path_switches_the_dropouts_of_blocks_off_and_grows_with_depth():
-    model = Transformer(ModelConfig(3, 2, 32, (4, 5), 11, 3, dropout=0.1, drop_path=0.2))
-    places = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
-    assert places.pop("dropout") == 0.1 and set(places.values()) == {0.0}
-    rates = [getattr(layer.drop_path, "drop_prob", 0.0) for layer in model.layers]
-    assert rates == pytest.approx([0.0, 0.1, 0.2])
+def inner_states(model, keys, *batch):
+    """Return what the model's last norm reads, in training mode with these keys."""
+    model.train()
+    return model(within=lambda whole: whole.run(*batch).states[model.config.layers], keys=keys)
 
 
-@pytest.mark.parametrize("dropout, drop_path", [(1.0, 0.0), (0.0, 1.0)])
-def test_a_block_that_drops_everything_is_the_identity_in_training_only(dropout, drop_path):
-    """Dropout stands after the output projection and the feed-forward, drop-path around both."""
-    torch.manual_seed(0)
-    block = Block(ModelConfig(2, 2, 32, (4, 5), 11, 3, dropout=dropout), drop_path)
-    x, rope, attend = torch.randn(2, 20, 32), RotaryTable((4, 5), 16)(torch.arange(20))[None], SdpaAttention(20)
-    assert torch.equal(block.train()(x, rope, attend), x)
-    assert not torch.equal(block.eval()(x, rope, attend), x)
+@pytest.mark.parametrize("drop_path", [0.0, 0.4])
+def test_dropout_is_of_the_inputs_and_of_what_each_attention_and_each_feed_forward_adds(random_model, drop_path):
+    """A drop path is in place of the latter two: of a whole sequence's part, at a rate that grows from block to block.
+
+    Registers are inputs as any other.
+    """
+    model, rates = random_model(layers=3, dropout=0.2, drop_path=drop_path), [0.0, 0.2, 0.4]
+    batch = (*batch_of(model)[:2], *registers_of(model))
+
+    def masked(x, place, rate, whole):
+        rows = row_keys(KEYS[place], 40, 32)
+        mask = kept(rows[:, :1], 1, rate) if whole else kept(rows, 32, rate)
+        return x * mask / (1 - rate)
+
+    run = model.eval().run(*batch, taps=(0,))
+    x = masked(run.states[0], 0, 0.2, whole=False)  # (B, N + R, dim)
+    for i, block in enumerate(model.layers):
+        rate, whole = (rates[i], True) if drop_path else (0.2, False)
+        x = x + masked(block.attention(block.attention_norm(x), run.rope, run.attend), 1 + 2 * i, rate, whole)
+        x = x + masked(block.feed_forward(block.ffn_norm(x)), 2 + 2 * i, rate, whole)
+    assert model.places == len(KEYS)
+    torch.testing.assert_close(inner_states(model, KEYS, *batch), x)
 
 
-def test_class_token_codes_and_registers_go_through_the_same_input_dropout(random_model):
-    model, seen = random_model(dropout=0.5).train(), []
-    model.dropout.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+def test_what_is_dropped_of_a_sequence_depends_on_neither_the_batch_nor_the_registers(random_model):
+    model = random_model(layers=3, dropout=0.2)
     labels, codes, _ = batch_of(model)
-    model(labels, codes, *registers_of(model))
-    before, after = seen[0]
-    assert before.shape == (2, 40, 32)
-    zeroed = (after == 0).float().mean(-1)  # (B, N + R)
-    assert (zeroed > 0.1).all() and (zeroed < 0.9).all() and torch.allclose(after[after != 0], 2 * before[after != 0])
-    torch.testing.assert_close(before[:, 20:], model.register_embedding.weight.expand(2, 20, 32))
+    registers = registers_of(model)
+    whole = inner_states(model, KEYS, labels, codes, *registers)
+    torch.testing.assert_close(inner_states(model, KEYS, labels, codes), whole[:, :20])
+    part = inner_states(model, KEYS[:, 1:], labels[1:], codes[1:], *(x[1:] for x in registers))
+    torch.testing.assert_close(part, whole[1:])
 
 
 @pytest.mark.parametrize("drop_path", [0.0, 0.2])
@@ -193,12 +198,29 @@ def test_training_and_evaluation_both_yield_a_loss_that_learns(random_model, dro
     assert all(map(math.isfinite, history)) and history[-1] < 0.7 * history[0]
 
 
-def test_evaluation_is_deterministic_and_training_with_dropout_is_not(random_model):
+def test_evaluation_is_deterministic_and_training_without_keys_drops_what_torchs_generator_says(random_model):
     model = random_model()
     labels, codes, _ = batch_of(model)
     assert torch.equal(model(labels, codes), model(labels, codes))
     model.train()
+    found = []
+    for seed in (0, 1, 0):
+        torch.manual_seed(seed)
+        found.append(model(labels, codes))
+    assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
     assert not torch.equal(model(labels, codes), model(labels, codes))
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_keys_are_of_one_forward_pass_in_training_mode(random_model, mode):
+    model = random_model(layers=3, dropout=0.5 if mode == "eval" else 0.0)
+    labels, codes, _ = batch_of(model)
+    expected = model.run(labels, codes).states[3]
+    getattr(model, mode)()
+    assert torch.equal(model(within=lambda whole: whole.run(labels, codes).states[3], keys=KEYS), expected)
+    with pytest.raises(ZeroDivisionError):
+        model(within=lambda whole: 1 / 0, keys=KEYS)
+    assert model.keys is None
 
 
 # ---- mistakes

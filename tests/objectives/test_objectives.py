@@ -55,7 +55,6 @@ def loss_of(task, samples, step=0):
 
 def gradients(task, step=0):
     """Return the loss of the first four samples, and the gradients of what is sampled from, by name."""
-    torch.manual_seed(0)  # dropout's
     loss, _ = loss_of(task, torch.arange(4), step)
     weights = sampled_weights(dict(task.model.named_parameters()))
     return loss, dict(zip(weights, torch.autograd.grad(loss, list(weights.values()))))
@@ -81,14 +80,26 @@ def test_every_weight_has_a_gradient_at_the_first_update(name, run_file, tiny):
     assert not [name for name, weight in task.model.named_parameters() if weight.grad is None]
 
 
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_the_loss_does_not_depend_on_the_cut_into_micro_batches(name, run_file, tiny):
-    task = build(run_file, *OBJECTIVES[name])
+def test_the_loss_does_not_depend_on_the_cut_into_micro_batches(name, drop_path, run_file, tiny):
+    task = build(run_file, *OBJECTIVES[name], "model.dropout=0.1", f"model.drop_path={drop_path}")
     whole, *parts = (loss_of(task, samples) for samples in (torch.arange(4), *torch.arange(4).split(1)))
     assert sum(loss.item() for loss, _ in parts) == pytest.approx(whole[0].item(), rel=1e-5)
     for value in whole[1]:
         assert sum(values[value].item() for _, values in parts) == pytest.approx(whole[1][value].item(), rel=1e-5)
     assert set(whole[1]) <= set(task.headline)
+
+
+@pytest.mark.parametrize("name", ["parallel heads", "sequential heads", "heads with an output"])
+def test_each_block_drops_by_keys_of_its_own(name, run_file, tiny):
+    task, seen = build(run_file, *OBJECTIVES[name], "model.dropout=0.1"), []
+    blocks = task.blocks(task.model)
+    for block in blocks:
+        block.register_forward_pre_hook(lambda block, inputs: seen.append(inputs[3]))
+    loss_of(task, torch.arange(4))
+    assert len(blocks) > len(task.model.layers) and len(seen) == len(blocks)
+    assert len({keys.numpy().tobytes() for keys in seen}) == len(blocks)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -11,7 +11,7 @@ from mutor_img.training.log import read_metrics
 
 RUN = """
 data: {{codes: {codes}, val_codes: {codes}}}
-model: {{preset: mnist, grid: [4, 4], vocabulary: 16, classes: 3, dropout: 0.0}}
+model: {{preset: mnist, grid: [4, 4], vocabulary: 16, classes: 3, dropout: 0.1}}
 registers: {{kind: none}}
 optim: {{lr: 1e-2}}
 train: {{steps: 3, global_batch: 4, micro_batch: 1, precision: fp32, compile: false, ema: 0.9, log_every: 1,

@@ -23,6 +23,7 @@ from mutor_img.attention import FlexAttention
 from mutor_img.blocks import Block, ModelConfig, RMSNorm, RotaryTable
 from mutor_img.chunked_loss import read_out_losses
 from mutor_img.common.config import OptimConfig, load_config
+from mutor_img.common.dropout import mask_keys, row_keys
 from mutor_img.pretraining import cost
 from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.pretraining.cost import (
@@ -100,7 +101,8 @@ def test_a_compiled_blocks_kernels_read_and_write_the_bytes_of_the_formula(preci
     block.compile(backend=fused(kernels), dynamic=False)
     x, rope = torch.randn(batch, 32, 64, requires_grad=True), RotaryTable((4, 8), 32)(torch.arange(32))[None]
     with autocast_as_trained("cpu", precision):
-        block(x, rope.expand(batch, -1, -1, -1).contiguous(), plain_causal).sum().backward()
+        keys = row_keys(mask_keys(0, 0, torch.arange(batch), 2), *x.shape[1:])
+        block(x, rope.expand(batch, -1, -1, -1).contiguous(), plain_causal, keys).sum().backward()
     counted = sum(sum(kernel.values()) for kernel in kernels) / x[..., 0].numel()
     assert counted == pytest.approx(block_traffic(config, Step(batch, precision=precision)), rel=0.05)
     if precision == "bf16":  # beside them 5 products, 10 for the gradients, and 3 kernels of attention
@@ -113,7 +115,8 @@ def test_an_eager_block_reads_and_writes_about_five_times_as_much():
         block = Block(config, 0.0)
         x, rope = torch.empty(64, 256, 768, requires_grad=True), torch.empty(1, 256, 2, 32)
         with Traffic() as traffic:
-            block(x, rope, lambda q, k, v: flex(q, k, v)[0]).sum().backward()
+            keys = row_keys(mask_keys(0, 0, torch.arange(64), 2), *x.shape[1:])
+            block(x, rope, lambda q, k, v: flex(q, k, v)[0], keys).sum().backward()
     counted = sum(size for name, size in traffic.bytes.items() if name not in ("mm", "flex", "flex_backward"))
     assert counted / x[..., 0].numel() == pytest.approx(block_traffic(config, Step(64, compiled=False)), rel=0.15)
 

@@ -7,6 +7,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from mutor_img.blocks import Block, ModelConfig, RMSNorm
 from mutor_img.chunked_loss import read_out_losses
+from mutor_img.common.dropout import mask_keys, row_keys
 from mutor_img.objectives.mutor import Mutor
 from mutor_img.objectives.objective import Batch
 from mutor_img.pretraining.memory import Step, block_bytes, logit_bytes, read_out_bytes, step_memory
@@ -89,7 +90,7 @@ def test_an_eager_block_keeps_the_bytes_of_the_formula(precision, dropout, regis
         rope = torch.empty(2, tokens, 2, config.dim // config.heads // 2)
         attend = {"flash": flash, "flex": FlexStandIn(), "masked": masked(256, registers)}[attention]
         with SavedBytes([*block.parameters(), rope]) as saved:
-            block(x, rope, attend)
+            block(x, rope, attend, row_keys(mask_keys(0, 0, torch.arange(2, device=x.device), 2), *x.shape[1:]))
     step = Step(2, registers, precision, compiled=False, flex=attention == "flex")
     assert saved_bytes(saved, block) == pytest.approx(2 * tokens * block_bytes(config, step), rel=0.02)
 
@@ -116,7 +117,7 @@ def test_a_compiled_block_keeps_the_bytes_of_the_formula(precision, dropout, att
     rope = model.rope(ids)
     attend = FlexStandIn() if registers else plain_causal
     with autocast_as_trained("cpu", precision), SavedBytes([*model.parameters(), rope]) as saved:
-        block(x, rope, attend).sum().backward()
+        block(x, rope, attend, row_keys(mask_keys(0, 0, torch.arange(5), 2), *x.shape[1:])).sum().backward()
     step = Step(5, registers, precision, compiled=True)
     assert saved_bytes(saved, model) == pytest.approx(5 * (32 + registers) * block_bytes(config, step), rel=0.05)
 
@@ -210,4 +211,4 @@ def test_dropout_and_registers_and_precision_each_change_the_plan():
     assert step_memory(config, 10**8, Step(4, 80, shards=8)).optimiser == base.optimiser / 8
     assert step_memory(config, 10**8, Step(4, 80, ema=True)).ema == base.weights
     undropped = step_memory(ModelConfig.preset("B", dropout=0.0, register_offsets=()), 10**8, Step(4, 80))
-    assert base.activations - undropped.activations == 4 * 336 * 768 * (2 * 12 + 1)  # a byte a dropped number
+    assert base.activations - undropped.activations == 4 * 336 * 768 * (12 + 1)  # a byte a dropped number

@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mutor_img.attention import FlexAttention
@@ -34,17 +33,7 @@ def counter(monkeypatch, usual_limits):
 def settings():
     dynamo = torch._dynamo.config
     return (dynamo.recompile_limit, dynamo.accumulated_recompile_limit, dynamo.fail_on_recompile_limit_hit,
-            dynamo.optimize_ddp, torch._functorch.config.graphsafe_rng_functionalization)
-
-
-@pytest.mark.parametrize("compiled", [True, False])
-@pytest.mark.parametrize("checkpointed", [True, False])
-def test_dropout_in_compiled_checkpoints_is_drawn_by_the_generator_that_updates_seed(counter, compiled, checkpointed):
-    before = settings()
-    with compiling.compile_settings():
-        prepare_blocks([nn.Linear(2, 2)], TrainConfig(compile=compiled, activation_checkpointing=checkpointed))
-        assert torch._functorch.config.graphsafe_rng_functionalization is not (compiled and checkpointed)
-    assert settings() == before
+            dynamo.optimize_ddp)
 
 
 def test_a_run_leaves_torchs_settings_as_it_found_them(counter, run_training, monkeypatch):

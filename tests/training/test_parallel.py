@@ -31,7 +31,7 @@ from mutor_img.training.trainer import Trainer
 
 RUN = """
 data: {{codes: {codes}, val_codes: {codes}}}
-model: {{preset: mnist, grid: [4, 5], vocabulary: 16, classes: 3, dropout: 0.0}}
+model: {{preset: mnist, grid: [4, 5], vocabulary: 16, classes: 3, dropout: 0.1}}
 registers: {{kind: 2d, count: null, d_max: 3}}
 optim: {{lr: 1e-2}}
 train: {{steps: 6, global_batch: 4, micro_batch: 1, precision: fp32, compile: false, ema: 0.9, log_every: 1,

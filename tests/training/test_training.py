@@ -45,17 +45,12 @@ def test_n_updates_equal_k_updates_and_a_resume_to_the_byte(run_training, tmp_pa
     assert losses(whole.run_dir) == losses(parts.run_dir)
 
 
-def test_gradient_accumulation_changes_nothing_but_rounding(run_training, tmp_path):
+@pytest.mark.parametrize("dropped", [("model.dropout=0.3",), ("model.dropout=0.1", "model.drop_path=0.5")])
+def test_gradient_accumulation_changes_nothing_but_rounding(run_training, tmp_path, dropped):
     for kind in ("registers.count=6", "registers.count=null"):
-        whole = run_training(f"run_dir={tmp_path}/whole_{kind}", kind)
-        cut = run_training(f"run_dir={tmp_path}/cut_{kind}", kind, "train.micro_batch=1")
+        whole = run_training(f"run_dir={tmp_path}/whole_{kind}", kind, *dropped)
+        cut = run_training(f"run_dir={tmp_path}/cut_{kind}", kind, *dropped, "train.micro_batch=1")
         assert losses(cut.run_dir) == pytest.approx(losses(whole.run_dir), abs=1e-5)
-
-
-def test_with_dropout_another_micro_batch_draws_other_masks(run_training, tmp_path):
-    whole, cut = (run_training(f"run_dir={tmp_path}/{size}", f"train.micro_batch={size}", "model.dropout=0.3")
-                  for size in (4, 1))
-    assert losses(cut.run_dir) != pytest.approx(losses(whole.run_dir), abs=1e-4)
 
 
 def test_a_finished_run_is_left_alone(run_training, capsys):
