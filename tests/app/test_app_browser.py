@@ -208,6 +208,14 @@ def test_nothing_leaves_the_machine(page, server):
     assert {s.raddr.ip for s in sockets if s.raddr} <= {"127.0.0.1"}
 
 
+def test_another_website_cannot_upload(page, server):
+    page.goto(server.url.replace("127.0.0.1", "localhost"))  # to Chromium another site
+    with page.expect_response("**/gradio_api/upload") as answer:
+        page.evaluate("url => void fetch(url, {method: 'POST', mode: 'no-cors', body: new FormData()})",
+                      f"{server.url}/gradio_api/upload")
+    assert answer.value.status == 403
+
+
 def choose_run(page, name):
     page.get_by_role("tab", name="Runs").click()
     page.wait_for_selector("#runs td")
@@ -242,7 +250,7 @@ def test_a_run_is_browsed(page):
 
 def test_a_broken_run_is_a_line_and_its_texts_are_no_markup(page):
     open_run(page, EVIL)
-    assert "metrics.jsonl, line 1: lacks 'step'" in page.locator("#run-curves [role=alert]").inner_text()
+    assert "metrics.jsonl, line 1: must be a JSON object" in page.locator("#run-curves [role=alert]").inner_text()
     page.locator("#run-config summary").click()
     assert EVIL in page.locator("#run-config pre").inner_text()
     open_run(page, "demo")
