@@ -70,7 +70,7 @@ def _try(part: str, args) -> Iterator[dict]:
                     break
                 line = {"part": part, "case": case.name, "seed": args.seed}
                 try:
-                    line["outcome"] = _words(case.run())
+                    line["outcome"], _, line["figures"] = case.run().partition(", ")  # outcomes alone are counted
                 except Fault as fault:
                     line |= {"outcome": "FAULT", "fault": str(fault)}
                     bar.write(f"FAULT in {part}: {case.name}: {fault}")
@@ -78,11 +78,6 @@ def _try(part: str, args) -> Iterator[dict]:
                 yield line
         finally:
             place.close()
-
-
-def _words(outcome: str) -> str:
-    """Return an outcome without its figures, to be counted."""
-    return outcome.partition(",")[0]
 
 
 if __name__ == "__main__":

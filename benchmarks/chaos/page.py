@@ -320,14 +320,12 @@ def _attack(server: Server, data: bytes) -> str:
 
 
 async def _occupy(server: Server) -> str:
-    """Take all connections, and send nothing, or half of a request; the page must be there again for others."""
-    halves = (b"", b"GET / HTTP/1.1\r\nHost: local", b"POST /gradio_api/queue/join HTTP/1.1\r\nHost: localhost\r\n"
-              b"Content-Length: 9\r\n\r\n{")
+    """Take all connections, and send nothing or a part of a request; others must be answered again."""
     taken = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(CONNECTIONS)]
     begun = time.monotonic()
     try:
-        for number, (_, writer) in enumerate(taken):
-            writer.write(halves[number % len(halves)])
+        for _, writer in taken[::2]:
+            writer.write(b"GET / HTTP/1.1\r\nHost: local")
         while (await server.ask("GET", "/config"))[0] != 200:
             if time.monotonic() > begun + 3 * SILENCE:
                 raise Fault(f"no answer to others within {3 * SILENCE:g} s")

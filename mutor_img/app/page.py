@@ -29,6 +29,10 @@ from mutor_img.sampling.labels import RULES
 
 FIRST_COUNT = 20  # images of each checkpoint until the user says otherwise
 WIDEST_SCALE = 10.0  # of the guidance slider
+HEADERS = [  # of every answer: the page loads nothing from elsewhere, and no other website shows it as its own
+    ("content-security-policy", "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; "
+                                "base-uri 'self'; form-action 'self'; frame-ancestors 'self'"),  # Gradio needs eval
+    ("x-content-type-options", "nosniff"), ("x-frame-options", "SAMEORIGIN")]
 HOSTS = ("localhost", "127.0.0.1")  # what a browser may call this machine; Gradio lets any website read [::1]
 
 
@@ -141,7 +145,7 @@ def serve(page: gr.Blocks, listener: socket.socket, uploads: Path, readers: limi
         print(f"{address} (whoever has this address can use the page; what it shows passes through Gradio's servers)")
     # Any website can have its own name lead to this machine; a browser that is there would let it read the page.
     guarded = TrustedHostMiddleware(limits.Limits(app, uploads, readers), hosts, www_redirect=False)
-    server = uvicorn.Server(uvicorn.Config(guarded, http=Connection, log_level="warning",
+    server = uvicorn.Server(uvicorn.Config(guarded, http=Connection, headers=HEADERS, log_level="warning",
                                            limit_concurrency=limits.CONNECTIONS, timeout_graceful_shutdown=1))
     print("http://{}:{} (Ctrl-C ends it)".format(*listener.getsockname()), flush=True)
     with contextlib.suppress(KeyboardInterrupt):

@@ -72,13 +72,15 @@ def server(monkeypatch):
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nHo", START, START + b"x",
-                                  b"GET / HTTP/1.1\r\nHost: x\r\n\r\nGET / HT",
+                                  b"GET / HTTP/1.1\r\nHost: x\r\n\r\n|GET / HT",
                                   b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n"],
                          ids=["nothing", "half of the first lines", "no body", "half of a body",
                               "half of a second request", "an answer that it does not read"])
 def test_who_leaves_the_page_waiting_is_cut_off(server, sent):
     with socket.create_connection(server.address) as client:
-        client.sendall(sent)
+        for part in sent.split(b"|"):
+            client.sendall(part)
+            time.sleep(0.1)
         end = time.monotonic() + 20
         while not server.connections and time.monotonic() < end:
             time.sleep(0.01)
