@@ -39,7 +39,8 @@ audit:
 	@if ! command -v pip-audit > /dev/null; then \
 	  echo "audit: skipped, pip-audit is not installed (pipx install pip-audit)"; \
 	elif told=$$(pip-audit --requirement requirements.lock --no-deps --disable-pip --progress-spinner off 2>&1); then \
-	  echo "audit: no known vulnerabilities in requirements.lock"; \
+	  echo "audit: no known vulnerabilities in requirements.lock;" \
+	       "$$(echo "$$told" | grep -c 'could not be audited') of its packages could not be audited"; \
 	elif echo "$$told" | grep -q "known vulnerabilit"; then \
 	  echo "$$told"; exit 1; \
 	else \

@@ -81,7 +81,8 @@ def test_the_page_of_licences_holds_what_the_packages_say():
 
 
 @pytest.mark.parametrize(("answer", "status", "words"), [
-    ("echo No known vulnerabilities found", 0, "audit: no known vulnerabilities in requirements.lock"),
+    ("echo No known vulnerabilities found", 0, "audit: no known vulnerabilities in requirements.lock; 0 of its"),
+    ("echo 'numpy  Dependency not found on PyPI and could not be audited: numpy (2)'", 0, "1 of its packages could"),
     ("echo 'Found 1 known vulnerability in 1 package' >&2; echo torch 1 CVE; exit 1", 2, "torch 1 CVE"),
     ("echo 'ConnectionError: no route' >&2; exit 1", 0, "audit: skipped, pip-audit had no answer: ConnectionError"),
     (None, 0, "audit: skipped, pip-audit is not installed")])

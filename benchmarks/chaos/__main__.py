@@ -40,6 +40,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--only", metavar="NAME", help=f"one part: {', '.join(PARTS)} (default: all)")
     parser.add_argument("--cases", type=int, default=1000, help="cases of a part that draws them")
     parser.add_argument("--seconds", type=float, default=1e6, help="seconds after which a part ends")
+    parser.add_argument("--crowd", type=float, default=60.0, metavar="SECONDS", help="how long the page's many clients "
+                        "stay")
     parser.add_argument("--seed", type=int, default=0, help="seed of what is drawn")
     parser.add_argument("--out", default="runs/chaos.jsonl", metavar="FILE", help="file that a line is added to for "
                         "each case")
@@ -48,6 +50,7 @@ def main(argv: Sequence[str]) -> int:
         check_choice("--only", args.only, PARTS)
     check_range("--cases", args.cases, 1, 10**7)
     check_range("--seconds", args.seconds, 0, 1e6)
+    check_range("--crowd", args.crowd, 1, 1e6)
     with claim(file_lock(args.out, keeps=True)):
         found = [line for part in PARTS if args.only in (None, part) for line in _try(part, args)]
     print(f"{'part':<10}{'outcome':<32}{'cases':>7}")
@@ -59,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
 def _try(part: str, args) -> Iterator[dict]:
     """Yield a line for each case of a part, and write it down."""
     with tempfile.TemporaryDirectory() as folder:
-        place, begun = Place(Path(folder), args.cases, args.seed), time.monotonic()
+        place, begun = Place(Path(folder), args.cases, args.seed, args.crowd), time.monotonic()
         try:
             bar = tqdm(import_module(f"benchmarks.chaos.{part}").cases(place), desc=part, unit="case", mininterval=1.0)
             for case in bar:
@@ -67,7 +70,7 @@ def _try(part: str, args) -> Iterator[dict]:
                     break
                 line = {"part": part, "case": case.name, "seed": args.seed}
                 try:
-                    line["outcome"] = _words(case.run())
+                    line["outcome"], _, line["figures"] = case.run().partition(", ")  # outcomes alone are counted
                 except Fault as fault:
                     line |= {"outcome": "FAULT", "fault": str(fault)}
                     bar.write(f"FAULT in {part}: {case.name}: {fault}")
@@ -75,11 +78,6 @@ def _try(part: str, args) -> Iterator[dict]:
                 yield line
         finally:
             place.close()
-
-
-def _words(outcome: str) -> str:
-    """Return an outcome without its figures, to be counted."""
-    return outcome.partition(",")[0]
 
 
 if __name__ == "__main__":

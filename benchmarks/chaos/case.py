@@ -37,11 +37,13 @@ class Place:
         folder: an empty folder, which goes afterwards.
         count: how many cases a part draws where it draws them; parts that go through a list ignore it.
         seed: of the draws.
+        crowd: seconds that the page's many clients stay.
     """
 
     folder: Path
     count: int = 100
     seed: int = 0
+    crowd: float = 60.0
 
     @cached_property
     def forks(self) -> Forks:

@@ -1,4 +1,4 @@
-"""The page under load and under attack: many clients for a minute, and requests that no browser would send.
+"""The page under load and under attack: many clients for minutes, and requests that no browser would send.
 
 The clients click, wait for their turn, upload, browse runs, leave in the middle, or never read what they asked for. The
 page must answer each of them, tell those who wait their place, and stay as large as it was. What no browser sends must
@@ -28,12 +28,14 @@ from tqdm import tqdm
 
 from benchmarks.chaos import inputs
 from benchmarks.chaos.case import Case, Fault, Place
+from mutor_img.app.limits import CONNECTIONS, SILENCE
 from mutor_img.common.child import child_environment, die_with_parent, module_command
 
-CLIENTS, SECONDS = 200, 60.0
+CLIENTS = 200
 IMAGES = 8  # that a click asks for
 GROWTH = 48 << 20  # bytes that the page may be larger in the last third of the time than in the second
 PATIENCE = 180.0  # seconds that an answer may take: 200 clicks wait for one another
+VERSION = "HTTP/1.0\r\nHost: localhost\r\n"  # ends the first line of a request, and says where it goes
 SECRET = "a line that nobody may read"
 HABITS = ("waits", "waits", "waits", "uploads", "browses", "leaves", "never reads")  # of the clients, in turn
 
@@ -59,8 +61,7 @@ class Server:
     async def ask(self, method: str, path: str, body: bytes = b"", *, kind: str = "application/json"
                   ) -> tuple[int, bytes]:
         """Return status and body of one request's answer."""
-        head = (f"{method} {path} HTTP/1.0\r\nHost: 127.0.0.1:{self.port}\r\nContent-Type: {kind}\r\n"
-                f"Content-Length: {len(body)}\r\n\r\n")
+        head = f"{method} {path} {VERSION}Content-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
         return _parse(await self.send(head.encode() + body))
 
     async def send(self, data: bytes) -> bytes:
@@ -85,7 +86,7 @@ class Server:
         """Yield the messages that Gradio has for a session, until it closes."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=2**26)
         try:
-            writer.write(f"GET /gradio_api/queue/data?session_hash={session} HTTP/1.0\r\n\r\n".encode())
+            writer.write(f"GET /gradio_api/queue/data?session_hash={session} {VERSION}\r\n".encode())
             async for line in reader:
                 if line.startswith(b"data: "):
                     yield json.loads(line[6:])
@@ -213,21 +214,21 @@ def _form(content: bytes, name: str) -> bytes:
             + b'"\r\n\r\n' + content + b"\r\n--x--\r\n")
 
 
-async def _crowd(server: Server) -> tuple[Counter, list[int]]:
+async def _crowd(server: Server, seconds: float) -> tuple[Counter, list[int]]:
     """Let all clients at the page; returns what came of it, and the page's bytes in memory every half second."""
-    seen, sizes, begun = Counter(), [], time.monotonic()
-    clients = [asyncio.create_task(_client(server, HABITS[number % len(HABITS)], begun + SECONDS, seen))
+    seen, sizes, end = Counter(), [], time.monotonic() + seconds
+    clients = [asyncio.create_task(_client(server, HABITS[number % len(HABITS)], end, seen))
                for number in range(CLIENTS)]
     page = psutil.Process(server.process.pid)
-    while time.monotonic() < begun + SECONDS:
+    while time.monotonic() < end:
         sizes.append(page.memory_info().rss)
         await asyncio.sleep(0.5)
     await asyncio.gather(*clients)
     return seen, sizes
 
 
-def _load(server: Server) -> str:
-    seen, sizes = asyncio.run(_crowd(server))
+def _load(server: Server, seconds: float) -> str:
+    seen, sizes = asyncio.run(_crowd(server, seconds))
     third = len(sizes) // 3
     grown = max(sizes[2 * third:]) - max(sizes[third:2 * third])
     wrong = [what for what in seen if what.startswith(("failed", "a click", "an upload", "no answer"))]
@@ -255,13 +256,13 @@ def _addresses(secret: Path) -> dict[str, bytes]:
               "x.hf.space/", "/gradio_api/stream/a/b/c/playlist.m3u8", "/gradio_api/deep_link?session_hash=a",
               "/gradio_api/runs", "/monitoring", "/monitoring/summary", "/docs", "/openapi.json", "/login", "/logout",
               "/gradio_api/vibe-code", "/gradio_api/custom_component/0/client/component/index.js"]
-    return {f"GET {path}": f"GET {path} HTTP/1.0\r\n\r\n".encode() for path in paths}
+    return {f"GET {path}": f"GET {path} {VERSION}\r\n".encode() for path in paths}
 
 
 def _clicks(secret: Path, doors: dict[str, int]) -> dict[str, bytes]:
     """Return clicks and uploads that name files and addresses, by name."""
     def post(path: str, body: bytes, kind: str = "application/json") -> bytes:
-        return (f"POST {path} HTTP/1.0\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n").encode() + body
+        return f"POST {path} {VERSION}Content-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
 
     found = {}
     for name in (str(secret), "secret.txt", "../secret.txt", "https://example.com/x.png", "http://127.0.0.1:1/x.png"):
@@ -282,19 +283,23 @@ def _clicks(secret: Path, doors: dict[str, int]) -> dict[str, bytes]:
     return found
 
 
-def _no_http() -> dict[str, bytes]:
-    """Return what is no request, or an absurd one, by name."""
-    post = b"POST /gradio_api/queue/join HTTP/1.1\r\nHost: x\r\n"
-    return {"no HTTP": b"\x16\x03\x01\x00\xff" * 40 + b"\r\n\r\n", "an unknown method": b"BREW / HTTP/1.1\r\n\r\n",
-            "TRACE": b"TRACE / HTTP/1.0\r\n\r\n", "OPTIONS": b"OPTIONS / HTTP/1.0\r\n\r\n",
-            "CONNECT": b"CONNECT example.com:443 HTTP/1.0\r\n\r\n",
-            "a header of 1 MB": b"GET / HTTP/1.0\r\nX: " + b"x" * 10**6 + b"\r\n\r\n",
-            "100 000 headers": b"GET / HTTP/1.0\r\n" + b"X: x\r\n" * 10**5 + b"\r\n",
-            "two lengths": post + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}x",
-            "a length below 0": post + b"Content-Length: -1\r\n\r\n{}",
-            "pieces without end": post + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n",
-            "2^60 bytes": post + b"Content-Length: 1152921504606846976\r\n\r\n{}",
-            "a line feed in the address": b"GET /\nX: y\r\n\r\n HTTP/1.0\r\n\r\n"}
+def _absurd() -> dict[str, bytes]:
+    """Return what is no request, or one that no page of ours sends, by name."""
+    post = "POST /gradio_api/queue/join HTTP/1.1\r\nHost: localhost\r\n"
+    found = {"no HTTP": "\x16\x03\x01\x00\xff" * 40 + "\r\n\r\n", "an unknown method": f"BREW / {VERSION}\r\n",
+             "TRACE": f"TRACE / {VERSION}\r\n", "OPTIONS": f"OPTIONS / {VERSION}\r\n",
+             "CONNECT": f"CONNECT example.com:443 {VERSION}\r\n",
+             "a header of 1 MB": f"GET / {VERSION}X: {'x' * 10**6}\r\n\r\n",
+             "100 000 headers": f"GET / {VERSION}" + "X: x\r\n" * 10**5 + "\r\n",
+             "two lengths": post + "Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}x",
+             "a length below 0": post + "Content-Length: -1\r\n\r\n{}",
+             "pieces without end": post + "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n",
+             "2^60 bytes": post + "Content-Length: 1152921504606846976\r\n\r\n{}",
+             "a line feed in the address": f"GET /\nX: y\r\n\r\n {VERSION}\r\n", "no host": "GET / HTTP/1.0\r\n\r\n",
+             **{f"the host {name}": f"GET / HTTP/1.0\r\nHost: {name}\r\n\r\n"
+                for name in ("example.com", "localhost.", "[::1]", "localhost@example.com", "127.0.0.1.example.com")},
+             "another website's upload": f"POST /gradio_api/upload {VERSION}Sec-Fetch-Site: cross-site\r\n\r\n"}
+    return {name: data.encode("latin-1") for name, data in found.items()}
 
 
 def _attack(server: Server, data: bytes) -> str:
@@ -312,6 +317,23 @@ def _attack(server: Server, data: bytes) -> str:
     if "Traceback" in (log := server.log.read_text()[said:]):
         raise Fault(f"a traceback: {log[-300:]}")
     return "refused" if status else "hung up"
+
+
+async def _occupy(server: Server) -> str:
+    """Take all connections, and send nothing or a part of a request; others must be answered again."""
+    taken = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(CONNECTIONS)]
+    begun = time.monotonic()
+    try:
+        for _, writer in taken[::2]:
+            writer.write(b"GET / HTTP/1.1\r\nHost: local")
+        while (await server.ask("GET", "/config"))[0] != 200:
+            if time.monotonic() > begun + 3 * SILENCE:
+                raise Fault(f"no answer to others within {3 * SILENCE:g} s")
+            await asyncio.sleep(0.5)
+    finally:
+        for _, writer in taken:
+            writer.close()
+    return f"free again, after {time.monotonic() - begun:.0f} s"
 
 
 def _uploaded(server: Server, name: str) -> str:
@@ -332,13 +354,14 @@ def cases(place: Place) -> Iterator[Case]:
         return
     folder = place.folder / "page"
     with serving(folder) as server:
-        yield Case(f"{CLIENTS} clients for {SECONDS:g} s", lambda: _load(server))
+        yield Case(f"{CLIENTS} clients for {place.crowd:g} s", lambda: _load(server, place.crowd))
         before = sorted(os.listdir(folder))
         for name, data in {**_addresses(folder / "secret.txt"), **_clicks(folder / "secret.txt", server.doors),
-                           **_no_http()}.items():
+                           **_absurd()}.items():
             yield Case(name, lambda data=data: _attack(server, data))
         for name in ("../../secret.txt", str(folder / "secret.txt"), "..", "", "a" * 5000, "x\0y", "<img src=x>.png"):
             yield Case(f"upload as {name[:30]!r}", lambda name=name: _uploaded(server, name))
+        yield Case(f"{CONNECTIONS} silent connections", lambda: asyncio.run(_occupy(server)))
         yield Case("what was there is there, and no more", lambda: _same(folder, before))
         yield Case("Ctrl-C", lambda: _end(server))
 

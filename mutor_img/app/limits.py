@@ -28,6 +28,7 @@ CONNECTIONS = 1000  # at a time; an open page holds two
 WAITING = 250  # clicks that wait for their turn; the page shows each its place
 SESSIONS = 32  # whose last values Gradio keeps, all images among them; a page that it has forgotten works on
 UPLOADS, KEPT = 1 << 30, 3600  # bytes of uploads within as many seconds; after that time they are removed
+SILENCE = 10.0  # seconds for which a client may leave the page waiting for a request, or its rest, or to be read
 UNREAD = 5.0  # seconds after which a click is given up if nobody reads its answer: Gradio would keep all of it
 LONGEST_SESSION = 64  # characters of a session's name
 SMALLEST_UPLOAD = 1 << 20  # bytes that an upload counts for at least: small files fill a disk, too
@@ -94,10 +95,14 @@ class Limits:
         mine = path.startswith(_FILE) and method != "POST" and self._holds(path.removeprefix(_FILE))
         if not mine and (".." in path or not _OPEN[method].fullmatch(path)):
             return 404, "the page has no such address"
-        return self._too_much(scope) if method == "POST" else None
+        return self._unasked(scope) if method == "POST" else None
 
-    def _too_much(self, scope: dict[str, Any]) -> Refusal | None:
-        length = dict(scope["headers"]).get(b"content-length", b"")
+    def _unasked(self, scope: dict[str, Any]) -> Refusal | None:
+        """Return why a request that asks for work is refused: another website sends it, or it is too much."""
+        headers = dict(scope["headers"])
+        if headers.get(b"sec-fetch-site", b"none") not in (b"none", b"same-origin"):  # a browser tells who asks
+            return 403, "another website asks; the page takes clicks and uploads from itself alone"
+        length = headers.get(b"content-length", b"")
         if not length.isdigit() or len(length) > 20:  # sent in pieces, it may never end
             return 411, "a request must say its length"
         upload = scope["path"].startswith(_UPLOAD)

@@ -12,13 +12,16 @@ import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 from gradio import networking
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from mutor_img.app import limits, markup
+from mutor_img.app.connection import Connection
 from mutor_img.app.runs_tab import build_runs_tab
 from mutor_img.app.session import MAX_IMAGES, Controls, Side, answer
 from mutor_img.common.errors import UserError
@@ -26,6 +29,11 @@ from mutor_img.sampling.labels import RULES
 
 FIRST_COUNT = 20  # images of each checkpoint until the user says otherwise
 WIDEST_SCALE = 10.0  # of the guidance slider
+HEADERS = [  # of every answer: the page loads nothing from elsewhere, and no other website shows it as its own
+    ("content-security-policy", "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; "
+                                "base-uri 'self'; form-action 'self'; frame-ancestors 'self'"),  # Gradio needs eval
+    ("x-content-type-options", "nosniff"), ("x-frame-options", "SAMEORIGIN")]
+HOSTS = ("localhost", "127.0.0.1")  # what a browser may call this machine; Gradio lets any website read [::1]
 
 
 def build_page(sides: Sequence[Side], runs: Path | None, readers: limits.Readers) -> gr.Blocks:
@@ -130,11 +138,15 @@ def serve(page: gr.Blocks, listener: socket.socket, uploads: Path, readers: limi
     app = gr.mount_gradio_app(FastAPI(), page, "/", *listener.getsockname(), footer_links=[], run_history=False,
                               show_error=False, ssr_mode=False, enable_monitoring=False, mcp_server=False, pwa=False,
                               css=markup.STYLE)
-    server = uvicorn.Server(uvicorn.Config(limits.Limits(app, uploads, readers), log_level="warning",
-                                           limit_concurrency=limits.CONNECTIONS, timeout_graceful_shutdown=1))
+    hosts = list(HOSTS)
     if share:
-        print(f"{_public_address(*listener.getsockname())} (whoever has this address can use the page; what it shows "
-              "passes through Gradio's servers)")
+        address = _public_address(*listener.getsockname())
+        hosts.append(urlsplit(address).hostname)
+        print(f"{address} (whoever has this address can use the page; what it shows passes through Gradio's servers)")
+    # Any website can have its own name lead to this machine; a browser that is there would let it read the page.
+    guarded = TrustedHostMiddleware(limits.Limits(app, uploads, readers), hosts, www_redirect=False)
+    server = uvicorn.Server(uvicorn.Config(guarded, http=Connection, headers=HEADERS, log_level="warning",
+                                           limit_concurrency=limits.CONNECTIONS, timeout_graceful_shutdown=1))
     print("http://{}:{} (Ctrl-C ends it)".format(*listener.getsockname()), flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listener])

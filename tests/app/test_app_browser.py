@@ -86,7 +86,8 @@ def page(server, browser):
     """The page, just opened; whatever it asks another machine for is noted in ``page.strangers``."""
     page = browser.new_page()
     page.set_default_timeout(PATIENCE)
-    page.strangers = []
+    page.strangers, page.complaints = [], []
+    page.on("console", lambda line: page.complaints.append(line.text) if line.type == "error" else None)
     page.on("request", lambda request: None if request.url.startswith((server.url, "data:"))
             else page.strangers.append(request.url))
     page.goto(server.url)
@@ -202,10 +203,21 @@ def test_nothing_leaves_the_machine(page, server):
     page.click("#generate")
     wait_for_status(page, "6 images in")
     page.wait_for_timeout(500)
-    assert page.strangers == []
+    assert page.strangers == [] and page.complaints == []
     sockets = psutil.Process(server.process.pid).net_connections()
     assert {s.laddr for s in sockets if s.status == psutil.CONN_LISTEN} == {("127.0.0.1", server.port)}
     assert {s.raddr.ip for s in sockets if s.raddr} <= {"127.0.0.1"}
+
+
+def test_another_website_cannot_upload_or_show_the_page(browser, server):
+    page = browser.new_page(bypass_csp=True)  # a website that allows itself everything
+    answer = page.goto(server.url.replace("127.0.0.1", "localhost"))  # to Chromium another site
+    assert "frame-ancestors 'self'" in answer.headers["content-security-policy"]
+    with page.expect_response("**/gradio_api/upload") as answer:
+        page.evaluate("url => void fetch(url, {method: 'POST', mode: 'no-cors', body: new FormData()})",
+                      f"{server.url}/gradio_api/upload")
+    assert answer.value.status == 403
+    page.close()
 
 
 def choose_run(page, name):
@@ -242,7 +254,7 @@ def test_a_run_is_browsed(page):
 
 def test_a_broken_run_is_a_line_and_its_texts_are_no_markup(page):
     open_run(page, EVIL)
-    assert "metrics.jsonl, line 1: lacks 'step'" in page.locator("#run-curves [role=alert]").inner_text()
+    assert "metrics.jsonl, line 1: must be a JSON object" in page.locator("#run-curves [role=alert]").inner_text()
     page.locator("#run-config summary").click()
     assert EVIL in page.locator("#run-config pre").inner_text()
     open_run(page, "demo")

@@ -52,7 +52,8 @@ def ask(clock, uploads):
 
     app = Limits(page, uploads, Readers())
 
-    def request(length: int | None = 2, method: str = "POST", path: str = UPLOAD, body: bytes = PRESS):
+    def request(length: int | None = 2, method: str = "POST", path: str = UPLOAD, body: bytes = PRESS,
+                asks: bytes = b"same-origin"):
         sent = []
         messages = [{"type": "http.request", "body": body[:-1], "more_body": True},
                     {"type": "http.request", "body": body[-1:], "more_body": False}]
@@ -63,7 +64,9 @@ def ask(clock, uploads):
         async def send(message):
             sent.append(message)
 
-        headers = [] if length is None else [(b"content-length", str(length).encode())]
+        headers = [(b"sec-fetch-site", asks)]
+        if length is not None:
+            headers.append((b"content-length", str(length).encode()))
         asyncio.run(app({"type": "http", "method": method, "path": path, "headers": headers}, receive, send))
         status, answer = sent[0]["status"], sent[1]["body"]
         assert len(messages) == 2 or status in (200, 400, 403)  # what is refused is not read, but for a click's files
@@ -84,6 +87,15 @@ def test_a_request_of_the_usual_size_comes_through(ask):
 def test_a_request_that_is_too_large_or_endless_is_refused(ask, length, status, words):
     found, detail = ask(length)
     assert found == status and words in detail
+
+
+@pytest.mark.parametrize("path", [UPLOAD, CLICK, "/gradio_api/reset"])
+def test_another_website_cannot_click_or_upload_but_link_here(ask, path):
+    for asks in (b"cross-site", b"same-site"):
+        assert ask(path=path, asks=asks) == (403, "another website asks; the page takes clicks and uploads from itself "
+                                                  "alone")
+        assert ask(None, "GET", "/", asks=asks)[0] == 200
+    assert ask(path=path, asks=b"none")[0] == 200
 
 
 def test_too_many_requests_are_refused_until_time_has_passed(ask, clock):

@@ -9,6 +9,7 @@ import pytest
 from tiny_runs import edit_flags
 
 from mutor_img import sampling
+from mutor_img.app.limits import Readers
 from mutor_img.app.session import MAX_IMAGES, Controls, answer, command_line, sample_in_turn
 
 PLAIN = Controls(classes=[2, 0], labels="balanced", count=19, cfg_scale=2.0, temperature=1.0, top_k=0, top_p=1.0,
@@ -73,7 +74,7 @@ def test_the_page_s_controls_stand_in_the_order_in_which_they_are_read(sides):
     pytest.importorskip("gradio", reason="Gradio not installed; make test-app installs it")
     from mutor_img.app.page import build_page
 
-    [generate] = [event for event in build_page(sides[:1]).fns.values() if event.inputs]
+    [generate] = [event for event in build_page(sides[:1], None, Readers()).fns.values() if event.inputs]
     assert [each.elem_id for each in generate.inputs] == [field.name for field in dataclasses.fields(Controls)]
 
 

@@ -121,5 +121,6 @@ def test_a_fault_is_printed_and_written_down(monkeypatch, tmp_path, capsys):
     part = SimpleNamespace(cases=lambda place: [Case("good", lambda: "refused, 3 MiB"), Case("bad", wrong)])
     monkeypatch.setattr(chaos, "import_module", lambda name: part)
     assert chaos.main(["--only", "rot", "--out", str(tmp_path / "c.jsonl")]) == 1
-    assert [row["outcome"] for row in read_lines(tmp_path / "c.jsonl")] == ["refused", "FAULT"]
+    rows = read_lines(tmp_path / "c.jsonl")
+    assert [row["outcome"] for row in rows] == ["refused", "FAULT"] and rows[0]["figures"] == "3 MiB"
     assert "FAULT in rot: bad: it ran" in capsys.readouterr().out
