@@ -20,7 +20,8 @@ from torch import Tensor
 from mutor_img.blocks import Block
 from mutor_img.transformer import Transformer
 
-CHUNK = 8  # sequences the network runs on at a time in fp32, padded; a bit of the result may depend on it
+CHUNK = 8  # sequences the network runs on at least in fp32, padded; a bit of the result may depend on it
+CHUNKS = 4  # that run together at most; in fp32 only where no bit depends on it
 _PACK_ROWS = 32  # rows that oneDNN lays weights out for; the same layout serves from 8 to 64 as well
 
 
@@ -53,12 +54,13 @@ class PrefixCache:
         keys, values = store.flatten(1, 2)  # (R H, N, head dim) each
         return self._read(keys, values, position, qkv[:, 0].flatten(0, 1)[:, None]).view_as(qkv[:, 0])
 
-    def take(self, other: PrefixCache, images: Tensor, slots: Tensor, halves: int, places: int) -> None:
+    def take(self, other: PrefixCache, images: Tensor, slots: Tensor, halves: int, count: int, places: int) -> None:
         """Take over the first ``places`` of some images from the cache of windows, where the rows of an image are side
-        by side; here they stand in ``slots`` of each half, (B,) int64 as ``images``.
+        by side; here they stand in ``slots`` of each half of ``count`` rows, (B,) int64 as ``images``.
         """
         theirs = other.store.unflatten(2, (-1, halves))[:, :, images, ..., :places, :]  # (L, 2, B, halves, H, M, ..)
-        self.store.unflatten(2, (halves, -1))[:, :, :, slots, :, :places] = theirs.transpose(2, 3)
+        ours = self.store[:, :, : halves * count].unflatten(2, (halves, -1))
+        ours[:, :, :, slots, :, :places] = theirs.transpose(2, 3)
 
     def attend_window(self, layer: int, starts: Sequence[int], width: int, qkv: Tensor) -> Tensor:
         """Keep the keys and values of a window, and attend to all before each of its rows and to the row itself.
@@ -207,6 +209,33 @@ class PackedTransformer:
         scale = (self.config.dim // self.config.heads) ** -0.5
         turns = torch.view_as_complex(model.rope.table.transpose(1, 2).contiguous())  # (N + 1, head_dim / 2)
         self.rope = torch.stack([turns * scale, turns], dim=1)[:, None, :, None]  # (N + 1, 1, 2, 1, ..): q, k
+        self._independent: dict[int, bool] = {}  # what rows_are_independent has found, by threads
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return the logits (R, V) of what the last layer gives, (R, dim)."""
+        return self.output(norm(x, self.norm))
+
+    def rows_are_independent(self) -> bool:
+        """Tell whether a row gets the same bits in each pass of 1 to ``CHUNKS`` chunks, with guidance or without.
+
+        How kernels sum may depend on the machine, on shapes and on threads. So a layer and the head are tried.
+        """
+        threads = torch.get_num_threads()
+        if threads not in self._independent:
+            config, place, draw = self.config, self.config.length // 2, torch.Generator().manual_seed(0)
+            x = torch.randn(2 * CHUNKS * CHUNK, config.dim, generator=draw).to(self.codes)
+            cache = PrefixCache(1, len(x), config.heads, place + 1, config.dim // config.heads, self.codes)
+            cache.store.copy_(torch.randn(cache.store[:, :, :1].shape, generator=draw))  # the same for every row
+
+            def logits(rows: int) -> Tensor:
+                return torch.cat([self.logits(self.layers[0].forward(part, self.rope[place],
+                                                                     lambda qkv: cache.attend(0, place, qkv)))
+                                  for part in x.split(rows)])
+
+            rows = {halves * chunks * CHUNK for halves in (1, 2) for chunks in range(1, CHUNKS + 1)}
+            alone = logits(CHUNK)
+            self._independent[threads] = all(torch.equal(logits(count), alone) for count in rows - {CHUNK})
+        return self._independent[threads]
 
 
 _PACKED: WeakKeyDictionary[Transformer, tuple[list, PackedTransformer]] = WeakKeyDictionary()
@@ -279,7 +308,7 @@ class PackedDecoder:
         rope = self.weights.rope[position]  # (1, 2, 1, head_dim / 2)
         for index, layer in enumerate(self.weights.layers):
             x = layer.forward(x, rope, lambda qkv, at=index: self.cache.attend(at, position, qkv))
-        return self.weights.output(norm(x, self.weights.norm))
+        return self.weights.logits(x)
 
     def window(self, x: Tensor, start: Tensor, width: int) -> Tensor:
         """Return logits (Q, S, V) of a window; see :class:`~mutor_img.decoding.drafting.WindowDecoder`."""
@@ -293,4 +322,4 @@ class PackedDecoder:
         y = x.flatten(0, 1)  # (Q S, dim): the linear layers take all rows at once
         for index, layer in enumerate(self.weights.layers):
             y = layer.forward(y, rope, lambda qkv, at=index: attend(qkv, at))
-        return self.weights.output(norm(y, self.weights.norm)).unflatten(0, x.shape[:2])
+        return self.weights.logits(y).unflatten(0, x.shape[:2])

@@ -1,15 +1,15 @@
 """Sampling codes from the transformer: guidance, filtering, and one stateless random number per token.
 
 Row j of a batch is a function of (seed, first + j), the label, the settings and the weights, and of nothing else.
-On CPUs in fp32 that holds to the last bit: the network always runs on ``CHUNK`` sequences, and sample i stands
-in row i mod CHUNK of them, whoever its neighbours are.
+On CPUs in fp32 that holds to the last bit: the network always runs on whole chunks of ``CHUNK`` sequences, and sample i
+stands in row i mod CHUNK of its own, whoever its neighbours are. Chunks run together only where that changes no bit.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,7 +21,7 @@ from torch import Tensor
 from mutor_img.blocks import ModelConfig
 from mutor_img.common.errors import UserError, check_range
 from mutor_img.common.streams import Stream, uniform
-from mutor_img.decoding.cpu import CHUNK, PackedDecoder, PackedTransformer, PrefixCache, pack
+from mutor_img.decoding.cpu import CHUNK, CHUNKS, PackedDecoder, PackedTransformer, PrefixCache, pack
 from mutor_img.decoding.drafting import AUTO, NO_DRAFT, Draft, Drafter, Trial
 from mutor_img.decoding.gpu import MOST_ROWS, StaticDecoder, static_decoder
 from mutor_img.decoding.guidance import guidance_scales, guide
@@ -124,7 +124,7 @@ class Sampler:
     serves the next sampler too where neither weights nor shapes have changed.
 
     Attributes:
-        count: sequences the network runs on at a time; batches are cut and padded to it.
+        count: sequences the network runs on at a time, or fewer on CPUs in fp32; batches are cut and padded to it.
     """
 
     def __init__(self, model: Transformer, settings: SamplingSettings, batch: int, keep: bool = True,
@@ -151,8 +151,6 @@ class Sampler:
         # After the last guided token, or without any, there is no second half of the batch.
         self.guided_until = max((token + 1 for token, scale in enumerate(self.scales) if scale > 1), default=0)
         self.halves = 2 if self.guided_until else 1
-        most = MOST_ROWS // self.halves if self.static else batch
-        self.count = CHUNK if self.fixed else min(batch, most)
         self.keep, self.draft = keep, draft
         self.beginnings = class_inputs(model, settings)
         kept = settings.kept or [-1] * config.length
@@ -164,7 +162,16 @@ class Sampler:
         self.trials: dict[int, Trial] = {}  # of ``auto``, by the number of images at a time
         with torch.no_grad():
             self.packed = None if self.static else pack(model) if keep else PackedTransformer(model)
+            self.count = self._count(batch)
         self.decoders: dict[int, PackedDecoder | StaticDecoder] = {}  # by W, 0: of single steps; those asked for so far
+
+    def _count(self, batch: int) -> int:
+        if self.static:
+            return min(batch, MOST_ROWS // self.halves)
+        if not self.fixed:
+            return batch
+        together = batch > CHUNK and self.packed.rows_are_independent()
+        return CHUNK * min(-(-batch // CHUNK), CHUNKS) if together else CHUNK
 
     def decoder(self, window: int = 0) -> PackedDecoder | StaticDecoder:
         """Return the decoder of passes over a window W of each image; 0: of single steps."""
@@ -222,7 +229,7 @@ class Sampler:
     def _step_seconds(self) -> float:
         """Return how long a step of sequential decoding takes, half-way through an image: the second of two."""
         decoder, middle = self.decoder(), self.config.length // 2
-        codes = torch.zeros(self.count, dtype=torch.int64)
+        codes = torch.zeros(CHUNK, dtype=torch.int64)  # there are no more images than that where drafts are tried
         with torch.inference_mode():
             for _ in range(2):
                 begun = time.perf_counter()
@@ -250,49 +257,53 @@ class Sampler:
             cache: the decoder's that has made them, with the sequences of an image side by side.
         """
         codes = torch.zeros(len(labels), self.config.length, dtype=torch.int64, device=self.device)
-        for rows in self._cut(samples):
-            slots = samples[rows] % self.count if self.fixed else torch.arange(len(rows), device=self.device)
-            padded = torch.zeros(2, self.count, dtype=torch.int64, device=self.device)
+        for rows, slots, count in self._passes(samples):
+            padded = torch.zeros(2, count, dtype=torch.int64, device=self.device)
             padded[:, slots] = torch.stack([labels[rows], samples[rows]])
-            begun = torch.zeros(self.count, 0 if known is None else known.shape[1], dtype=torch.int64,
-                                device=self.device)
+            begun = torch.zeros(count, 0 if known is None else known.shape[1], dtype=torch.int64, device=self.device)
             if known is not None:
                 begun[slots] = known[rows]
-                decoder.cache.take(cache, rows, slots, self.halves, known.shape[1])
+                decoder.cache.take(cache, rows, slots, self.halves, count, known.shape[1])
             codes[rows] = self._run(decoder, *padded, begun)[slots]
         return codes
 
-    def _cut(self, samples: Tensor) -> Iterable[Tensor]:
-        """Return the rows of the batch that run together, at most ``count`` at a time."""
+    def _passes(self, samples: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """Yield the rows of the batch that run together, their slots (rows,), and how many slots there are."""
         if not self.fixed:
-            return torch.arange(len(samples), device=self.device).split(self.count)
-        groups = samples // self.count
-        return [(groups == group).nonzero()[:, 0] for group in groups.unique()]
+            for rows in torch.arange(len(samples), device=self.device).split(self.count):
+                yield rows, torch.arange(len(rows), device=self.device), self.count
+            return
+        chunks, chunk = (samples // CHUNK).unique(return_inverse=True)
+        slots, count = chunk * CHUNK + samples % CHUNK, len(chunks) * CHUNK
+        for first in range(0, count, self.count):
+            rows = ((slots >= first) & (slots < first + self.count)).nonzero()[:, 0]
+            yield rows, slots[rows] - first, min(self.count, count - first)
 
     def _run(self, decoder: PackedDecoder | StaticDecoder, labels: Tensor, samples: Tensor, begun: Tensor) -> Tensor:
-        """Return codes (count, N) for labels and sample numbers (count,) int64; -1 where logits were not finite.
+        """Return codes (R, N) for labels and sample numbers (R,) int64; -1 where logits were not finite.
 
-        ``begun`` (count, M) are the codes so far.
+        ``begun`` (R, M) are the codes so far.
         """
         places = torch.arange(self.config.length, device=self.device)
-        numbers = uniform(self.settings.seed, Stream.TOKEN, samples[:, None], places).T.contiguous()  # (N, count)
-        codes = self.kept[:, None].repeat(1, self.count)  # (N, count)
+        numbers = uniform(self.settings.seed, Stream.TOKEN, samples[:, None], places).T.contiguous()  # (N, R)
+        codes = self.kept[:, None].repeat(1, len(labels))  # (N, R)
         codes[: begun.shape[1]] = begun.T
         nulls = [torch.full_like(labels, self.config.classes)] if self.halves == 2 else []
         for position in range(begun.shape[1], self.end):
             logits = (self._decode(decoder, codes[position - 1], position) if position
-                      else decoder.first(self.beginnings[torch.cat([labels, *nulls])]))  # (2 count or count, V)
+                      else decoder.first(self.beginnings[torch.cat([labels, *nulls])]))  # (2 R or R, V)
             if self.drawn[position]:
                 codes[position] = self._draw(logits, numbers[position], position)
         return torch.where((codes < 0).any(0), -1, codes).T
 
     def _draw(self, logits: Tensor, numbers: Tensor, position: int) -> Tensor:
-        """Return codes (count,) from logits (2 count or count, V) at ``position`` and numbers (count,)."""
+        """Return codes (R,) from logits (2 R or R, V) at ``position`` and numbers (R,)."""
         scale = self.scales[position]
-        return draw(guide(logits.float(), scale) if scale > 1 else logits[: self.count].float(), numbers, self.settings)
+        logits = guide(logits.float(), scale) if scale > 1 else logits[: len(numbers)].float()  # (R, V)
+        return draw(logits, numbers, self.settings)
 
     def _decode(self, decoder: PackedDecoder | StaticDecoder, codes: Tensor, position: int) -> Tensor:
-        """Return logits (2 count or count, V) at ``position``; both halves of a batch go on with the same codes."""
+        """Return logits (2 R or R, V) at ``position``; both halves of a batch go on with the same codes."""
         codes = codes.clamp(min=0)  # not finite: go on with anything, and say so at the end
         halves = self.halves if self.static or position < self.guided_until else 1
         return decoder.next(codes.repeat(halves), position)

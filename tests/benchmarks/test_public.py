@@ -53,8 +53,9 @@ def test_the_public_sampler_draws_our_samples_where_one_code_is_certain(both):
 def test_each_side_is_measured_alone(main, words, who, capsys, monkeypatch):
     monkeypatch.setattr(train_step, "VOCABULARY", 64)
     main([*words, "--measure", who])
-    rate, share = json.loads(capsys.readouterr().out.splitlines()[-1]).values()
-    assert rate > 0 and 0 < share < 2
+    rate, *shares = json.loads(capsys.readouterr().out.splitlines()[-1]).values()
+    assert rate > 0 and all(0 < share < 2 for share in shares)
+    assert len(shares) == (2 if (main, who) == (sampling.main, "ours") else 1)  # and that of products alone
 
 
 @pytest.mark.parametrize("main", [train_step.main, sampling.main])

@@ -293,7 +293,7 @@ def test_a_try_that_is_given_up_goes_on_one_code_after_the_other(random_model, m
     for images, least, source in itertools.product((1, 2, 4), (1, 9), ("frequency", "registers")):
         monkeypatch.setattr(Trial, "loses", lambda self, certain, seconds, least=least: certain >= least)
         samples = 6 + torch.arange(images)  # of two rounds of eight
-        auto = Sampler(model, settings, 4, draft=Draft("auto", source))
+        auto = Sampler(model, settings, 64, draft=Draft("auto", source))
         assert torch.equal(auto.generate(LABELS[:images], samples),
                            Sampler(model, settings, 4).generate(LABELS[:images], samples))
         assert auto.drafter.certain < 20 or (source, images) == ("registers", 4)  # those four are too many for drafts

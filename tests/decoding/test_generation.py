@@ -12,10 +12,10 @@ from reference import sampling as reference
 from mutor_img import generate
 from mutor_img.common.errors import UserError
 from mutor_img.decoding import cpu as decoder_module
-from mutor_img.decoding.cpu import PackedDecoder, pack
+from mutor_img.decoding.cpu import CHUNK, CHUNKS, Packed, PackedDecoder, pack
 from mutor_img.decoding.gpu import StaticDecoder, static_decoder
 from mutor_img.decoding.guidance import SCHEDULES, guidance_scales
-from mutor_img.decoding.sampler import CHUNK, Sampler, SamplingSettings, draw, generate_samples, keep_top_k, keep_top_p
+from mutor_img.decoding.sampler import Sampler, SamplingSettings, draw, generate_samples, keep_top_k, keep_top_p
 
 LABELS = torch.tensor([2, 0, 1, 1, 0])
 
@@ -134,19 +134,38 @@ def test_a_row_is_a_function_of_seed_and_number_alone_to_the_last_bit(random_mod
     assert torch.equal(generate_samples(model, labels[shuffled], shuffled, SamplingSettings()), everyone[shuffled])
 
 
-def test_the_network_always_runs_on_one_number_of_rows(random_model, monkeypatch):
-    model, seen = random_model(), set()
-    step = PackedDecoder.step
+@pytest.fixture
+def rows_of_steps(monkeypatch):
+    """The numbers of rows that steps on a CPU have had."""
+    seen, step = set(), PackedDecoder.step
     monkeypatch.setattr(PackedDecoder, "step", lambda self, x, position: seen.add(len(x)) or step(self, x, position))
-    for count in (1, 3, CHUNK, CHUNK + 1):
+    return seen
+
+
+def test_the_network_runs_on_whole_chunks_and_on_a_few_of_them_at_most(random_model, rows_of_steps):
+    model = random_model()
+    for count in (1, 3, CHUNK):
         codes_of(model, torch.zeros(count, dtype=torch.int64))
-    assert CHUNK >= 8 and seen == {2 * CHUNK}
-    seen.clear()
+    assert CHUNK >= 8 and rows_of_steps == {2 * CHUNK}
+    codes_of(model, torch.zeros(CHUNKS * CHUNK + 1, dtype=torch.int64))
+    assert rows_of_steps == {2 * CHUNK, 2 * CHUNKS * CHUNK}
+    rows_of_steps.clear()
     codes_of(model, cfg_scale=1.0)  # no guidance: no second half of the batch
-    assert seen == {CHUNK}
-    seen.clear()
-    codes_of(model, cfg_schedule="interval", cfg_parameter=2)
-    assert seen == {2 * CHUNK, CHUNK}
+    assert rows_of_steps == {CHUNK}
+    rows_of_steps.clear()
+    codes_of(model, torch.zeros(CHUNK + 1, dtype=torch.int64), cfg_schedule="interval", cfg_parameter=2)
+    assert rows_of_steps == {4 * CHUNK, 2 * CHUNK}
+
+
+@pytest.mark.parametrize("method", ["__call__", "silu", "times", "plus"])
+def test_chunks_run_alone_on_a_machine_that_rounds_otherwise_with_more_rows(random_model, rows_of_steps, monkeypatch,
+                                                                            method):
+    labels, real = torch.arange(3 * CHUNK) % 3, getattr(Packed, method)
+    expected = codes_of(random_model(), labels)
+    monkeypatch.setattr(Packed, method,
+                        lambda self, x, *other: real(self, x, *other) * (1 if len(x) <= 2 * CHUNK else 1.5))
+    rows_of_steps.clear()
+    assert torch.equal(codes_of(random_model(), labels), expected) and rows_of_steps == {2 * CHUNK}
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"cfg_scale": 5.0}, {"temperature": 0.5}, {"top_k": 2}, {"top_p": 0.5},
