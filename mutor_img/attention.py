@@ -121,15 +121,18 @@ class FlexAttention:
         if not torch.compiler.is_compiling():
             raise RuntimeError("FlexAttention must run compiled: elsewhere it builds the whole matrix of scores")
         head_dim = q.shape[-1]
-        out = flex_attention(_plain(q), _plain(k), _plain(v), block_mask=self.block_mask, scale=head_dim**-0.5)
-        return out[..., :head_dim]
+        q, k, v = (_heads_inside(x) for x in (q, k, v))
+        return flex_attention(q, k, v, block_mask=self.block_mask, scale=head_dim**-0.5)[..., :head_dim]
 
 
-def _plain(x: Tensor) -> Tensor:
-    """Return x (..., head dim) in plain order, with zeros up to the next power of two, at least 16.
+def _heads_inside(x: Tensor) -> Tensor:
+    """Return x (B, H, S, head dim) with zeros up to the next power of two, at least 16, and in memory (B, S, H, ..).
 
-    Plain order, because inside a compiled block the kernel misreads the strides of q, k and v as they come out of one
+    A copy, because inside a compiled block the kernel misreads the strides of q, k and v as they come out of one
     product (seen on CPUs with torch 2.14.1: wrong by as much as the logits are large).
+
+    In this order, because the result comes in that of q. The product after it then reads the result as it is, and the
+    kernel its gradient: neither is copied. Rotation writes q and k in this order at once.
 
     A power of two, because the GPU kernel computes on that many columns anyway but looks its tile sizes up by the exact
     head dimension: at the 100 of the 3B preset it falls back to a default tile, which in fp32 needs more shared memory
@@ -137,7 +140,7 @@ def _plain(x: Tensor) -> Tensor:
     leave the scores as they are, zeros in v stand in columns that are cut off; the scale is the real head dimension's.
     """
     width = max(16, 1 << (x.shape[-1] - 1).bit_length())  # 16: the least that a GPU's matrix units take
-    return F.pad(x, (0, width - x.shape[-1])).contiguous()
+    return F.pad(x, (0, width - x.shape[-1])).transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _union_block_mask(rule, length: int, total: int, device: torch.device) -> BlockMask:

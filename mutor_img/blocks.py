@@ -101,7 +101,9 @@ class RMSNorm(nn.Module):
 
 
 class RotaryTable(nn.Module):
-    """2D rotary positions: cos and sin by position id, (N + 1, 2, head_dim / 2) fp32, base 10000.
+    """2D rotary positions: cos and sin by position id, (N + 1, 2, head_dim) fp32, base 10000.
+
+    Both numbers of a pair have theirs, as :func:`rotate` reads them: cos twice, and sin with minus for the first.
 
     Row i >= 1 is grid cell i - 1: the first half of a head turns by the cell's row, the second by its column. Row 0,
     the class token's, is zero for cos and for sin, as in the released weights: its query and key vanish, every query
@@ -121,8 +123,13 @@ class RotaryTable(nn.Module):
         angles = torch.cat(
             [rows[:, None].expand(-1, self.grid[1], -1), columns[None].expand(self.grid[0], -1, -1)], dim=-1
         ).flatten(0, 1)  # (N, head_dim / 2)
-        cells = torch.stack([angles.cos(), angles.sin()], dim=1)  # (N, 2, head_dim / 2)
-        return torch.cat([torch.zeros_like(cells[:1]), cells])
+        cos, sin = angles.cos(), angles.sin()
+        cells = torch.stack([cos, cos, -sin, sin], dim=-1).unflatten(-1, (2, 2)).transpose(1, 2).flatten(2)
+        return torch.cat([torch.zeros_like(cells[:1]), cells])  # (N + 1, 2, head_dim)
+
+    def factors(self) -> Tensor:
+        """Return cos and sin of each pair once, (N + 1, head_dim / 2, 2) fp32, as LlamaGen's files hold them."""
+        return self.table[..., 1::2].transpose(1, 2).contiguous()
 
     def _apply(self, fn, recurse=True):
         before = self.table.device
@@ -132,16 +139,17 @@ class RotaryTable(nn.Module):
         return self
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Look ids (..., S) up; returns (..., S, 2, head_dim / 2)."""
+        """Look ids (..., S) up; returns (..., S, 2, head_dim)."""
         return self.table[ids]
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn the pairs (2i, 2i + 1) of x (B, S, ..., H, head_dim) by rope (1 or B, S, 2, head_dim / 2), in fp32."""
+    """Turn the pairs (2i, 2i + 1) of x (B, S, ..., head_dim) by rope (1 or B, S, 2, head_dim), in fp32."""
     rope = rope.reshape(*rope.shape[:2], *(1,) * (x.dim() - 3), 2, -1)
-    cos, sin = rope.unbind(-2)  # (1 or B, S, 1.., head_dim / 2)
-    a, b = rearrange(x.float(), "... (i two) -> two ... i", two=2)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).type_as(x)
+    cos, sin = rope.unbind(-2)  # (1 or B, S, 1.., head_dim)
+    wide = x.float()
+    swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # (2i + 1, 2i)
+    return (wide * cos + swapped * sin).type_as(x)
 
 
 class Attention(nn.Module):
@@ -161,18 +169,17 @@ class Attention(nn.Module):
 
         Args:
             x: (B, S, dim), normalised.
-            rope: (1 or B, S, 2, head_dim / 2) fp32, as :class:`RotaryTable` gives it.
+            rope: (1 or B, S, 2, head_dim) fp32, as :class:`RotaryTable` gives it.
             attend: takes q, k and v (B, H, S, head_dim) and returns the same shape.
 
         Returns:
             (B, S, dim).
         """
-        qkv = rearrange(self.wqkv(x), "b s (three h d) -> b s three h d", three=3, h=self.heads)
-        turning = qkv[:, :, :2]  # (B, S, 2, H, head_dim)
+        q, k, v = rearrange(self.wqkv(x), "b s (three h d) -> three b s h d", three=3, h=self.heads)
         if self.q_norm is not None:
-            turning = torch.stack([self.q_norm(turning[:, :, 0]), self.k_norm(turning[:, :, 1])], 2).type_as(qkv)
-        q, k = rotate(turning, rope).transpose(1, 3).unbind(2)  # (B, H, S, head_dim) each
-        out = attend(q, k, qkv[:, :, 2].transpose(1, 2))  # (B, H, S, head_dim)
+            q, k = self.q_norm(q).type_as(v), self.k_norm(k).type_as(v)
+        q, k, v = (part.transpose(1, 2) for part in (rotate(q, rope), rotate(k, rope), v))
+        out = attend(q, k, v)  # (B, H, S, head_dim) each
         return self.wo(rearrange(out, "b h s d -> b s (h d)"))
 
 

@@ -62,7 +62,7 @@ def rotary_table(meta: dict[str, Any]) -> dict[str, Tensor]:
     config = ModelConfig.from_json(meta["model"])
     if config.grid[0] != config.grid[1]:
         return {}  # its rows would say another grid
-    return {"freqs_cis": RotaryTable(config.grid, config.dim // config.heads).table.transpose(1, 2).contiguous()}
+    return {"freqs_cis": RotaryTable(config.grid, config.dim // config.heads).factors()}
 
 
 def main(argv: Sequence[str]) -> None:

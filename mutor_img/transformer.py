@@ -39,7 +39,7 @@ class Run:
 
     Attributes:
         states: by the number of blocks passed, the residual stream (B, S + R, dim) as it stands before the last norm.
-        rope: (1 or B, S + R, 2, head_dim / 2), what :class:`RotaryTable` gives for the position ids.
+        rope: (1 or B, S + R, 2, head_dim), what :class:`RotaryTable` gives for the position ids.
         attend: who sees whom.
         keys: for each of the objective's blocks, what it is to be called with as ``keys``.
     """
@@ -143,7 +143,7 @@ class Transformer(HubModel, nn.Module):
         self._check(labels, codes, anchors, offsets)
         length = codes.shape[1] + 1
         x = torch.cat([self.cls_embedding(labels)[:, None], self.tok_embeddings(codes)], dim=1)  # (B, S, dim)
-        rope = self.rope(torch.arange(length, device=codes.device))[None]  # (1, S, 2, head_dim / 2)
+        rope = self.rope(torch.arange(length, device=codes.device))[None]  # (1, S, 2, head_dim)
         if anchors is not None:
             x = torch.cat([x, self._embed_registers(offsets)], dim=1)  # (B, S + R, dim)
             ids = register_ids(anchors, offsets, length)

@@ -207,7 +207,7 @@ class PackedTransformer:
         self.norm, self.output = model.norm.weight.detach(), Packed(model.output.weight)
         self.spare: list[PrefixCache] = []  # of decoders that are gone, the last two, for the next ones
         scale = (self.config.dim // self.config.heads) ** -0.5
-        turns = torch.view_as_complex(model.rope.table.transpose(1, 2).contiguous())  # (N + 1, head_dim / 2)
+        turns = torch.view_as_complex(model.rope.factors())  # (N + 1, head_dim / 2)
         self.rope = torch.stack([turns * scale, turns], dim=1)[:, None, :, None]  # (N + 1, 1, 2, 1, ..): q, k
         self._independent: dict[int, bool] = {}  # what rows_are_independent has found, by threads
 

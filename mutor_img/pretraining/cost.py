@@ -25,7 +25,7 @@ import torch
 
 from mutor_img.attention import BLOCK
 from mutor_img.blocks import ModelConfig, block_flops
-from mutor_img.pretraining.memory import FP32, Step
+from mutor_img.pretraining.memory import FP32, Step, padded_head
 from mutor_img.registers import RegisterLaw
 
 PRODUCTS, ATTENTION, BANDWIDTH = 0.6, 0.15, 0.75  # shares of the peaks, assumed
@@ -133,13 +133,8 @@ def attention_cells(law: RegisterLaw, seed: int, flex: bool = True) -> int:
 
 
 def cell_flops(config: ModelConfig, step: Step) -> float:
-    """Return the FLOPs of one query-key pair in all heads of a block: 2 products forward, and 5 backward.
-
-    Heads are as wide as the kernels take them: FlexAttention's to a power of two, SDPA's to a multiple of 8.
-    """
-    head = config.dim // config.heads
-    width = 1 << (head - 1).bit_length() if step.registers and step.flex else -(-head // 8) * 8
-    return 2.0 * config.heads * width * (9 if step.checkpointing else 7)
+    """Return the FLOPs of one query-key pair in all heads of a block: 2 products forward, and 5 backward."""
+    return 2.0 * config.heads * padded_head(config, step) * (9 if step.checkpointing else 7)
 
 
 def block_traffic(config: ModelConfig, step: Step) -> float:
@@ -150,10 +145,10 @@ def block_traffic(config: ModelConfig, step: Step) -> float:
     """
     d, w = config.dim, step.width
     mask = 1 if config.dropout > 0 and config.drop_path == 0 else 0  # of the feed-forward's dropout, bool
-    turns = FP32 * d / config.heads  # cos and sin of a position
-    head = d // config.heads
-    # Copies in another order: v, the result of attention and its gradient. SDPA takes all three as they are.
-    copies = 6 * w * d if step.registers or head % 8 else 0
+    turns = 2 * FP32 * d / config.heads  # cos and sin of a position
+    # Copies: of v, unless SDPA takes it as it is; of the result and its gradient, where the result is cut or joined.
+    cut = padded_head(config, step) > d // config.heads or (step.registers and not step.flex)
+    copies = 6 * w * d if cut else 2 * w * d if step.registers else 0
     last = (2 * FP32 + 2 * w + mask) * d  # residuals and both branches' results in, the stream out
     forward = (
         (FP32 + w) * d  # norm

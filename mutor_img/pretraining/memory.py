@@ -123,24 +123,31 @@ def qk_norm_bytes(config: ModelConfig, step: Step) -> float:
     return statistics + 2 * w * d + (2 * FP32 * d if w < FP32 else 3 * FP32 * d if copies else 0)
 
 
+def padded_head(config: ModelConfig, step: Step) -> int:
+    """Return how wide attention's kernel takes a head: FlexAttention's a power of two, SDPA's a multiple of 8."""
+    head = config.dim // config.heads
+    return 1 << (head - 1).bit_length() if step.registers and step.flex else -(-head // 8) * 8
+
+
 def attention_bytes(config: ModelConfig, step: Step) -> float:
-    """Return the bytes per token that attention keeps: q, k, v, its result, and what the output projection reads."""
+    """Return the bytes per token that attention keeps: q, k, v and its result.
+
+    The output projection reads the result as it is; where heads are padded, a copy that is cut, which is kept, too.
+    """
     d, w = config.dim, step.width
-    head = d // config.heads
-    if step.registers and step.flex:  # copies in plain order, up to a power of two; the result is reordered
-        return w * d * (4 * (1 << (head - 1).bit_length()) / head + 1)
-    if step.registers:  # q and k as turned, v inside the whole of qkv; two results, joined; the mask as numbers
+    head, padded = d // config.heads, padded_head(config, step)
+    if step.registers and not step.flex:  # q, k turned, v inside the whole of qkv; two results, joined; mask as numbers
         return w * d * (2 + 3 + 1 + 1) + w * step.registers
-    if head % 8:  # padded copies; the result is cut
-        return w * d * (4 * (-(-head // 8) * 8) / head + 1)
-    return w * d * (2 + 3 + 1)  # q and k as turned, v inside the whole of qkv; the result is read as it is
+    if step.registers or padded > head:  # copies
+        return w * d * (4 * padded / head + (padded > head))
+    return w * d * (2 + 3 + 1)  # q and k as turned, v inside the whole of qkv
 
 
 def outer_bytes(config: ModelConfig, step: Step) -> float:
     """Return the bytes per token kept from before the blocks: the first dropout's mask, and the turns of positions."""
     d = config.dim
     mask = d if config.dropout > 0 else 0
-    turns = FP32 * d // config.heads if step.registers else FP32 * d // config.heads / step.sequences
+    turns = 2 * FP32 * d // config.heads / (1 if step.registers else step.sequences)
     return mask + turns
 
 

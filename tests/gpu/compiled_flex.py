@@ -57,7 +57,7 @@ def main():
     sources = []
     AsyncCompile.triton = lambda self, name, source, *rest, **options: sources.append(source)
     if args.unpadded:
-        attention._plain = lambda x: x.contiguous()
+        attention._heads_inside = lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)
     law = RegisterLaw("2d", (16, 16), 4, args.registers)
     anchors = law.draw(0, 0, torch.arange(2))[0]
     flex = attention.FlexAttention(law.length, anchors, fixed_anchors=law.count is None)

@@ -83,7 +83,7 @@ def lower_as_on_a_gpu(capability=9.0):
 
 
 def run(grid, head_dim, count, every=None):
-    """Yield the differences of two draws with one BlockMask; one sequence, one head."""
+    """Yield the differences of two draws with one BlockMask; one sequence, two heads."""
     from mutor_img.attention import FlexAttention
     from mutor_img.pretraining.parity import compare_attention
     from mutor_img.registers import RegisterLaw
@@ -94,7 +94,7 @@ def run(grid, head_dim, count, every=None):
     attend = torch.compile(lambda q, k, v: flex(q, k, v), dynamic=False, fullgraph=True)
     for step, anchors in enumerate(draws):
         flex.update(anchors)
-        yield compare_attention(attend, anchors, law.length, heads=1, head_dim=head_dim, seed=step,
+        yield compare_attention(attend, anchors, law.length, heads=2, head_dim=head_dim, seed=step,
                                 dtype=torch.float32)
 
 

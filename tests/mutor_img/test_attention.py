@@ -189,6 +189,13 @@ def test_compiled_flex_equals_sdpa_over_ten_draws_with_one_mask_and_one_compilat
     assert counter.frame_count == 1
 
 
+def test_the_result_of_compiled_flex_lies_in_memory_as_the_output_projection_reads_it():
+    run, _ = compiled_flex()
+    flex = FlexAttention(100, anchors_of((10, 10), 60), fixed_anchors=False)
+    with torch.no_grad():
+        assert run(flex, *qkv(160)).transpose(1, 2).is_contiguous()  # else heads would be put together by a copy
+
+
 def test_compiled_flex_with_the_exact_blocks_of_one_draw_is_wrong_at_another():
     """Why drawn anchors need the union of blocks: the block lists of one draw are not valid for the next."""
     run, _ = compiled_flex()

@@ -84,11 +84,13 @@ def test_there_are_no_biases_and_input_and_output_embeddings_are_untied():
 
 @pytest.mark.parametrize("grid, head_dim", [((16, 16), 64), ((4, 5), 16), ((3, 7), 100)])
 def test_the_rotary_table_is_the_formula_with_a_zero_row_for_the_class_token(grid, head_dim):
-    table = RotaryTable(grid, head_dim).table
-    assert table.dtype == torch.float32 and table.shape == (grid[0] * grid[1] + 1, 2, head_dim // 2)
+    rope = RotaryTable(grid, head_dim)
+    table, (cos, sin) = rope.table, rope.factors().unbind(-1)
+    assert table.dtype == torch.float32 and table.shape == (grid[0] * grid[1] + 1, 2, head_dim)
     expected = torch.tensor([reference.rotation(i, grid[1], head_dim) for i in range(len(table))])
     assert (table[0] == 0).all()
-    assert (torch.complex(table[:, 0], table[:, 1]) - expected).abs().max() < 3e-6
+    assert (torch.complex(cos, sin) - expected).abs().max() < 3e-6
+    assert torch.equal(table[:, 0], cos.repeat_interleave(2, dim=-1)) and torch.equal(table[:, 1, ::2], -sin)
 
 
 def test_the_rotary_table_stays_exact_in_fp32_through_casts(random_model):
@@ -102,7 +104,7 @@ def test_the_rotary_table_stays_exact_in_fp32_through_casts(random_model):
 
 def test_rotation_is_done_in_fp32_on_pairs_of_neighbours():
     x = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4)
-    rope = torch.tensor([[0.0, 1.0], [1.0, 0.0]]).view(1, 1, 2, 2)  # first pair by 90 degrees, second by none
+    rope = torch.tensor([[0.0, 0.0, 1.0, 1.0], [-1.0, 1.0, 0.0, 0.0]])[None, None]  # 90 degrees for the first pair
     assert rotate(x, rope).flatten().tolist() == [-2.0, 1.0, 3.0, 4.0]
     assert rotate(x.bfloat16(), rope).dtype == torch.bfloat16
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_memory import flash, flex, plain_causal
+from test_memory import FlexStandIn, flash, flex, plain_causal
 from timm.utils import ModelEmaV3
 from torch._guards import detect_fake_mode
 from torch._inductor.compile_fx import compile_fx, record_original_output_strides
@@ -93,8 +93,8 @@ def fused(found):
     return lambda graph, inputs: compile_fx(graph, inputs, inner_compile=count)
 
 
-@pytest.mark.parametrize("precision, dropout", [("bf16", 0.1), ("fp32", 0.0)])
-def test_a_compiled_blocks_kernels_read_and_write_the_bytes_of_the_formula(precision, dropout):
+@pytest.mark.parametrize("precision, dropout, registers", [("bf16", 0.1, 0), ("fp32", 0.0, 0), ("bf16", 0.1, 8)])
+def test_a_compiled_blocks_kernels_read_and_write_the_bytes_of_the_formula(precision, dropout, registers):
     torch.manual_seed(0)
     config, kernels, batch = ModelConfig(1, 2, 64, (4, 8), dropout=dropout), [], 400  # weights are few beside tokens
     block = Block(config, 0.0)
@@ -102,9 +102,10 @@ def test_a_compiled_blocks_kernels_read_and_write_the_bytes_of_the_formula(preci
     x, rope = torch.randn(batch, 32, 64, requires_grad=True), RotaryTable((4, 8), 32)(torch.arange(32))[None]
     with autocast_as_trained("cpu", precision):
         keys = row_keys(mask_keys(0, 0, torch.arange(batch), 2), *x.shape[1:])
-        block(x, rope.expand(batch, -1, -1, -1).contiguous(), plain_causal, keys).sum().backward()
+        attend = FlexStandIn() if registers else plain_causal
+        block(x, rope.expand(batch, -1, -1, -1).contiguous(), attend, keys).sum().backward()
     counted = sum(sum(kernel.values()) for kernel in kernels) / x[..., 0].numel()
-    assert counted == pytest.approx(block_traffic(config, Step(batch, precision=precision)), rel=0.05)
+    assert counted == pytest.approx(block_traffic(config, Step(batch, registers, precision)), rel=0.05)
     if precision == "bf16":  # beside them 5 products, 10 for the gradients, and 3 kernels of attention
         assert len(kernels) + 18 == pytest.approx(cost.KERNELS, abs=4)
 
@@ -113,7 +114,7 @@ def test_an_eager_block_reads_and_writes_about_five_times_as_much():
     config = ModelConfig.preset("B", dropout=0.1)
     with FakeTensorMode(), autocast_as_trained("cpu", "bf16"):
         block = Block(config, 0.0)
-        x, rope = torch.empty(64, 256, 768, requires_grad=True), torch.empty(1, 256, 2, 32)
+        x, rope = torch.empty(64, 256, 768, requires_grad=True), torch.empty(1, 256, 2, 64)
         with Traffic() as traffic:
             keys = row_keys(mask_keys(0, 0, torch.arange(64), 2), *x.shape[1:])
             block(x, rope, lambda q, k, v: flex(q, k, v)[0], keys).sum().backward()
