@@ -31,7 +31,7 @@ from mutor_img.registers import RegisterLaw
 PRODUCTS, ATTENTION, BANDWIDTH = 0.6, 0.15, 0.75  # shares of the peaks, assumed
 IDLE = 0.009  # seconds per update, fitted
 LAUNCH = 10e-6  # seconds of the CPU per kernel, assumed
-KERNELS = 43  # of a block in a forward and a backward pass
+KERNELS = 41  # of a block in a forward and a backward pass, as torch.compile writes them for an H100
 EAGER = 5  # times the kernels and bytes of a compiled block
 EAGER_MASK = 90  # bytes beside that, for each number that dropout may drop
 H100_MEMORY = 3.35e12  # bytes per second of an H100 SXM's memory, by its data sheet

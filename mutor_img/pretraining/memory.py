@@ -144,11 +144,15 @@ def attention_bytes(config: ModelConfig, step: Step) -> float:
 
 
 def outer_bytes(config: ModelConfig, step: Step) -> float:
-    """Return the bytes per token kept from before the blocks: the first dropout's mask, and the turns of positions."""
-    d = config.dim
-    mask = d if config.dropout > 0 else 0
+    """Return the bytes per token kept from before the blocks: what the first dropout needs, and the turns of positions.
+
+    Eager the dropout keeps its mask. Compiled it computes it again from its keys, two numbers, which lie in memory with
+    those of the blocks' masks.
+    """
+    d, places = config.dim, 1 + 2 * (config.layers + step.blocks)
+    dropped = (2 * FP32 * places if step.compiled else d) if config.dropout > 0 else 0
     turns = 2 * FP32 * d // config.heads / (1 if step.registers else step.sequences)
-    return mask + turns
+    return dropped + turns
 
 
 def read_out_bytes(config: ModelConfig, step: Step) -> float:

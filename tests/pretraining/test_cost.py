@@ -107,7 +107,7 @@ def test_a_compiled_blocks_kernels_read_and_write_the_bytes_of_the_formula(preci
     counted = sum(sum(kernel.values()) for kernel in kernels) / x[..., 0].numel()
     assert counted == pytest.approx(block_traffic(config, Step(batch, registers, precision)), rel=0.05)
     if precision == "bf16":  # beside them 5 products, 10 for the gradients, and 3 kernels of attention
-        assert len(kernels) + 18 == pytest.approx(cost.KERNELS, abs=4)
+        assert len(kernels) + 18 == pytest.approx(cost.KERNELS, abs=2)
 
 
 def test_an_eager_block_reads_and_writes_about_five_times_as_much():
@@ -261,9 +261,12 @@ def test_with_few_tokens_the_cpu_sets_the_pace():
 
 
 def test_the_three_plain_updates_that_were_measured_leave_the_idle_time_of_the_model():
-    """On one H100, 32 sequences, when the cross-entropy was eager (docs/gpu.md)."""
+    """On one H100, 32 sequences of B, with what was done besides at that time (docs/gpu.md)."""
     for preset, milliseconds in (("ntp_b", 27.4), ("mutor2d_b_80", 34.2), ("mutor2d_b", 45.0)):
         config = load_config(GeneratorConfig, FOLDER / f"{preset}.yaml", ["plan.devices=32"])
-        found, rows = planned_cost(config, *shapes(config)), 256 + config.law().registers
-        eager = 32 * rows * 16384 * (42 - 12) / (cost.BANDWIDTH * cost.H100_MEMORY)
-        assert found.seconds + eager == pytest.approx(milliseconds / 1000, rel=0.02)
+        found, registers = planned_cost(config, *shapes(config)), config.law().registers
+        bytes_then = 16384 * (42 - 12)  # per token: the cross-entropy was eager,
+        bytes_then += 12 * (6 * 768 - 2 * 256)  # both masks were written and read, the table of turns was narrower,
+        bytes_then += 12 * 4 * 2 * 768 if registers else 0  # and attention's result and its gradient were copied
+        then = 32 * (256 + registers) * bytes_then / (cost.BANDWIDTH * cost.H100_MEMORY)
+        assert found.seconds + then == pytest.approx(milliseconds / 1000, rel=0.01)

@@ -7,10 +7,10 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from mutor_img.blocks import Block, ModelConfig, RMSNorm
 from mutor_img.chunked_loss import read_out_losses
-from mutor_img.common.dropout import mask_keys, row_keys
+from mutor_img.common.dropout import dropout, mask_keys, row_keys
 from mutor_img.objectives.mutor import Mutor
 from mutor_img.objectives.objective import Batch
-from mutor_img.pretraining.memory import Step, block_bytes, logit_bytes, read_out_bytes, step_memory
+from mutor_img.pretraining.memory import Step, block_bytes, logit_bytes, outer_bytes, read_out_bytes, step_memory
 from mutor_img.registers import IGNORE, RegisterLaw, register_ids
 from mutor_img.training.saved_bytes import SavedBytes, autocast_as_trained, fake_gpu
 from mutor_img.transformer import Transformer
@@ -122,6 +122,18 @@ def test_a_compiled_block_keeps_the_bytes_of_the_formula(precision, dropout, att
     assert saved_bytes(saved, model) == pytest.approx(5 * (32 + registers) * block_bytes(config, step), rel=0.05)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_first_dropout_keeps_its_keys_if_compiled_and_else_its_mask(compiled):
+    config = ModelConfig(2, 2, 64, grid=(4, 8), vocabulary=96, classes=5, dropout=0.1)
+    x = torch.randn(5, 32, 64, requires_grad=True)
+    first, *_ = row_keys(mask_keys(0, 0, torch.arange(5), Transformer(config).places), *x.shape[1:])
+    drop = torch.compile(dropout, backend=partitioned, dynamic=False, fullgraph=True) if compiled else dropout
+    with SavedBytes([]) as saved:
+        drop(x, first, config.dropout)
+    turns = 2 * 4 * 32 / 5  # per token, of one sequence
+    assert saved.bytes == pytest.approx(160 * (outer_bytes(config, Step(5, compiled=compiled)) - turns))
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_a_compiled_read_out_keeps_the_bytes_of_the_formula_and_of_each_logit_the_logit_alone(precision):
     config = ModelConfig(1, 2, 64, grid=(4, 8), vocabulary=2048, classes=5)
@@ -211,4 +223,5 @@ def test_dropout_and_registers_and_precision_each_change_the_plan():
     assert step_memory(config, 10**8, Step(4, 80, shards=8)).optimiser == base.optimiser / 8
     assert step_memory(config, 10**8, Step(4, 80, ema=True)).ema == base.weights
     undropped = step_memory(ModelConfig.preset("B", dropout=0.0, register_offsets=()), 10**8, Step(4, 80))
-    assert base.activations - undropped.activations == 4 * 336 * 768 * (12 + 1)  # a byte a dropped number
+    masks, keys = 768 * 12, 8 * (1 + 2 * 12)  # a byte of each number after a feed-forward; 8 of each place's keys
+    assert base.activations - undropped.activations == 4 * 336 * (masks + keys)
