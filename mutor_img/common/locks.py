@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
+from glob import escape
 from pathlib import Path
 from typing import NamedTuple
 
@@ -150,6 +151,7 @@ def _acquire(lock: Lock) -> SoftFileLease | None:
     while True:
         with suppress(Timeout, LeaseSettingsMismatch):  # the latter: held by a version with another SILENCE
             lease.acquire(timeout=0)
+            _clear(lock)
             return lease
         try:
             owner, touched = lease.owner, lock.path.stat().st_mtime_ns
@@ -184,6 +186,14 @@ def _acquire(lock: Lock) -> SoftFileLease | None:
             raise UserError(f"{words}, or was when it was killed; remove {lock.path} if it is gone")
         last = owner.token, touched
         time.sleep(_POLL)
+
+
+def _clear(lock: Lock) -> None:
+    """Remove what processes left that were killed while they took over a dead one's lock, as filelock names it."""
+    for left in lock.path.parent.glob(f"{escape(lock.path.name)}.break.*"):
+        breaker = left.name.removeprefix(f"{lock.path.name}.break.").partition(".")[0]
+        if breaker.isdecimal() and not psutil.pid_exists(int(breaker)):
+            left.unlink(missing_ok=True)
 
 
 def _lease(lock: Lock) -> SoftFileLease:

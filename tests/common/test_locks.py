@@ -69,6 +69,38 @@ def test_what_a_killed_owner_left_is_taken_over_at_once(owner, tmp_path):
         assert f"pid={os.getpid()}\n" in lock.path.read_text()
 
 
+def die_as_it_takes_over(lock) -> None:
+    """Be killed when the file is there that a dead owner's lock is to change places with."""
+    real = os.open
+
+    def deadly(path, *arguments, **named):
+        descriptor = real(path, *arguments, **named)
+        if ".break." in str(path):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return descriptor
+
+    os.open = deadly
+    with claim(lock):
+        pass
+
+
+def test_what_is_left_by_one_that_was_killed_as_it_took_over_goes_with_the_next(owner, processes, tmp_path):
+    lock = file_lock(tmp_path / "out[1].json")  # not a pattern
+    process = owner(lock)
+    process.kill()
+    process.join()
+    second = processes.Process(target=die_as_it_takes_over, args=(lock,))
+    second.start()
+    second.join(60)
+    assert second.exitcode == -signal.SIGKILL
+    [left] = tmp_path.glob("*.break.*")
+    alive = left.with_name(left.name.replace(str(second.pid), str(os.getpid())))
+    alive.touch()  # of a process that is still at it
+    with claim(lock):
+        assert not left.exists()
+    assert list(tmp_path.iterdir()) == [alive]
+
+
 @pytest.mark.parametrize("days", [-365, 365])
 def test_a_clock_that_was_set_meanwhile_makes_no_owner_and_ends_none(owner, tmp_path, days):
     lock = folder_lock(tmp_path / "out")
