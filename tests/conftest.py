@@ -23,11 +23,11 @@ multiprocessing.util.Finalize(None, shutil.rmtree, (tempfile.tempdir, True), exi
 import numpy as np
 import pytest
 import torch
+from launching import small_presets
 from PIL import Image
 from projection import Projection
 from tiny_runs import write_generator, write_tokenizer
 
-from mutor_img import blocks
 from mutor_img.blocks import ModelConfig
 from mutor_img.common.config import load_config
 from mutor_img.common.files import write_json
@@ -183,10 +183,10 @@ def run_file(tmp_path, codes_folder) -> Path:
 
 
 @pytest.fixture
-def tiny(monkeypatch):
+def tiny():
     """Shrink the presets, for runs in this process."""
-    for name in blocks.PRESETS:
-        monkeypatch.setitem(blocks.PRESETS, name, (2 if name == "mnist" else 1, 2, 16))
+    with small_presets():
+        yield
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -22,14 +22,16 @@ import torch
 from benchmarks.chaos.steps import Step
 from mutor_img import blocks
 from mutor_img.common.config import load_config
+from mutor_img.objectives import mirai, rear
 from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.pretraining.task import GeneratorTask
-from mutor_img.training import parallel
+from mutor_img.training import parallel, updates
 from mutor_img.training.loop import train
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
+updates.peak_flops = functools.cache(updates.peak_flops)  # measured in each process, not in each run: half of a run
 SAVING = """import os, pathlib, signal, sys, time
 folder = pathlib.Path({folder!r})
 def save(*_):
@@ -48,12 +50,12 @@ def join(rank: int, world: int, port: int) -> None:
     torch.set_num_threads(1)
 
 
-def launch(context: BaseContext, world: int, target: Callable, root: Path) -> list[int]:
-    """Run ``target(rank, world, port, root)`` in new processes; returns their statuses."""
+def launch(context: BaseContext, world: int, target: Callable, given: object) -> list[int]:
+    """Run ``target(rank, world, port, given)`` in new processes; returns their statuses."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [context.Process(target=target, args=(rank, world, port, root)) for rank in range(world)]
+    processes = [context.Process(target=target, args=(rank, world, port, given)) for rank in range(world)]
     for process in processes:
         process.start()
     begun = time.monotonic()
@@ -63,17 +65,30 @@ def launch(context: BaseContext, world: int, target: Callable, root: Path) -> li
     return [process.exitcode for process in processes]
 
 
+def launch_command(context: BaseContext, world: int, main: Callable, words: Sequence[object]) -> None:
+    """Run a command in several processes, as torchrun would; each must end well."""
+    assert launch(context, world, functools.partial(_command, main), [str(word) for word in words]) == [0] * world
+
+
+def _command(main: Callable, rank: int, world: int, port: int, words: list[str]) -> None:
+    join(rank, world, port)
+    main(words)
+
+
 @contextmanager
-def small_preset() -> Iterator[None]:
-    """Let the preset mnist be two blocks of 16, in this process."""
+def small_presets() -> Iterator[None]:
+    """Let presets be a block of 16, mnist two of them, and objectives' own layers as small, in this process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(blocks.PRESETS, "mnist", (2, 2, 16))
+        for name in blocks.PRESETS:
+            patch.setitem(blocks.PRESETS, name, (2 if name == "mnist" else 1, 2, 16))
+        for module in (mirai, rear):
+            patch.setattr(module, "WIDTH", 32)
         yield
 
 
 def train_small(root: Path, name: str, overrides: tuple[str, ...]) -> Trainer:
     """Train the run of ``root/run.yaml``, its model small, in the folder ``root/name``."""
-    with small_preset():
+    with small_presets():
         config = load_config(GeneratorConfig, root / "run.yaml", [f"run_dir={root / name}", *overrides])
         runtime = Runtime.start(5)
         return train(GeneratorTask(config, runtime), config, runtime)

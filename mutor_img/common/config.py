@@ -206,7 +206,7 @@ def validate(config: Any) -> None:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Return a config as plain dicts, lists and scalars, ready for JSON or YAML."""
-    return OmegaConf.to_container(OmegaConf.structured(config))
+    return dataclasses.asdict(config)
 
 
 def to_yaml(config: Any) -> str:

@@ -1,12 +1,12 @@
 """Scoring in several processes: the numbers of one, and a mistake of one ends all."""
 
-import os
-import socket
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from launching import join, launch
 from PIL import Image
 from projection import Projection
 
@@ -46,10 +46,8 @@ def extracted():
     yield torch.from_numpy(found.pixels)
 
 
-def process(rank, arguments, folder, port):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    torch.set_num_threads(1)
+def process(arguments, rank, world, port, folder):
+    join(rank, world, port)
     result = main(arguments)
     assert bool(result) == (rank == 0)
     torch.save(list(extracted()), f"{folder}/three_{rank}.pt")
@@ -62,7 +60,7 @@ def process(rank, arguments, folder, port):
         dist.destroy_process_group()
 
 
-def test_two_and_three_processes_get_the_numbers_of_one(run, digit_folders, classifier, tmp_path):
+def test_two_and_three_processes_get_the_numbers_of_one(run, digit_folders, classifier, processes, tmp_path):
     (tmp_path / "damaged").mkdir()
     for index, image in enumerate(images()[:9]):
         Image.fromarray(image).save(tmp_path / "damaged" / f"{index}.png")
@@ -70,10 +68,8 @@ def test_two_and_three_processes_get_the_numbers_of_one(run, digit_folders, clas
     arguments = ["--checkpoint", str(run), "--num-samples", "30", "--batch-size", "8", "--features", "mnist",
                  "--features-weights", str(classifier), "--reference", str(digit_folders["train"]), "--device", "cpu"]
     expected = main(arguments)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(process, ([*arguments, "--json", str(tmp_path / "s.json")], tmp_path, port), nprocs=3)
+    arguments += ["--json", str(tmp_path / "s.json")]
+    assert launch(processes, 3, partial(process, arguments), tmp_path) == [0] * 3
     found = read_json(tmp_path / "s.json")
     assert found | {"seconds": 0} == expected | {"seconds": 0}
     alone = list(extracted())

@@ -74,11 +74,15 @@ def verdict_on_a_bad_update(trainer):
     try:
         return trainer.judge(4, {"loss": float("nan"), "skipped": 1.0})
     except UserError as error:
-        return str(error)
+        return type(error)
 
 
 def pictures(trainer):
-    return PICTURES.copy()
+    return trainer.drawn
+
+
+def compared(trainer):
+    return trainer.compared
 
 
 def scored(trainer):
@@ -97,8 +101,6 @@ class FakeScores:
         return {"eval_fid": 1.0}
 
 
-PICTURES: list = []
-COMPARED: list = []
 HEADS = ("registers.kind=none", "objective.kind=parallel-heads")
 CHAIN = ("registers.kind=none", "objective.kind=sequential-heads")
 MIRAI = ("registers.kind=none", "objective.kind=mirai", "train.ema=0.9")
@@ -109,11 +111,11 @@ SCORED = "eval.reference=some.npz"
 
 # field -> (overrides both runs share, changed value, what must differ)
 FIELDS = {
-    "run_dir": ((), "{tmp}/elsewhere", lambda t: t.run_dir),
+    "run_dir": ((), "{tmp}/elsewhere", lambda t: t.run_dir.name == "elsewhere"),
     "seed": ((), "1", losses),
     "data.codes": ((), "{tmp}/other", losses),
     "data.val_codes": (("train.validate_every=1",), "{tmp}/other", lambda t: rows_with(t, "val_next_token")),
-    "init_from": ((), "{tmp}/runs/first", losses),
+    "init_from": ((), "{tmp}/first", losses),
     "freeze": ((), "['layers.*']", weights),
     "expected_loss": ((), "[9,10]", lambda t: t.task.doubt(200, {"next_token": 2.5})),
     "model.preset": ((), "B", shapes),
@@ -179,7 +181,7 @@ FIELDS = {
     "train.validate_every": ((), "1", lambda t: len(rows_with(t, "val_next_token"))),
     "train.picture_every": ((), "1", pictures),
     "train.skip_bad_updates": ((), "1", verdict_on_a_bad_update),
-    "train.check_ranks_every": ((), "2", lambda t: COMPARED.copy()),
+    "train.check_ranks_every": ((), "2", compared),
     "pictures.cfg_scale": (("train.picture_every=1",), "3", pictures),
     "pictures.per_class": (("train.picture_every=1",), "2", pictures),
     "plan.devices": ((), "4", plan),
@@ -202,28 +204,56 @@ def test_every_field_has_a_row():
     assert set(FIELDS) == set(field_names(GeneratorConfig))
 
 
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, make_codes):
+    """The folder of the code stores, of one tokenizer, and of the runs without a change."""
+    root = tmp_path_factory.mktemp("fields")
+    make_codes(root / "other", seed=1)
+    make_codes(root / "square", vq=write_tokenizer(root / "vq", vocabulary=16))
+    return root
+
+
+@pytest.fixture(scope="module")
+def codes_folder(root, make_codes):
+    return make_codes(root / "codes")
+
+
+@pytest.fixture(scope="module")
+def unchanged():
+    """The runs without a change, by their overrides: fields share them."""
+    return {}
+
+
+@pytest.fixture
+def observed(run_training, monkeypatch):
+    """Return a function that trains and returns the Trainer, with the pictures and comparisons that it asked for."""
+    def run(*overrides):
+        drawn, compared = [], []
+        with monkeypatch.context() as patch:
+            patch.setattr(sampling, "draw_training_grid", lambda model, codes, pictures, seed, path: drawn.append(
+                (pictures.cfg_scale, pictures.per_class)))
+            patch.setattr(generator, "RunScores", FakeScores)
+            patch.setattr(Trainer, "compare_ranks", lambda self: compared.append(self.step))
+            trainer = run_training(*overrides)
+        trainer.drawn, trainer.compared = drawn, compared
+        return trainer
+
+    return run
+
+
 @pytest.mark.parametrize("field", FIELDS)
-def test_a_field_changes_what_it_names(field, run_training, make_codes, tmp_path, monkeypatch):
+def test_a_field_changes_what_it_names(field, run_training, observed, unchanged, root, tmp_path):
     shared, value, observe = FIELDS[field]
-    make_codes(tmp_path / "other", seed=1)
-    make_codes(tmp_path / "square", vq=write_tokenizer(tmp_path / "vq", vocabulary=16))
-    monkeypatch.setattr(sampling, "draw_training_grid", lambda model, codes, pictures, seed, path: PICTURES.append(
-        (pictures.cfg_scale, pictures.per_class)))
-    monkeypatch.setattr(generator, "RunScores", FakeScores)
-    monkeypatch.setattr(Trainer, "compare_ranks", lambda self: COMPARED.append(self.step))
-    shared, change = [option.format(tmp=tmp_path) for option in shared], f"{field}={value.format(tmp=tmp_path)}"
+    shared, change = tuple(option.format(tmp=root) for option in shared), f"{field}={value.format(tmp=root)}"
     if observe is None:  # checked against the code store and its tokenizer, or another setting
         with pytest.raises(ValueError, match=field.split(".")[1]):
             run_training("registers.kind=none", *shared, change)
         return
     if field == "init_from":
-        run_training(f"run_dir={tmp_path}/runs/first", "seed=7")
-    seen = []
-    for name, extra in (("base", ()), ("changed", (change,))):
-        PICTURES.clear()
-        COMPARED.clear()
-        seen.append(observe(run_training(f"run_dir={tmp_path / name}", *shared, *extra)))
-    assert seen[0] != seen[1]
+        run_training(f"run_dir={root}/first", "seed=7")
+    if shared not in unchanged:
+        unchanged[shared] = observed(f"run_dir={root}/{len(unchanged)}", *shared)
+    assert observe(observed(f"run_dir={tmp_path}/changed", *shared, change)) != observe(unchanged[shared])
 
 
 CONFIGS = sorted(path for path in (Path(__file__).parents[2] / "configs").glob("*/*.yaml")

@@ -1,11 +1,8 @@
 """The discriminator beside the tokenizer: whose gradient goes where, on several processes, and after a resume."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from launching import launch_command
 
 from mutor_img.checkpoints.folder import find_checkpoint, read_tensors
 from mutor_img.common.config import OptimConfig
@@ -110,15 +107,11 @@ def test_a_run_without_a_discriminator_is_not_gone_on_with_as_if_it_had_one(comm
     assert "give train.parallel=ddp" in refused(main, *command, "train.parallel=fsdp")
 
 
-def test_two_processes_give_the_curve_and_the_weights_of_one(command, tmp_path):
+def test_two_processes_give_the_curve_and_the_weights_of_one(command, processes, tmp_path):
     words = [*command, *TERM, "loss.adversarial_start=1", "train.steps=3", "train.micro_batch=4", "optim.lr=1e-3",
              "revival.after=0", "train.validate_every=0", "train.picture_every=0"]
     main([*words, f"run_dir={tmp_path / 'one'}"])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
-                           "29583", "-m", "tokenizer.train", *words, f"run_dir={tmp_path / 'two'}"],
-                          capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
+    launch_command(processes, 2, main, [*words, f"run_dir={tmp_path / 'two'}"])
     one, two = ([{k: v for k, v in row.items() if "second" not in k and k != "mfu"} for row in
                  read_metrics(tmp_path / run)] for run in ("one", "two"))
     assert len(one) == 3 and {"l2", "adversarial", "discriminator", "perplexity"} <= set(one[2])

@@ -3,12 +3,11 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from launching import launch_command
 from PIL import Image, ImageFile
 
 from mutor_img.common import files
@@ -60,14 +59,11 @@ def test_a_vocabulary_too_large_for_uint16_is_stored_as_uint32(tiny_vq, image_fo
         Codes(codes.folder)
 
 
-def test_two_processes_and_another_batch_size_write_the_same_bytes(tokenizer_run, image_folder, tmp_path):
+def test_two_processes_and_another_batch_size_write_the_same_bytes(tokenizer_run, image_folder, processes, tmp_path):
     run, images = tokenizer_run(), image_folder(each=400)  # 1200 images: two parts
     run_encode(run, images, tmp_path / "one")
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-             "tokenizer.encode", "--tokenizer", run, "--images", images, "--out", tmp_path / "two", "--workers", "0",
-             "--batch-size", "7"]
-    subprocess.run([str(word) for word in words], check=True, capture_output=True, timeout=300,
-                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+    launch_command(processes, 2, main, ["--tokenizer", run, "--images", images, "--out", tmp_path / "two", "--workers",
+                                        "0", "--batch-size", "7"])
     assert content(tmp_path / "one") == content(tmp_path / "two")
 
 

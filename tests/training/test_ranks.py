@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from launching import join, launch, small_preset
+from launching import join, launch, small_presets
 from PIL import Image
 from projection import Projection
 from tiny_runs import NAMES, write_generator, write_tokenizer
@@ -173,7 +173,7 @@ def root(tmp_path_factory, make_codes, processes, random_model) -> Path:
         (disk / "pngs").mkdir()
         for number in range(5 + rank):
             Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(disk / "pngs" / f"{number}.png")
-    with small_preset():
+    with small_presets():
         for place in ("disk0/first", "disk1/second", "disk0/third", "disk1/third"):
             run(root, f"run_dir={root / place}", f"seed={int(place == 'disk1/third')}")
     encode(root, "codes of one")
