@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mutor_img.common.dropout import dropout
-from mutor_img.common.errors import UserError, suggest
+from mutor_img.common.errors import UserError, check_range, suggest
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -59,6 +59,8 @@ class ModelConfig:
     def __post_init__(self):
         if self.dim % self.heads or (self.dim // self.heads) % 4:
             raise UserError(f"dim {self.dim} over {self.heads} heads: the head dimension must be a multiple of 4")
+        for name in ("dropout", "drop_path"):
+            check_range(f"model.{name}", getattr(self, name), 0.0, 0.99)
 
     @classmethod
     def preset(cls, name: str, **others: Any) -> ModelConfig:

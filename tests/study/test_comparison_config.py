@@ -132,7 +132,7 @@ def refusal(words: list[str], capsys) -> str:
     ("seeds: [4, 1]", "seeds: 4", "give a list"),
     ("checkpoints: [200, 100]", "checkpoints: []", "checkpoints of row 'a' is empty"),
     ("checkpoints: [200, 100]", "checkpoints: [200, 9000]",
-     "row 'a': checkpoint 9000 lies beyond its run of train.steps=6000 updates"),
+     "row 'a': checkpoint 9000 lies beyond its run of train.steps=7000 updates"),
     ("checkpoints: [300]", "checkpoints: [0]", "checkpoints of row 'c' is 0"),
     ("reference: r.npz", "baseline: d\nreference: r.npz", "baseline is 'd', which is no row"),
     ("reference: r.npz", "", "reference is empty"),
