@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -49,6 +50,7 @@ class Step:
             os.close(ready)
             for number, handler in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
                 signal.signal(number, handler)
+            _close_sockets()
             if start_new_session:
                 os.setsid()
             if preexec_fn is not None:
@@ -101,6 +103,14 @@ def be(words: Sequence[str]) -> None:
     at = next(number for number, word in enumerate(words) if word == "-m" or word.endswith(".py"))
     at += words[at] == "-m"
     cli.run(importlib.import_module(_MAINS.get(words[at], words[at])).main, words[at + 1:])
+
+
+def _close_sockets() -> None:
+    """Close sockets, as a new program would: torchrun's, in a worker, would keep alive what ends with torchrun."""
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{number}").startswith("socket:"):
+                os.close(int(number))
 
 
 def _status(words: Sequence[str]) -> int:
