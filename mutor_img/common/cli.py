@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+from mutor_img.common.child import die_with_parent
 from mutor_img.common.errors import UserError, suggest
 
 N = TypeVar("N", int, float)
@@ -127,6 +128,8 @@ def run(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = No
     ``speaks``. SIGTERM, and a reader of the output that is gone, unwind as Ctrl-C does, so that locks and half-written
     files go; training saves first.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()  # until Runtime.start: a process that waits for torchrun in its rendezvous hears no SIGTERM
     try:
         with _sigterm_unwinds(), _bars_vanish():
             main(sys.argv[1:] if argv is None else argv)

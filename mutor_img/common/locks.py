@@ -25,6 +25,7 @@ import psutil
 from filelock import LeaseSettingsMismatch, OwnerRecord, SoftFileLease, Timeout
 
 from mutor_img.common.errors import UserError
+from mutor_img.common.files import remove
 
 BEAT, SILENCE = 20.0, 300.0  # seconds; a process may hold Python's lock for a minute while it writes weights
 _POLL = 1.0  # seconds between looks at another machine's lock
@@ -193,7 +194,7 @@ def _clear(lock: Lock) -> None:
     for left in lock.path.parent.glob(f"{escape(lock.path.name)}.break.*"):
         breaker = left.name.removeprefix(f"{lock.path.name}.break.").partition(".")[0]
         if breaker.isdecimal() and not psutil.pid_exists(int(breaker)):
-            left.unlink(missing_ok=True)
+            remove(left)
 
 
 def _lease(lock: Lock) -> SoftFileLease:

@@ -45,12 +45,12 @@ class Runtime:
             UserError: Slurm started several tasks and no launcher told them of each other.
         """
         check_launcher(os.environ)
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            die_with_parent(signal.SIGTERM)
         if not torch.cuda.is_available():
             keep_freed_memory()
         timeout = timedelta(minutes=timeout_minutes)
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=timeout)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            die_with_parent(signal.SIGTERM)
         return cls(state.device, state.process_index, state.num_processes, timeout)
 
     @property

@@ -2,12 +2,17 @@
 
 import ctypes
 import os
+import select
 import signal
+import socket
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import PartialState
 
+from mutor_img.common import cli
 from mutor_img.common.errors import UserError
 from mutor_img.evaluation import networks
 from mutor_img.training import runtime
@@ -75,3 +80,22 @@ def test_the_system_tells_a_process_of_torchrun_to_end_when_torchrun_is_gone():
         finally:
             os._exit(number.value)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == signal.SIGTERM
+
+
+def test_a_process_that_waits_for_a_torchrun_that_is_gone_ends_with_it():
+    store, (ended, alive) = socket.create_server(("127.0.0.1", 0)), os.pipe()  # the store never answers
+    launcher = os.fork()
+    if launcher == 0:
+        if os.fork():
+            time.sleep(300)
+        os.close(ended)
+        os.environ.update(TORCHELASTIC_RUN_ID="none", RANK="1", LOCAL_RANK="1", WORLD_SIZE="2",
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.getsockname()[1]))
+        PartialState._reset_state()
+        cli.run(lambda argv: Runtime.start())
+        os._exit(0)
+    os.close(alive)
+    with store.accept()[0]:  # the rendezvous has begun
+        os.kill(launcher, signal.SIGKILL)
+        os.waitpid(launcher, 0)
+        assert select.select([ended], [], [], 20)[0] and os.read(ended, 1) == b""  # nobody holds the pipe any more
