@@ -181,3 +181,9 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
     """
     if _PRCTL is not None:
         _PRCTL(_PR_SET_PDEATHSIG, number)
+
+
+def die_with_torchrun(number: int = signal.SIGKILL) -> None:
+    """Have the system send this process a signal when torchrun is gone, if torchrun started it."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent(number)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from mutor_img.common.child import die_with_parent
+from mutor_img.common.child import die_with_torchrun
 from mutor_img.common.errors import UserError, suggest
 
 N = TypeVar("N", int, float)
@@ -128,8 +128,7 @@ def run(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = No
     ``speaks``. SIGTERM, and a reader of the output that is gone, unwind as Ctrl-C does, so that locks and half-written
     files go; training saves first.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent()  # until Runtime.start: a process that waits for torchrun in its rendezvous hears no SIGTERM
+    die_with_torchrun()  # before the imports that follow: who is not yet tied to torchrun would wait for it in vain
     try:
         with _sigterm_unwinds(), _bars_vanish():
             main(sys.argv[1:] if argv is None else argv)

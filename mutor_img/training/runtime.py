@@ -16,7 +16,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from mutor_img.common import processes
-from mutor_img.common.child import die_with_parent
+from mutor_img.common.child import die_with_torchrun
 from mutor_img.common.errors import UserError
 from mutor_img.common.locks import Lock, claim
 from mutor_img.training.hardware import keep_freed_memory
@@ -48,9 +48,9 @@ class Runtime:
         if not torch.cuda.is_available():
             keep_freed_memory()
         timeout = timedelta(minutes=timeout_minutes)
+        die_with_torchrun()  # a process that waits in its rendezvous hears no SIGTERM, and has nothing to save
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=timeout)
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            die_with_parent(signal.SIGTERM)
+        die_with_torchrun(signal.SIGTERM)
         return cls(state.device, state.process_index, state.num_processes, timeout)
 
     @property
