@@ -54,8 +54,6 @@ class ModelSection:
         """Raise :class:`UserError` for a value out of range."""
         check_choice("model.attention", self.attention, ("auto", "sdpa"))
         check_range("model.loss_chunk", self.loss_chunk, 0, 10**9)
-        check_range("model.dropout", self.dropout, 0.0, 0.99)
-        check_range("model.drop_path", self.drop_path, 0.0, 0.99)
         check_range("model.class_dropout", self.class_dropout, 0.0, 1.0)
         check_range("model.vocabulary", self.vocabulary, 1, MOST_CODES)
         check_range("model.classes", self.classes, 1, 10**6)
