@@ -27,6 +27,7 @@ class StudyConfig:
     cfg_scales: list[float] = field(default_factory=lambda: [1.0, 1.5, 2.0, 2.5])  # guidance scales to choose from
     cfg_schedules: list[str] = field(default_factory=lambda: ["constant"])  # and schedules, as in power-cosine:2
     top_p: float = 1.0  # of all samples: only the most likely codes with this total probability; 1: all
+    grid_top_p: float | None = None  # of the grid's samples, which are not scored; null: top_p
 
     def inputs(self) -> dict[str, Any]:
         """Return every path that a study reads, and those of its own that runs read, by its key."""
@@ -45,6 +46,8 @@ class StudyConfig:
             for schedule in self.cfg_schedules:
                 parse_schedule(schedule)
         check_range("top_p", self.top_p, 0.0, 1.0, low_open=True)
+        if self.grid_top_p is not None:
+            check_range("grid_top_p", self.grid_top_p, 0.0, 1.0, low_open=True)
         for scale in self.cfg_scales:
             check_range("cfg_scales", scale, 1.0, 100.0)
         if self.selection_seed == self.seed:

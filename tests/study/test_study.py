@@ -202,7 +202,7 @@ def test_the_guidance_of_the_lowest_fd_is_taken_and_one_alone_is_not_judged(monk
     ("tokenizer=other/tokenizer.yaml", prepared), ("generator=configs/mnist/mutor1d.yaml", scored), ("seed=7", scored),
     ("samples=150", scored), ("selection_samples=150", chosen), ("selection_seed=3", chosen),
     ("cfg_scales=[1.0,3.0]", chosen), ("cfg_schedules=[constant,power-cosine:2]", chosen),
-    ("top_p=0.5", chosen),
+    ("top_p=0.5", chosen), ("grid_top_p=0.5", scored),
     ("compare=true", lambda config, _: repr(pipeline.generators(config))),
     ("baseline=configs/mnist/mutor1d.yaml", lambda config, _: repr(pipeline.generators(config))),
 ])
@@ -219,6 +219,20 @@ def test_every_field_of_a_study_changes_what_it_does(change, observe, monkeypatc
         asked.clear()
         seen.append((observe(config, monkeypatch), tuple(asked)))
     assert seen[0] != seen[1]
+
+
+def test_the_grid_alone_has_a_top_p_of_its_own(monkeypatch):
+    asked = []
+    monkeypatch.setattr(pipeline, "command", lambda *arguments: asked.append(list(map(str, arguments))))
+    monkeypatch.setattr(pipeline, "read_record", lambda path: {})
+    monkeypatch.setattr(pipeline, "Codes", lambda *arguments: (_ for _ in ()).throw(UserError("enough")))
+    generator, settings = Generator("g", "g.yaml", Path("g")), {"cfg_scale": 2.0, "top_p": 0.9}
+    for grid_top_p, shown in ((0.8, "0.8"), (None, "0.9")):
+        asked.clear()
+        with pytest.raises(UserError, match="enough"):
+            pipeline._score_samples(StudyConfig(grid_top_p=grid_top_p), generator, None, settings)
+        scored, drawn = (line[line.index("--top-p") + 1] for line in asked if line[0] == "sample.py")
+        assert (scored, drawn) == ("0.9", shown)
 
 
 def test_no_field_of_a_study_is_without_such_a_test():
