@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mutor_img.common.dropout import dropout
 from mutor_img.common.errors import UserError, check_range, suggest
+from mutor_img.common.linear import Linear
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -160,8 +161,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.heads = config.heads
-        self.wqkv = nn.Linear(config.dim, 3 * config.dim, bias=False)  # rows: q, k, v
-        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.wqkv = Linear(config.dim, 3 * config.dim)  # rows: q, k, v
+        self.wo = Linear(config.dim, config.dim)
         self.q_norm = self.k_norm = None
         if config.qk_norm:
             self.q_norm, self.k_norm = (RMSNorm(config.dim // config.heads) for _ in range(2))
@@ -190,9 +191,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.w1 = nn.Linear(config.dim, config.hidden, bias=False)
-        self.w3 = nn.Linear(config.dim, config.hidden, bias=False)
-        self.w2 = nn.Linear(config.hidden, config.dim, bias=False)
+        self.w1 = Linear(config.dim, config.hidden)
+        self.w3 = Linear(config.dim, config.hidden)
+        self.w2 = Linear(config.hidden, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what the feed-forward adds to x (..., dim), which is normalised; the same shape."""

@@ -28,6 +28,7 @@ from mutor_img.blocks import (
 )
 from mutor_img.common.dropout import dropout, row_keys
 from mutor_img.common.hub import HubModel
+from mutor_img.common.linear import Linear
 from mutor_img.registers import embedding_rows, register_ids
 
 T = TypeVar("T")
@@ -80,7 +81,7 @@ class Transformer(HubModel, nn.Module):
         last = max(1, config.layers - 1)
         self.layers = nn.ModuleList(Block(config, config.drop_path * i / last) for i in range(config.layers))
         self.norm = RMSNorm(config.dim)
-        self.output = nn.Linear(config.dim, config.vocabulary, bias=False)
+        self.output = Linear(config.dim, config.vocabulary)
         self.initialise()
 
     def initialise(self) -> None:

@@ -30,7 +30,7 @@ from mutor_img.pretraining.preflight import Preflight, preflight
 from mutor_img.pretraining.scores import RunScores
 from mutor_img.sampling.pictures import PUT_BACK, verified_tokenizer
 from mutor_img.training.compiling import compile_whole
-from mutor_img.training.hardware import to_device
+from mutor_img.training.hardware import precision_on, to_device
 from mutor_img.training.optimizer import freeze
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.task import Task
@@ -72,7 +72,9 @@ class GeneratorTask(Task):
         freeze(self.model, config.freeze)
         if codebook is not None:
             objective.take_codebook(codebook)
-        if config.train.compile and runtime.device.type == "cuda":
+        # On CPUs in fp32 both are as fast uncompiled, and a run's bits hang on one compiler less.
+        bf16 = precision_on(runtime.device, config.train.precision) == "bf16"
+        if config.train.compile and (bf16 or runtime.device.type == "cuda"):
             self.model.drop_inputs = compile_whole(dropout)
             if not config.model.loss_chunk:
                 objective.read_out = compile_whole(read_out_losses)
