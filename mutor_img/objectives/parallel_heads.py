@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mutor_img.blocks import Block, ModelConfig, block_flops, draw_weights
 from mutor_img.common.errors import check_range
+from mutor_img.common.linear import Linear
 from mutor_img.objectives.objective import Batch, Objective
 from mutor_img.registers import check_offsets
 from mutor_img.transformer import Transformer
@@ -23,7 +24,7 @@ class Head(nn.Module):
     def __init__(self, config: ModelConfig, blocks: int, own_output: bool):
         super().__init__()
         self.blocks = nn.ModuleList(Block(config, config.drop_path) for _ in range(blocks))
-        self.output = nn.Linear(config.dim, config.vocabulary, bias=False) if own_output else None
+        self.output = Linear(config.dim, config.vocabulary) if own_output else None
         draw_weights(self)
         if self.output is not None:
             nn.init.zeros_(self.output.weight)  # as the model's: the first loss is ln(vocabulary)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mutor_img.blocks import Block, ModelConfig, RMSNorm, block_flops, draw_weights
 from mutor_img.common.errors import check_range
+from mutor_img.common.linear import Linear
 from mutor_img.objectives.objective import Batch, Objective
 from mutor_img.transformer import Transformer
 
@@ -20,7 +21,7 @@ class Depth(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.state_norm, self.token_norm, self.norm = (RMSNorm(config.dim) for _ in range(3))
-        self.mix = nn.Linear(2 * config.dim, config.dim, bias=False)
+        self.mix = Linear(2 * config.dim, config.dim)
         self.block = Block(config, config.drop_path)
         draw_weights(self)
 
