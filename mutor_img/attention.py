@@ -125,8 +125,13 @@ class FlexAttention:
         return flex_attention(q, k, v, block_mask=self.block_mask, scale=head_dim**-0.5)[..., :head_dim]
 
 
+def flex_width(head_dim: int) -> int:
+    """Return how many columns FlexAttention's kernel takes for a head: a power of two, and what a matrix unit takes."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
 def _heads_inside(x: Tensor) -> Tensor:
-    """Return x (B, H, S, head dim) with zeros up to the next power of two, at least 16, and in memory (B, S, H, ..).
+    """Return x (B, H, S, head dim) with zeros up to :func:`flex_width`, and in memory (B, S, H, ..).
 
     A copy, because inside a compiled block the kernel misreads the strides of q, k and v as they come out of one
     product (seen on CPUs with torch 2.14.1: wrong by as much as the logits are large).
@@ -139,8 +144,8 @@ def _heads_inside(x: Tensor) -> Tensor:
     than an A100 has (180 480 of 166 912 bytes with torch 2.14.1, compiled for one; padded 147 968). Zeros in q and k
     leave the scores as they are, zeros in v stand in columns that are cut off; the scale is the real head dimension's.
     """
-    width = max(16, 1 << (x.shape[-1] - 1).bit_length())  # 16: the least that a GPU's matrix units take
-    return F.pad(x, (0, width - x.shape[-1])).transpose(1, 2).contiguous().transpose(1, 2)
+    head_dim = x.shape[-1]
+    return F.pad(x, (0, flex_width(head_dim) - head_dim)).transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _union_block_mask(rule, length: int, total: int, device: torch.device) -> BlockMask:

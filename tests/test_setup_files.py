@@ -33,6 +33,13 @@ def test_every_direct_dependency_is_pinned_within_its_bounds():
             assert wanted.specifier.contains(LOCKED[canonicalize_name(wanted.name)]), text
 
 
+@pytest.mark.parametrize("name", ["torch", "torchvision"])
+def test_the_oldest_torch_that_is_promised_is_the_one_that_is_tested(name):
+    [floor] = [Requirement(text).specifier for text in PROJECT["dependencies"] if Requirement(text).name == name]
+    major, minor, *_ = LOCKED[name].split(".")
+    assert str(floor) == f">={major}.{minor}"
+
+
 def test_the_lock_is_sorted_pinned_and_holds_what_its_packages_need():
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9a-z.]*", line) for line in PINS)
     assert len(LOCKED) == len(PINS) and sorted(PINS, key=lambda line: line.partition("==")[0].lower()) == PINS

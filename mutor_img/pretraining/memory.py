@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mutor_img.attention import flex_width
 from mutor_img.blocks import ModelConfig
 
 FP32 = 4  # bytes
@@ -124,9 +125,9 @@ def qk_norm_bytes(config: ModelConfig, step: Step) -> float:
 
 
 def padded_head(config: ModelConfig, step: Step) -> int:
-    """Return how wide attention's kernel takes a head: FlexAttention's a power of two, SDPA's a multiple of 8."""
+    """Return how many columns attention's kernel takes for a head; SDPA's takes a multiple of 8."""
     head = config.dim // config.heads
-    return 1 << (head - 1).bit_length() if step.registers and step.flex else -(-head // 8) * 8
+    return flex_width(head) if step.registers and step.flex else -(-head // 8) * 8
 
 
 def attention_bytes(config: ModelConfig, step: Step) -> float:

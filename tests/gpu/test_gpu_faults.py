@@ -385,3 +385,19 @@ def test_a_planted_fault_fails_its_check(check, plant, says, monkeypatch):
 def test_every_check_of_the_table_has_a_planted_fault():
     assert {check.func for check in CHECKS.values()} == {parameters.values[0].func for parameters in FAULTS}
     assert {body.func for body in BODIES.values()} == {parameters.values[0].func for parameters in FAULTS}
+
+
+def test_the_table_covers_every_way_that_a_run_may_take():
+    def seen(function, *names):
+        return {tuple(check.keywords.get(name, False) for name in names)
+                for check in CHECKS.values() if check.func is function}
+
+    both = ("bf16", "fp32")
+    assert seen(decoding.check_decoding, "precision", "cfg_scale") == {(p, s) for p in both for s in (1.0, 2.0)}
+    steps = seen(training.check_training_step, "precision", "checkpointing", "loss_chunk")
+    assert {(p, c, bool(rows)) for p, c, rows in steps} == {(p, c, r) for p in both for c in (0, 1) for r in (0, 1)}
+    assert {head for head, in seen(training.check_training_step, "head_dim")} >= {64, 100}
+    assert seen(training.check_group, "precision", "wrapper", "checkpointing") >= {
+        (p, *way) for p in both for way in (("ddp", False), ("fsdp", False), ("fsdp", True))}
+    assert seen(runs.check_resume, "checkpointing") == {(False,), (True,)}
+    assert seen(runs.check_tokenizer_resume, "precision") == {(p,) for p in both}

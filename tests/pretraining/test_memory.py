@@ -5,6 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
+from mutor_img.attention import flex_width
 from mutor_img.blocks import Block, ModelConfig, RMSNorm
 from mutor_img.chunked_loss import read_out_losses
 from mutor_img.common.dropout import dropout, mask_keys, row_keys
@@ -48,7 +49,7 @@ class FlexStandIn:
 
     def __call__(self, q, k, v):
         width = q.shape[-1]
-        padded = (torch.nn.functional.pad(x, (0, (1 << (width - 1).bit_length()) - width)) for x in (q, k, v))
+        padded = (torch.nn.functional.pad(x, (0, flex_width(width) - width)) for x in (q, k, v))
         return flex(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in padded))[0][..., :width]
 
 

@@ -46,6 +46,24 @@ def test_numbers_count_in_the_list_that_is_given(flat, tmp_path):
         open_images(root, labels=tmp_path / "labels")
 
 
+def test_a_label_that_is_a_name_and_another_classs_number_is_refused(flat, tmp_path):
+    root, labels = flat
+    twelve = sorted(map(str, range(1, 13)))  # as text: 1, 10, 11, 12, 2, ...
+    (tmp_path / "classes").write_text("\n".join(twelve))
+
+    def write(words):
+        rows = [f"{name} {words[i % len(words)]}\n" for i, name in enumerate(labels)]
+        (tmp_path / "labels").write_text("".join(rows))
+        return open_images(root, labels=tmp_path / "labels", classes=tmp_path / "classes")
+
+    with pytest.raises(UserError, match=r"label 10 is the name of class 1 and the number of class 10 \('8'\)"):
+        write(["10", "1"])
+    assert set(write(["10", "12"]).labels) == {1, 3}  # 12 is no number of twelve classes: names
+    assert set(write(["10", "0"]).labels) == {10, 0}  # 0 is no name: numbers
+    (tmp_path / "classes").write_text("\n".join(map(str, range(10))))
+    assert set(write(["3", "7"]).labels) == {3, 7}  # the same either way
+
+
 KIT = {1: 490, 2: 361, 3: 171, 4: 822, 5: 297, 50000: 186}  # the first lines of the kit's file, and the last
 
 

@@ -146,9 +146,19 @@ def _without_boxes(label: str, path: Path, number: int) -> str:
 
 
 def _numbers(words: list[str], classes: list[str] | None, path: Path) -> tuple[list[str], list[int]]:
-    """Return the classes in label order, and the labels as numbers."""
-    by_number = all(word.isdecimal() for word in words) and not set(words) <= set(classes or ())
-    if not by_number:
+    """Return the classes in label order, and the labels as numbers.
+
+    Raises:
+        UserError: labels that can be read as names and as numbers, and mean other classes as the one than as the other.
+    """
+    names, decimal = set(words) <= set(classes or ()), all(word.isdecimal() for word in words)
+    if names and decimal and all(len(word) <= 18 and int(word) < len(classes) for word in words):
+        other = next((word for word in words if classes[int(word)] != word), None)
+        if other is not None:
+            raise UserError(f"--labels {path}: label {other} is the name of class {classes.index(other)} and the "
+                            f"number of class {other} ({classes[int(other)]!r}); give the classes names that are no "
+                            "numbers")
+    if names or not decimal:
         numbered = number_classes(words, classes, f"--labels {path}")
         place = {name: index for index, name in enumerate(numbered)}
         return numbered, [place[word] for word in words]
