@@ -37,6 +37,8 @@ from tokenizer import load_tokenizer
 from tokenizer.encode import encode_images
 from tokenizer.images.folder import list_images
 from tokenizer.store import StoreWriter
+from tokenizer.train import TokenizerTask
+from tokenizer.training.config import TokenizerConfig
 
 RUN = """
 data: {{codes: {codes}, val_codes: {codes}}}
@@ -44,6 +46,14 @@ model: {{preset: mnist, grid: [4, 5], vocabulary: 16, classes: 3, dropout: 0.0}}
 registers: {{kind: 2d, count: 6, d_max: 3}}
 train: {{steps: 2, global_batch: 4, precision: fp32, compile: false, checkpoint_every: 0, validate_every: 0,
          picture_every: 0, ema: 0.9, check_ranks_every: 1}}
+"""
+
+
+TOKENIZER = """
+run_dir: new
+data: {images: many, image_size: 16, crop_min: 1.0, workers: 1}
+model: {preset: mnist, channels: 8, vocabulary: 32, code_dim: 4}
+train: {steps: 1, global_batch: 2, precision: fp32, compile: false}
 """
 
 
@@ -67,8 +77,8 @@ def flip(root: Path) -> None:
         run(root, f"run_dir={root}/flipped", "train.steps=4")
 
 
-def encode(root: Path, out: str) -> None:
-    encode_images(load_tokenizer(root / "tokenizer"), list_images(root / "images"), root / out,
+def encode(root: Path, out: str, images: str | Path = "") -> None:
+    encode_images(load_tokenizer(root / "tokenizer"), list_images(images or root / "images"), root / out,
                   runtime=Runtime.start(), views=["plain"])
 
 
@@ -127,6 +137,9 @@ def work(rank: int, world: int, port: int, root: Path) -> None:
              "another number of samples": lambda: sample([
                  "--checkpoint", str(root / "generator"), "--out", str(root / "s.npz"), "--num-samples",
                  str(10 + rank)]),
+             "other images to encode": lambda: encode(root, "refused", "many"),
+             "a tokenizer's other images": lambda: TokenizerTask(
+                 load_config(TokenizerConfig, root / "tokenizer.yaml", []), runtime),
              "other images": lambda: extract(FolderImages("pngs"), Projection(), statistics={"pool"}, rows=set()),
              "a mistake of rank 0": lambda: runtime.from_main(lambda: look(UserError("no such thing"))),
              "a closed disk of rank 0": lambda: runtime.from_main(lambda: look(PermissionError(13, "denied", "x")))}
@@ -156,6 +169,7 @@ def root(tmp_path_factory, make_codes, processes, random_model) -> Path:
     """A folder in which two processes, each with a disk of its own beside the one they share, have tried everything."""
     root = tmp_path_factory.mktemp("ranks")
     (root / "run.yaml").write_text(RUN.format(codes=make_codes(root / "codes")))
+    (root / "tokenizer.yaml").write_text(TOKENIZER)
     vq = write_tokenizer(root / "tokenizer")
     write_generator(root / "generator", random_model((4, 4)), vq)  # step 3
     about = {"tokenizer": vq.path, "tokenizer_hash": vq.hash, "class_names": NAMES, "image_size": 8}
@@ -170,6 +184,9 @@ def root(tmp_path_factory, make_codes, processes, random_model) -> Path:
     for rank in range(2):
         disk = root / f"disk{rank}"
         make_codes(disk / "codes", seed=rank)
+        (disk / "many" / "a").mkdir(parents=True)
+        for number in range(3 + rank):
+            Image.fromarray(np.zeros((16, 16), np.uint8)).save(disk / "many" / "a" / f"{number}.png")
         (disk / "pngs").mkdir()
         for number in range(5 + rank):
             Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(disk / "pngs" / f"{number}.png")
@@ -202,6 +219,8 @@ def told(root: Path) -> dict[str, str]:
     ("other held-out codes", "the content of codes is "),
     ("another init_from", "the content of init_from=third is "),
     ("another number of samples", "num_samples is 11 on rank 1, but 10 on rank 0"),
+    ("other images to encode", " on rank 1, but "),
+    ("a tokenizer's other images", "the list of images in many is "),
     ("other images", "of the features, the number is 6 on rank 1, but 5 on rank 0"),
     ("a mistake of rank 0", "no such thing"),
     ("a closed disk of rank 0", "[Errno 13] denied: 'x'"),
