@@ -44,8 +44,9 @@ from tokenizer.network.vq import VQModel
 
 torch.set_num_threads(1)  # the same sums in the same order, and no contention between test workers
 
-# Files of few tests that take a minute or two, begun first: at the end, one process would do them while another waits.
-SLOWEST = ("test_comparison.py", "test_study.py", "test_objectives_in_processes.py", "test_parallel.py")
+# Begun first: the two whose children are forks of this process, which then holds little, and the two whose tests take
+# longest, which at the end one process would do while another waits.
+FIRST = ("test_comparison.py", "test_study.py", "test_objectives_in_processes.py", "test_parallel.py")
 
 RUN = """
 data: {{codes: {codes}, val_codes: {codes}}}
@@ -58,7 +59,7 @@ train: {{steps: 3, global_batch: 4, precision: fp32, compile: false, log_every: 
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name not in SLOWEST)  # stable: each file's tests stay together
+    items.sort(key=lambda item: item.path.name not in FIRST)  # stable: each file's tests stay together
     if torch.cuda.is_available():
         return
     for item in items:
