@@ -1,4 +1,4 @@
-"""The linear layer of the transformer: PyTorch's, but for training in bf16 on a CPU."""
+"""The linear layer of the transformer: PyTorch's; under autocast on a CPU some products are made in blocks of rows."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BLOCK = 512  # rows of a product at a time
-_COLUMNS, _ROWS = range(512, 1024), range(BLOCK + 1, 3 * BLOCK)
+_THREADS, _ROWS, _COLUMNS = 2, range(BLOCK + 1, 3 * BLOCK), range(512, 1024)  # where this was measured to be faster
 
 
 class Linear(nn.Linear):
     """y = x weight', without a bias.
 
-    oneDNN gives one thread all the work of a bf16 product of about a thousand rows and few columns: with two threads,
-    1024 x 2048 by 2048 x 768 takes 1.7 times as long as in blocks of 512 rows. Under autocast on a CPU such products
-    are made in these blocks, forward and for the gradient of x. Which ones is a matter of their shapes alone, so that
-    the same run gives the same bits; a block may sum in another order than the whole.
+    Of two threads, oneDNN has only one compute a bf16 product of about a thousand rows and few columns: 1024 x 2048 by
+    2048 x 768 takes 1.7 times as long as in blocks of 512 rows. Under autocast on a CPU with two threads such products
+    are made in these blocks, forward and for the gradient of x. Which ones is a matter of their shapes, so that the
+    same run gives the same bits; a block may sum in another order than the whole. With one thread, blocks are slower.
     """
 
     def __init__(self, inputs: int, outputs: int):
@@ -50,6 +50,12 @@ class _Blocks(torch.autograd.Function):
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """Return (R, K) by (K, columns)."""
-    if len(left) in _ROWS and right.shape[1] in _COLUMNS:
+    if _threads() == _THREADS and len(left) in _ROWS and right.shape[1] in _COLUMNS:
         return torch.cat([rows @ right for rows in left.split(BLOCK)])
     return left @ right
+
+
+@torch.compiler.assume_constant_result
+def _threads() -> int:
+    """Return how many threads compute a product; a compiled layer keeps the answer of its compilation."""
+    return torch.get_num_threads()

@@ -37,8 +37,10 @@ from mutor_img.training.command import read_training, training_parser
 def plan(config: StudyConfig) -> dict[str, Any]:
     """Return what ``--dry-run`` prints: the runs, in order."""
     names = [f"{g.config} {' '.join(g.overrides)}".strip() for g in generators(config)]
+    choices = len(config.cfg_scales) * len(config.cfg_schedules)
+    judged = {"samples per choice of guidance": config.selection_samples} if choices > 1 else {}
     return {"tokenizer": config.tokenizer, **{f"generator {i + 1}": name for i, name in enumerate(names)},
-            "samples per choice of guidance": config.selection_samples, "samples scored": config.samples}
+            **judged, "samples scored": config.samples}
 
 
 def main(argv: Sequence[str]) -> None:

@@ -169,8 +169,7 @@ def score_generator(config: StudyConfig, generator: Generator, reference: Refere
     key = {"weights": loaded.weights_hash, "features": network.weights_hash,
            "images": config.images, "samples": config.samples, "seed": config.seed,
            "selection_samples": config.selection_samples, "selection_seed": config.selection_seed,
-           "cfg_scales": config.cfg_scales, "cfg_schedules": config.cfg_schedules, "top_p": config.top_p,
-           "grid_top_p": config.grid_top_p}
+           "cfg_scales": config.cfg_scales, "cfg_schedules": config.cfg_schedules, "top_p": config.top_p}
     kept = generator.run_dir / "study.json"
     with claim(file_lock(kept)):  # studies may share a generator
         selection = _kept(generator.run_dir / "guidance.json", key,
@@ -182,6 +181,8 @@ def score_generator(config: StudyConfig, generator: Generator, reference: Refere
             for name in ("samples.npz", "samples.json", "study.json"):
                 clear(generator.run_dir / name)
         scores = _kept(kept, key, lambda: _score_samples(config, generator, loaded, settings))
+        shown = settings if config.grid_top_p is None else settings | {"top_p": config.grid_top_p}
+        _kept(generator.run_dir / "grid.json", {**key, "shown": shown}, lambda: _draw_grid(config, generator, shown))
     meta = read_meta(find_checkpoint(generator.run_dir))
     return {**scores, "updates": meta["step"], "training_seconds": meta["seconds"], **settings, "selection": selection}
 
@@ -197,13 +198,10 @@ def _kept(path: Path, key: dict[str, Any], work: Callable[[], Any]) -> Any:
 
 def _score_samples(config: StudyConfig, generator: Generator, loaded: Loaded, settings: dict[str, Any]
                    ) -> dict[str, Any]:
-    """Sample, draw the grid, score, and count the copies."""
+    """Sample, score, and count the copies."""
     samples, scores = generator.run_dir / "samples.npz", generator.run_dir / "scores.json"
     command("sample.py", "--checkpoint", generator.run_dir, "--num-samples", config.samples, *_flags(settings),
             "--seed", config.seed, "--out", samples)
-    shown = settings if config.grid_top_p is None else settings | {"top_p": config.grid_top_p}
-    command("sample.py", "--checkpoint", generator.run_dir, "--num-samples", 100, "--classes", "0,1,2,3,4,5,6,7,8,9",
-            *_flags(shown), "--seed", config.seed, "--grid", generator.run_dir / "samples.png")
     command("evaluate_fid.py", "--samples", samples, "--reference", f"{config.images}/train", "--features", "mnist",
             "--features-weights", classifier_dir(config), "--held-out", f"{config.images}/val", "--json", scores)
     result = read_record(scores)
@@ -214,6 +212,12 @@ def _score_samples(config: StudyConfig, generator: Generator, loaded: Loaded, se
     result["same_codes"] = repeated(np.load(samples)["arr_0"], decoded)
     result["real_against_real"]["same_codes"] = repeated(held_out.numpy(), training.numpy())
     return result
+
+
+def _draw_grid(config: StudyConfig, generator: Generator, settings: dict[str, Any]) -> None:
+    """Draw ten samples of each class; other images than those that are scored."""
+    command("sample.py", "--checkpoint", generator.run_dir, "--num-samples", 100, "--classes", "0,1,2,3,4,5,6,7,8,9",
+            *_flags(settings), "--seed", config.seed, "--grid", generator.run_dir / "samples.png")
 
 
 def _flags(settings: dict[str, Any]) -> list[Any]:

@@ -23,6 +23,14 @@ class Products(TorchDispatchMode):
         return made
 
 
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 def run(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype | None) -> tuple[torch.Tensor, ...]:
     """Return the output and the gradients of x and of the weight, for one gradient of the output."""
     x, layer.weight.grad = x.clone().requires_grad_(), None
@@ -37,6 +45,7 @@ def run(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype | None) -> tuple[t
     (1, 1, 8, 8),
 ])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, None])
+@pytest.mark.usefixtures("two_threads")
 def test_it_computes_what_a_linear_layer_does(batch, length, inputs, outputs, dtype):
     torch.manual_seed(0)
     layer, x = Linear(inputs, outputs), torch.randn(batch, length, inputs)
@@ -50,6 +59,7 @@ def test_it_computes_what_a_linear_layer_does(batch, length, inputs, outputs, dt
     assert made[1].dtype == made[2].dtype == torch.float32
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_products_that_would_occupy_one_thread_are_made_in_blocks():
     rows = 2 * BLOCK
     x = torch.randn(rows, 768)
@@ -63,6 +73,20 @@ def test_products_that_would_occupy_one_thread_are_made_in_blocks():
         with Products() as seen:
             run(Linear(768, 768), others, torch.bfloat16)
         assert seen.shapes == [(len(others), 768)] * 2 + [(768, 768)]
+    torch.set_num_threads(1)
+    with Products() as seen:
+        run(Linear(768, 768), x, torch.bfloat16)
+    assert seen.shapes == [(rows, 768)] * 2 + [(768, 768)]
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_compiled_without_a_break_it_computes_the_same():
+    layer, x = Linear(768, 768), torch.randn(700, 768)
+    eager = run(layer, x, torch.bfloat16)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    compiled.weight = layer.weight
+    for mine, true in zip(run(compiled, x, torch.bfloat16), eager, strict=True):
+        assert torch.equal(mine, true)
 
 
 def test_frozen_weights_and_inputs_without_gradients_cost_no_product():

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -169,6 +170,17 @@ def scored(config: StudyConfig, monkeypatch) -> None:
                                 {"cfg_scale": 2.0, "cfg_schedule": "linear", "cfg_parameter": None})
 
 
+def shown(config: StudyConfig, monkeypatch) -> None:
+    """Ask for the command that draws the grid."""
+    settled = {"load_run": SimpleNamespace(weights_hash=""), "load_digits": SimpleNamespace(weights_hash=""),
+               "claim": nullcontext(), "find_checkpoint": None, "read_meta": {"step": 1, "seconds": 1.0},
+               "score_guidance": [dict.fromkeys(pipeline.CHOSEN)], "_score_samples": {}}
+    for name, value in settled.items():
+        monkeypatch.setattr(pipeline, name, lambda *_, value=value: value)
+    monkeypatch.setattr(pipeline, "_kept", lambda path, key, work: work())
+    pipeline.score_generator(config, Generator("g", "g.yaml", Path("nowhere")), None)
+
+
 def chosen(config: StudyConfig, monkeypatch) -> str:
     """Return the samples that guidance is judged by, or the one guidance there is."""
     monkeypatch.setattr(pipeline, "load_tokenizer", lambda path: None)
@@ -185,6 +197,7 @@ def test_the_guidance_of_the_lowest_fd_is_taken_and_one_alone_is_not_judged(monk
     monkeypatch.setattr(pipeline, "find_checkpoint", lambda folder: folder)
     monkeypatch.setattr(pipeline, "read_meta", lambda folder: {"step": 1, "seconds": 1.0})
     monkeypatch.setattr(pipeline, "_score_samples", lambda config, generator, loaded, settings: dict(settings))
+    monkeypatch.setattr(pipeline, "_draw_grid", lambda *_: None)
     scores = {"recognised": 1.0, "precision": 1.0, "recall": 1.0, "seconds": 1.0}
     judged = []
     monkeypatch.setattr(pipeline, "sweep", lambda source, points, *rest, **named: judged.append(points) or (
@@ -202,7 +215,7 @@ def test_the_guidance_of_the_lowest_fd_is_taken_and_one_alone_is_not_judged(monk
     ("tokenizer=other/tokenizer.yaml", prepared), ("generator=configs/mnist/mutor1d.yaml", scored), ("seed=7", scored),
     ("samples=150", scored), ("selection_samples=150", chosen), ("selection_seed=3", chosen),
     ("cfg_scales=[1.0,3.0]", chosen), ("cfg_schedules=[constant,power-cosine:2]", chosen),
-    ("top_p=0.5", chosen), ("grid_top_p=0.5", scored),
+    ("top_p=0.5", chosen), ("grid_top_p=0.5", shown),
     ("compare=true", lambda config, _: repr(pipeline.generators(config))),
     ("baseline=configs/mnist/mutor1d.yaml", lambda config, _: repr(pipeline.generators(config))),
 ])
@@ -221,18 +234,19 @@ def test_every_field_of_a_study_changes_what_it_does(change, observe, monkeypatc
     assert seen[0] != seen[1]
 
 
-def test_the_grid_alone_has_a_top_p_of_its_own(monkeypatch):
-    asked = []
-    monkeypatch.setattr(pipeline, "command", lambda *arguments: asked.append(list(map(str, arguments))))
-    monkeypatch.setattr(pipeline, "read_record", lambda path: {})
-    monkeypatch.setattr(pipeline, "Codes", lambda *arguments: (_ for _ in ()).throw(UserError("enough")))
-    generator, settings = Generator("g", "g.yaml", Path("g")), {"cfg_scale": 2.0, "top_p": 0.9}
-    for grid_top_p, shown in ((0.8, "0.8"), (None, "0.9")):
-        asked.clear()
-        with pytest.raises(UserError, match="enough"):
-            pipeline._score_samples(StudyConfig(grid_top_p=grid_top_p), generator, None, settings)
-        scored, drawn = (line[line.index("--top-p") + 1] for line in asked if line[0] == "sample.py")
-        assert (scored, drawn) == ("0.9", shown)
+def test_the_grid_has_a_top_p_of_its_own_and_another_one_scores_nothing_again(monkeypatch, tmp_path):
+    monkeypatch.setattr(pipeline, "load_run", lambda folder: SimpleNamespace(weights_hash=""))
+    monkeypatch.setattr(pipeline, "load_digits", lambda path: SimpleNamespace(weights_hash=""))
+    monkeypatch.setattr(pipeline, "find_checkpoint", lambda folder: folder)
+    monkeypatch.setattr(pipeline, "read_meta", lambda folder: {"step": 1, "seconds": 1.0})
+    scored, drawn = [], []
+    monkeypatch.setattr(pipeline, "_score_samples",
+                        lambda config, generator, loaded, settings: scored.append(settings["top_p"]) or {})
+    monkeypatch.setattr(pipeline, "command", lambda *words: drawn.append(words[words.index("--top-p") + 1]))
+    for grid_top_p in (0.8, 0.8, None, 0.7):
+        config = StudyConfig(cfg_scales=[2.0], top_p=0.9, grid_top_p=grid_top_p)
+        pipeline.score_generator(config, Generator("g", "g.yaml", tmp_path), None)
+    assert (scored, drawn) == ([0.9], [0.8, 0.9, 0.7])
 
 
 def test_no_field_of_a_study_is_without_such_a_test():

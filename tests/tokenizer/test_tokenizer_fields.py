@@ -45,6 +45,7 @@ FIELDS = {
     "model.channels": ((), "16", shapes),
     "model.vocabulary": ((), "16", shapes),
     "model.code_dim": ((), "2", shapes),
+    "model.local": ((), "false", shapes),
     "loss.terms": ((), "{{l2: 2.0}}", losses),
     "loss.codebook": ((), "3", losses),
     "loss.commitment": ((), "3", losses),

@@ -152,12 +152,14 @@ def _numbers(words: list[str], classes: list[str] | None, path: Path) -> tuple[l
         UserError: labels that can be read as names and as numbers, and mean other classes as the one than as the other.
     """
     names, decimal = set(words) <= set(classes or ()), all(word.isdecimal() for word in words)
-    if names and decimal and all(len(word) <= 18 and int(word) < len(classes) for word in words):
-        other = next((word for word in words if classes[int(word)] != word), None)
+    wrong = [word for word in words if len(word) > 18 or int(word) >= len(classes)] if decimal and classes else []
+    if decimal and classes and not (names and wrong):  # they may be numbers
+        other = next((word for word in words if word in classes and word not in wrong and classes[int(word)] != word),
+                     None)
         if other is not None:
-            raise UserError(f"--labels {path}: label {other} is the name of class {classes.index(other)} and the "
-                            f"number of class {other} ({classes[int(other)]!r}); give the classes names that are no "
-                            "numbers")
+            raise UserError(f"--labels {path}: label {other} may be the class named {other!r}, or the class with "
+                            f"number {other}, counted from 0, which is named {classes[int(other)]!r}; rename the "
+                            f"classes, to c{other} for example, here and in --classes")
     if names or not decimal:
         numbered = number_classes(words, classes, f"--labels {path}")
         place = {name: index for index, name in enumerate(numbered)}
@@ -165,9 +167,8 @@ def _numbers(words: list[str], classes: list[str] | None, path: Path) -> tuple[l
     if classes is None:
         raise UserError(f"--labels {path}: its labels are numbers, and nothing says which classes they mean; name the "
                         f"classes in label order with --classes ({IMAGENET}: WordNet ids sorted, from 0)")
-    wrong = next((word for word in words if len(word) > 18 or int(word) >= len(classes)), None)
-    if wrong is not None:  # perhaps of more digits than int() takes
-        raise UserError(f"--labels {path}: label {wrong[:20]} is outside 0 to {len(classes) - 1}; ImageNet's "
-                        "development kit counts from 1 in its own order; use a file with WordNet ids, such as "
-                        "LOC_val_solution.csv")
+    if wrong:  # perhaps of more digits than int() takes
+        raise UserError(f"--labels {path}: label {wrong[0][:20]} is neither the name of a class nor a number from 0 to "
+                        f"{len(classes) - 1}; if it is one of ImageNet's development kit, which counts from 1 in its "
+                        "own order, use a file with WordNet ids, such as LOC_val_solution.csv")
     return classes, [int(word) for word in words]

@@ -43,10 +43,11 @@ class VQConfig:
     channels: int | None = None  # channels at full resolution; null: the preset's
     vocabulary: int | None = None  # number of codes; null: the preset's
     code_dim: int | None = None  # numbers per code; null: the preset's
+    local: bool | None = None  # whether codes depend on their own square of pixels alone; null: the preset's
 
     def options(self) -> dict[str, Any]:
         """Return the constructor arguments of :class:`~tokenizer.network.vq.VQModel`."""
-        names = ("image_channels", "channels", "vocabulary", "code_dim")
+        names = ("image_channels", "channels", "vocabulary", "code_dim", "local")
         return preset(self.preset) | {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
