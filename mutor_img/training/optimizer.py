@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mutor_img.checkpoints.tensor_files import TensorGroup
 from mutor_img.common.config import OptimConfig
@@ -25,6 +26,24 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), fused=True)
+
+
+def clip_gradients(weights: Iterable[nn.Parameter], most: float) -> Tensor:
+    """Scale the gradients of weights so that their norm, all taken together, is at most ``most``; 0: they stay.
+
+    A GPU multiplies them in any case, by 1 where they are short enough: nobody may wait to know it. A CPU knows the
+    norm at once, and then leaves them alone: the same bits, and a pass over all of them less.
+
+    Returns:
+        () fp32, the norm before; the same on all ranks.
+    """
+    weights = [weight for weight in weights if weight.grad is not None]
+    norm = nn.utils.get_total_norm([weight.grad for weight in weights])
+    whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    factor = most / (whole + 1e-6)  # as clip_grads_with_norm_ has it
+    if most and not (whole.device.type == "cpu" and factor >= 1):
+        nn.utils.clip_grads_with_norm_(weights, most, norm)
+    return whole
 
 
 def take_step(optimizer: torch.optim.AdamW, lr: float, skipped: Tensor) -> None:

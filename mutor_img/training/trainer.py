@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from mutor_img.checkpoints.folder import newest_checkpoint, open_group, read_meta, tidy, write_checkpoint
 from mutor_img.common.config import to_dict
@@ -25,6 +24,7 @@ from mutor_img.training.changes import check_changes, require_group
 from mutor_img.training.numbers import read_numbers
 from mutor_img.training.optimizer import (
     build_optimizer,
+    clip_gradients,
     learning_rate,
     load_optimizer_tensors,
     optimizer_tensors,
@@ -173,8 +173,7 @@ class Trainer:
             (loss * runtime.world).backward()
             for name, value in {"loss": loss, **values}.items():
                 totals[name] = totals.get(name, 0.0) + value.detach()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip or math.inf)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = clip_gradients(self.model.parameters(), self.config.optim.clip)
         if stop is not None:
             totals["stop"] = torch.full((), float(stop.seen), device=runtime.device)
         sums = runtime.sum(torch.stack([total.float() for total in totals.values()]))

@@ -6,18 +6,23 @@ are made with the weights from before the update, and the weights move only once
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from mutor_img.checkpoints.folder import load_strict, open_group, read_meta, read_tensors
 from mutor_img.checkpoints.tensor_files import has_group
 from mutor_img.common.config import OptimConfig
 from mutor_img.common.errors import UserError
-from mutor_img.training.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors, take_step
+from mutor_img.training.optimizer import (
+    build_optimizer,
+    clip_gradients,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    take_step,
+)
 from mutor_img.training.runtime import Runtime
 from tokenizer.training.discriminator import PatchDiscriminator, discriminator_loss, generator_loss
 
@@ -78,7 +83,7 @@ class Adversary:
         joined = self.runtime.sum(torch.cat([gradient.flatten() for gradient in gradients]))  # one all-reduce
         for gradient, part in zip(gradients, joined.split([gradient.numel() for gradient in gradients])):
             gradient.copy_(part.view_as(gradient))
-        norm = nn.utils.clip_grad_norm_(parameters, self.clip or math.inf)
+        norm = clip_gradients(parameters, self.clip)
         loss, real, fake = self.runtime.sum(sums)
         return {"discriminator": loss, "logits_real": real, "logits_fake": fake, "discriminator_gradient_norm": norm}
 
