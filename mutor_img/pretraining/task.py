@@ -72,7 +72,7 @@ class GeneratorTask(Task):
         freeze(self.model, config.freeze)
         if codebook is not None:
             objective.take_codebook(codebook)
-        # On CPUs in fp32 both are as fast uncompiled, and a run's bits hang on one compiler less.
+        # Not on CPUs in fp32, where a run's bits hang on one compiler less.
         bf16 = precision_on(runtime.device, config.train.precision) == "bf16"
         if config.train.compile and (bf16 or runtime.device.type == "cuda"):
             self.model.drop_inputs = compile_whole(dropout)

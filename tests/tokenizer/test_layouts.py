@@ -62,6 +62,11 @@ def test_a_label_that_is_a_name_and_another_classs_number_is_refused(flat, tmp_p
     assert set(write(["10", "12"]).labels) == {1, 3}  # 12 is no number of twelve classes, so both are names
     with pytest.raises(UserError, match="label 13 is neither the name of a class nor a number from 0 to 11"):
         write(["0", "13"])
+    (tmp_path / "classes").write_text("100\n200")
+    with pytest.raises(UserError, match="label 300 is neither the name of a class nor a number from 0 to 1"):
+        write(["100", "200", "300"])
+    with pytest.raises(UserError, match="label 100 is the name of a class and no number from 0 to 1, but label 1 is "):
+        write(["100", "1"])
     (tmp_path / "classes").write_text("\n".join(map(str, range(10))))
     assert set(write(["3", "7"]).labels) == {3, 7}  # the same either way
 

@@ -151,10 +151,12 @@ def _numbers(words: list[str], classes: list[str] | None, path: Path) -> tuple[l
     Raises:
         UserError: labels that can be read as names and as numbers, and mean other classes as the one than as the other.
     """
-    names, decimal = set(words) <= set(classes or ()), all(word.isdecimal() for word in words)
-    wrong = [word for word in words if len(word) > 18 or int(word) >= len(classes)] if decimal and classes else []
+    known, decimal = set(classes or ()), all(word.isdecimal() for word in words)
+    names = known.issuperset(words)
+    wrong = {word: word in known for word in words  # in order; perhaps of more digits than int() takes
+             if decimal and classes and (len(word) > 18 or int(word) >= len(classes))}
     if decimal and classes and not (names and wrong):  # they may be numbers
-        other = next((word for word in words if word in classes and word not in wrong and classes[int(word)] != word),
+        other = next((word for word in words if word in known and word not in wrong and classes[int(word)] != word),
                      None)
         if other is not None:
             raise UserError(f"--labels {path}: label {other} may be the class named {other!r}, or the class with "
@@ -167,8 +169,13 @@ def _numbers(words: list[str], classes: list[str] | None, path: Path) -> tuple[l
     if classes is None:
         raise UserError(f"--labels {path}: its labels are numbers, and nothing says which classes they mean; name the "
                         f"classes in label order with --classes ({IMAGENET}: WordNet ids sorted, from 0)")
-    if wrong:  # perhaps of more digits than int() takes
-        raise UserError(f"--labels {path}: label {wrong[0][:20]} is neither the name of a class nor a number from 0 to "
+    if wrong:
+        stranger = min(wrong, key=wrong.get)  # the first that is no name either, where there is one
+        if wrong[stranger]:
+            other = next(word for word in words if word not in known)
+            raise UserError(f"--labels {path}: label {stranger[:20]} is the name of a class and no number from 0 to "
+                            f"{len(classes) - 1}, but label {other} is no name; give names alone, or numbers alone")
+        raise UserError(f"--labels {path}: label {stranger[:20]} is neither the name of a class nor a number from 0 to "
                         f"{len(classes) - 1}; if it is one of ImageNet's development kit, which counts from 1 in its "
                         "own order, use a file with WordNet ids, such as LOC_val_solution.csv")
     return classes, [int(word) for word in words]
