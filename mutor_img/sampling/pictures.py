@@ -33,13 +33,14 @@ PUT_BACK = "put it back there, or encode the images again"  # what a training ru
 
 
 def sample_images(model: Transformer, tokenizer: ImageTokenizer, labels: Tensor, samples: Tensor,
-                  settings: SamplingSettings) -> np.ndarray:
+                  settings: SamplingSettings, keep: bool = True) -> np.ndarray:
     """Sample one image a label.
 
     Args:
         model, tokenizer: on one device.
         labels: (B,) int64.
         samples: (B,) int64 sample numbers; each has its own random stream, f(settings.seed, number).
+        keep: False: nothing is compiled or kept beside the model, for a few images of weights that soon change.
 
     Returns:
         (B, H, W, 3) uint8.
@@ -47,7 +48,8 @@ def sample_images(model: Transformer, tokenizer: ImageTokenizer, labels: Tensor,
     Raises:
         UserError: labels or settings out of range.
     """
-    return decode_images(tokenizer, generate_samples(model, labels, samples, settings), model.config.grid)
+    sampler = Sampler(model, settings, max(1, len(labels)), keep)
+    return decode_images(tokenizer, sampler.generate(labels, samples), model.config.grid)
 
 
 def decode_images(tokenizer: ImageTokenizer, codes: Tensor, grid: tuple[int, int],

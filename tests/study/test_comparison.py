@@ -10,19 +10,23 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 from launching import start_fork
 from PIL import Image
 from tiny_study import write_inputs
 
+from mutor_img import load_checkpoint
 from mutor_img.common import cli
 from mutor_img.common.config import load_config
 from mutor_img.evaluation.command import main as evaluate
 from mutor_img.study import __main__ as command
+from mutor_img.study.comparison import scoring
 from mutor_img.study.comparison.config import ComparisonConfig
 from mutor_img.study.comparison.jobs import all_jobs
 from mutor_img.study.comparison.pool import Work
 from mutor_img.study.comparison.score import main as score
 from mutor_img.study.comparison.scoring import strip_path
+from mutor_img.training.runtime import Runtime
 
 ROOT = Path(__file__).parents[2]
 RECIPE, STUDY = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "study.md").read_text(), re.DOTALL)
@@ -154,3 +158,24 @@ def test_a_study_that_is_told_to_end_ends_its_runs(made, tmp_path):
     _, alive = psutil.wait_procs(children, timeout=10)
     assert status == 128 + signal.SIGTERM and not alive
     assert "to resume, run the same command again" in next(log.iterdir()).read_text()  # after it has saved
+
+
+def test_all_checkpoints_of_a_run_are_sampled_from_one_model(made, tmp_path, monkeypatch):
+    """A GPU compiles a step for each model; weights that are written into one in place need no other."""
+    folder, _, _ = made
+    monkeypatch.chdir(folder)
+    seen = []
+
+    def watch(source, *others, **named):
+        weights = {name: tensor.clone() for name, tensor in source.loaded.model.state_dict().items()}
+        seen.append((source.loaded.model, source.loaded.path, weights))
+        return iter([])
+
+    monkeypatch.setattr(scoring, "sweep", watch)
+    study = load_config(ComparisonConfig, CONFIG, ["temperature=0.9"])  # of which nothing is scored yet
+    scoring.score_job(study, all_jobs(study)[0], Runtime(torch.device("cpu")))
+    assert len({id(model) for model, _, _ in seen}) == 1 and len({path for _, path, _ in seen}) == 3
+    for _, path, weights in seen:
+        own = load_checkpoint(path).state_dict()
+        assert all(torch.equal(weights[name], own[name]) for name in own)
+    assert seen[0][0].origin == seen[-1][1]

@@ -32,6 +32,7 @@ from mutor_img.study.comparison.jobs import Job
 from mutor_img.study.comparison.ledger import ROWS, TARGETS, add, check_same_judge, scored, scoring_key, targets
 from mutor_img.sweep.points import grid, sweep, sweep_key
 from mutor_img.training.runtime import Runtime
+from mutor_img.transformer import Transformer
 from tokenizer.network.interface import ImageTokenizer
 
 # What a score depends on beside weights and guidance, by the names of a sweep's key.
@@ -54,10 +55,10 @@ def score_job(study: ComparisonConfig, job: Job, runtime: Runtime) -> None:
     weights = (None, study.features_weights) if study.features == "inception" else (study.features_weights, None)
     with runtime.main_first():
         network = load_features(study.features, *weights, runtime.device)
-    reference = open_reference(study.reference)
+    reference, model = open_reference(study.reference), None
     for step, scales in missing.items():
         if scales:
-            _Scorer(study, job, step, runtime, network, reference).run(scales)
+            model = _Scorer(study, job, step, runtime, network, reference).run(scales, model)
 
 
 class _Scorer:
@@ -77,11 +78,23 @@ class _Scorer:
         self.loaded = load_run(self.folder, device=runtime.device)
         self.tokenizer = verified_tokenizer(self.loaded.codes, runtime.device, self.loaded.model.config, self.folder)
 
-    def run(self, scales: Collection[float]) -> None:
-        """Score at these scales; what is drawn later is written before the first row says that all is there."""
+    def run(self, scales: Collection[float], model: Transformer | None) -> Transformer:
+        """Score at these scales; what is drawn later is written before the first row says that all is there.
+
+        Args:
+            scales: of guidance.
+            model: what the run's checkpoint before was sampled from, and takes over this one's weights: a step that
+                was compiled for it serves again.
+
+        Returns:
+            What was sampled from.
+        """
         held_out = self._held_out()  # in fp32, before the weights are cast
         dtype = "bf16" if self.runtime.device.type == "cuda" else "fp32"
         self.loaded.model.to(DTYPES[dtype])
+        if model is not None:
+            model.load_state_dict(self.loaded.model.state_dict())
+            model.origin, self.loaded.model = self.loaded.model.origin, model
         settings = SamplingSettings(seed=self.job.seed, temperature=self.study.temperature)
         classes = self.loaded.model.config.classes
         source = SampleSource(self.loaded, self.tokenizer, settings, "random", None,
@@ -101,6 +114,7 @@ class _Scorer:
             add(self.study, ROWS, about | row | scoring | {"judged_by": judge})
             tqdm.write(f"{self.job.title}: {self.step} updates, guidance {row['cfg_scale']:g}: " + ", ".join(
                 f"{name} {row[name]:.4f}" for name in ("fid", "fd") if name in row))
+        return self.loaded.model
 
     def _judge(self, source: SampleSource) -> dict[str, Any]:
         """Return what the scores depend on beside the weights, once it is that of the rows that are there."""
@@ -161,7 +175,8 @@ def draw_strip(study: ComparisonConfig, job: Job, step: int, scale: float, loade
     path, classes = strip_path(study, job, step, scale), loaded.model.config.classes
     numbers = torch.arange(study.grid_images)
     settings = SamplingSettings(cfg_scale=scale, temperature=study.temperature, seed=job.seed)
-    images = sample_images(loaded.model, tokenizer, numbers * classes // study.grid_images, numbers, settings)
+    labels = numbers * classes // study.grid_images
+    images = sample_images(loaded.model, tokenizer, labels, numbers, settings, keep=False)
 
     def write(aside: Path) -> None:
         with open(aside, "wb") as file:  # an open file, because numpy appends .npy to a name
