@@ -6,8 +6,16 @@ from PIL import Image
 
 from mutor_img.study.comparison.config import ComparisonConfig, RowConfig
 from mutor_img.study.comparison.jobs import all_jobs
-from mutor_img.study.comparison.plots import draw_curves, draw_samples, draw_targets, mean_and_error, target_map
-from mutor_img.study.comparison.report import cells, difference, listed, markdown, words
+from mutor_img.study.comparison.plots import (
+    draw_curves,
+    draw_samples,
+    draw_targets,
+    look,
+    mean_and_error,
+    target_map,
+    wide,
+)
+from mutor_img.study.comparison.report import Cell, cells, difference, listed, markdown, words
 from mutor_img.study.comparison.scoring import strip_path
 from mutor_img.study.comparison.statistics import Interval
 
@@ -83,6 +91,15 @@ def test_a_band_is_one_standard_error_to_both_sides():
 
 def test_curves_are_drawn_of_what_there_is(study, scored, tmp_path):
     assert Image.open(draw_curves(study, scored, 1.0, tmp_path / "c.png")).size[0] > 1000
+
+
+def test_no_two_of_thirty_rows_look_alike():
+    assert len({look(number) for number in range(30)}) == 30
+
+
+def test_costs_far_apart_are_drawn_on_a_logarithmic_scale():
+    near, far = (Cell("row", 1, {0: {"flops": flops}}) for flops in (3e12, 6e13))
+    assert not wide([near, far], "flops") and wide([near, Cell("row", 2, {0: {"flops": 6.1e13}})], "flops")
 
 
 def test_the_map_has_rows_down_and_columns_right_and_is_a_mean_over_seeds(study, tmp_path):

@@ -18,11 +18,13 @@ from mutor_img.common.images import grid_picture, write_png
 from mutor_img.study.comparison.config import ComparisonConfig
 from mutor_img.study.comparison.jobs import Job
 from mutor_img.study.comparison.ledger import Place
-from mutor_img.study.comparison.report import cells, frechet
+from mutor_img.study.comparison.report import Cell, cells, frechet
 from mutor_img.study.comparison.scoring import strip_path
 from mutor_img.study.comparison.statistics import standard_error
 
 ACROSS = {"updates": "updates", "flops": "training FLOPs", "seconds": "training seconds"}
+WIDE = 20  # times the least cost of a checkpoint: from here on an axis is logarithmic
+LINES = ("o-", "s--", "^:")
 PIXELS = 96  # smaller images are magnified to about this in the grid of samples
 
 
@@ -48,10 +50,10 @@ def draw_curves(study: ComparisonConfig, scored: Mapping[Place, dict[str, Any]],
             line = sorted((cell.mean(name), *mean_and_error(list(cell.values(key).values()))) for cell in own)
             if line:
                 x, means, errors = map(np.array, zip(*line))
-                color = f"C{number % 10}"
-                place.errorbar(x, means, errors, fmt="o-", color=color, label=row, markersize=3, linewidth=1)
+                style, color = look(number)
+                place.errorbar(x, means, errors, fmt=style, color=color, label=row, markersize=3, linewidth=1)
                 place.fill_between(x, means - errors, means + errors, color=color, alpha=0.2, linewidth=0)
-        place.set(xlabel=label)
+        place.set(xlabel=label, xscale="log" if wide(found, name) else "linear")
         place.grid(alpha=0.3)
     axes[0].set(ylabel=f"{key.upper()}-{study.samples}")
     axes[0].legend(fontsize=7)
@@ -60,6 +62,18 @@ def draw_curves(study: ComparisonConfig, scored: Mapping[Place, dict[str, Any]],
     write_atomic(path, lambda aside: figure.savefig(aside, format="png", dpi=120))
     plt.close(figure)
     return path
+
+
+def look(number: int) -> tuple[str, str]:
+    """Return the marks and dashes of a study's row, and its color: matplotlib has ten."""
+    again, color = divmod(number, 10)
+    return LINES[again % len(LINES)], f"C{color}"
+
+
+def wide(found: Sequence[Cell], name: str) -> bool:
+    """Tell whether the costs of rows lie so far apart that the cheap ones would be one spot on a linear scale."""
+    means = [cell.mean(name) for cell in found]
+    return max(means) > WIDE * min(means)
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
