@@ -69,6 +69,24 @@ def test_a_row_is_compared_with_the_baseline_after_as_many_updates(study, scored
     assert difference(by_place["better", 100], None, "fid") is None
 
 
+def test_a_row_is_compared_with_the_baseline_of_equal_flops(study, scored):
+    """The baseline after 196 updates has cost as much as "better" after 100, but for half a percent."""
+    longer = {("base", seed, 196, 1.0): {**scored["base", seed, 100, 1.0], "updates": 196, "fid": 7.0 + 0.1 * seed,
+                                         "flops": 3.92e15} for seed in range(3)}
+    costly = {place: {**line, "flops": 3.94e15} if place[0] == "better" else line for place, line in scored.items()}
+    page = markdown(study, costly | longer, missing=0)
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
+    column = table[0].index("against base of equal FLOPs")
+    rows = {(row[0], row[1]): row[column] for row in table[2:]}
+    # 8.0 - 7.0, 9.1 - 7.1, 6.9 - 7.2: mean 0.9, standard deviation 1.153, t 4.303, three seeds.
+    assert rows["better", "100"] == "+0.90 [-1.96, +3.76]"
+    assert all(shown == "" for place, shown in rows.items() if place[0] != "better")
+    assert "- At equal FLOPs: better after 100 updates has no clearly other FID than base after 196." in page
+    worse = {place: {**line, "fid": line["fid"] + 9} for place, line in costly.items() if place[0] == "better"}
+    assert "better after 100 updates has a higher FID than base after 196." in markdown(study, worse | longer, 0)
+    assert "equal FLOPs" not in markdown(study, scored | longer, 0)  # 1.96 times those of any other row
+
+
 def test_where_the_baseline_is_not_scored_nothing_is_compared_with_it(study, scored):
     alone = {("better", seed, 900, 1.0): {**scored["better", seed, 100, 1.0], "updates": 900} for seed in range(3)}
     assert words(study, cells(study, alone, 1.0), "fid") == [

@@ -17,6 +17,9 @@ SCORES = {"sfid": ("sFID", 2), "is": ("IS", 1), "precision": ("precision", 3), "
           "val_next_token": ("held-out loss", 4), "val_next_token_raw": ("held-out loss, raw weights", 4)}
 
 
+EQUAL_FLOPS = 0.01  # costs that differ by no more are equal: updates are whole numbers
+
+
 class Cell(NamedTuple):
     """A row of the study at one checkpoint and one guidance scale: its lines, by seed."""
 
@@ -55,6 +58,13 @@ def difference(cell: Cell, baseline: Cell | None, key: str) -> Interval | float 
     return t_interval(found) or (found[0] if found else None)
 
 
+def of_equal_flops(study: ComparisonConfig, found: Sequence[Cell], cell: Cell) -> Cell | None:
+    """Return the baseline's checkpoint of as many training FLOPs as a row's, after another number of updates."""
+    (flops,) = {line["flops"] for line in cell.lines.values()}
+    return next((other for other in found if other.row == study.baseline_name and other.updates != cell.updates
+                 and cell.row != other.row and abs(other.mean("flops") / flops - 1) <= EQUAL_FLOPS), None)
+
+
 def markdown(study: ComparisonConfig, scored: Mapping[Place, dict[str, Any]], missing: int) -> str:
     """Return the whole page.
 
@@ -87,15 +97,19 @@ def _table(study: ComparisonConfig, found: Sequence[Cell], key: str) -> list[str
     head = ["row", "updates", "FLOPs", "seconds", "sampled parameters", "trained parameters", "seeds",
             f"{key.upper()}-{shortened(study.samples)}", f"against {study.baseline_name}",
             *(SCORES[name][0] for name in extra)]
+    equal = {(cell.row, cell.updates): of_equal_flops(study, found, cell) for cell in found}
+    if any(equal.values()):
+        head.insert(9, f"against {study.baseline_name} of equal FLOPs")
     rows = [head, ["---", *["--:"] * (len(head) - 1)]]
     for cell in found:
-        first = next(iter(cell.lines.values()))
+        first, costly = next(iter(cell.lines.values())), equal[cell.row, cell.updates]
         at = (study.baseline_name, cell.updates)
         same = next((other for other in found if (other.row, other.updates) == at), None)
         rows.append([cell.row, f"{cell.updates:,}", f"{first['flops']:.4g}", _seconds(cell.mean("seconds")),
                      f"{first['sampled_parameters']:,}", f"{first['trained_parameters']:,}", str(len(cell.lines)),
                      _with_error(cell, key, digits),
                      "" if cell is same else _shown(difference(cell, same, key), digits),
+                     *[_shown(difference(cell, costly, key), digits) if costly else ""] * any(equal.values()),
                      *(_with_error(cell, name, SCORES[name][1]) for name in extra)])
     return ["| " + " | ".join(row) + " |" for row in rows]
 
@@ -143,6 +157,19 @@ def words(study: ComparisonConfig, found: Sequence[Cell], key: str) -> list[str]
             parts.append(f"{listed(open_rows)} {'has' if len(open_rows) == 1 else 'have'} fewer than two seeds in "
                          f"common with {study.baseline_name}, and so no interval")
         lines.append(begin + "; ".join(parts or ["there is nothing to compare"]) + ".")
+    return lines + _words_of_equal_flops(study, found, key)
+
+
+def _words_of_equal_flops(study: ComparisonConfig, found: Sequence[Cell], key: str) -> list[str]:
+    """Return a sentence for each checkpoint that the baseline can be held against at equal FLOPs."""
+    lines = []
+    for cell in found:
+        other = of_equal_flops(study, found, cell)
+        apart = difference(cell, other, key)
+        if isinstance(apart, Interval):
+            how = "a lower" if apart.high < 0 else "a higher" if apart.low > 0 else "no clearly other"
+            lines.append(f"- At equal FLOPs: {cell.row} after {cell.updates:,} updates has {how} {key.upper()} than "
+                         f"{study.baseline_name} after {other.updates:,}.")
     return lines
 
 
