@@ -60,7 +60,7 @@ def difference(cell: Cell, baseline: Cell | None, key: str) -> Interval | float 
 
 def of_equal_flops(study: ComparisonConfig, found: Sequence[Cell], cell: Cell) -> Cell | None:
     """Return the baseline's checkpoint of as many training FLOPs as a row's, after another number of updates."""
-    (flops,) = {line["flops"] for line in cell.lines.values()}
+    flops = cell.mean("flops")  # where registers stand depends on the seed, and FLOPs with it
     return next((other for other in found if other.row == study.baseline_name and other.updates != cell.updates
                  and cell.row != other.row and abs(other.mean("flops") / flops - 1) <= EQUAL_FLOPS), None)
 
