@@ -11,8 +11,9 @@ many forward passes as its memory asks for. On top comes what is left of the com
   carries what one device sends.
 - ``hybrid`` shards within a node, as ``fsdp`` does, and all-reduces the gradients of a shard between the nodes.
 - Each step of a ring takes a latency on top. All-reduces take a tree where there are many devices, of log2 n steps.
-- Weights are gathered while the device computes, gradients travel during the last backward pass, which is two thirds of
-  a pass. What takes longer than that shows. Kernels are taken to run no slower meanwhile.
+- Weights are gathered while the device computes or waits for the CPU to launch blocks, gradients travel during the last
+  backward pass, which is two thirds of a pass. What takes longer than that shows. Kernels are taken to run no slower
+  meanwhile.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from mutor_img.common.config import TrainConfig, check_choice
 from mutor_img.common.errors import UserError, check_range
 from mutor_img.metrics.report import aligned
 from mutor_img.pretraining.config import GeneratorConfig, ModelSection, PlanConfig, RegistersConfig
+from mutor_img.pretraining.cost import REST
 from mutor_img.pretraining.memory import FP32, step_memory
 from mutor_img.pretraining.plan import (
     GIB,
@@ -145,7 +147,7 @@ def point(preset: str, registers: int, devices: int, way: str, cluster: Cluster)
     scatter = scattered / cluster.rate(shards) + units * hops
     reductions = units if shards > 1 else math.ceil(FP32 * parameters / BUCKET)
     reduce = reduced / cluster.rate(groups, apart=shards > 1) + reductions * 2 * math.log2(groups) * cluster.latency
-    compute = cost.work - cost.optimiser
+    compute = cost.seconds - cost.optimiser - REST
     shown = max(0.0, gather + scatter + reduce - compute, scatter + reduce - 2 / 3 * compute / passes)
     return Point(share, passes, cost.seconds, shown, memory.total / GIB)
 

@@ -169,7 +169,7 @@ def cost_rows(cost: Cost) -> dict[str, float]:
     """Return the terms of a cost and their sum by the names they are printed under, in milliseconds."""
     rows = {"matrix products": cost.products, "attention": cost.attention,
             "memory traffic of the blocks' other kernels": cost.blocks, "read-out and cross-entropy": cost.read_out,
-            "optimiser, EMA and copies of weights": cost.optimiser, "idle, waiting for the CPU": cost.idle,
+            "optimiser, EMA and copies of weights": cost.optimiser, "small kernels, waits for the CPU": cost.rest,
             "in all": cost.seconds}
     return {name: 1000 * value for name, value in rows.items()}
 

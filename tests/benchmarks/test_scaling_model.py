@@ -16,6 +16,7 @@ from mutor_img import blocks
 from mutor_img.common.config import load_config
 from mutor_img.common.errors import UserError
 from mutor_img.pretraining.config import GeneratorConfig
+from mutor_img.pretraining.cost import LAUNCH
 from mutor_img.pretraining.plan import planned_cost, shapes
 from mutor_img.pretraining.task import GeneratorTask
 from mutor_img.training.runtime import Runtime
@@ -97,12 +98,18 @@ def test_one_device_takes_what_the_cost_model_says_and_sends_nothing():
 
 
 def test_more_devices_are_faster_but_by_less_and_less_and_what_shows_grows():
-    found = [point("B", 0, 4**n, "ddp", Cluster()) for n in range(5)]
+    found = [point("3B", 80, 4**n, "ddp", Cluster()) for n in range(5)]
     gains = [one.seconds / four.seconds for one, four in pairwise(found)]
     assert gains == sorted(gains, reverse=True) and 1 < gains[-1] < gains[0] < 4.1
     assert [at.sequences for at in found] == [1024 // 4**n for n in range(5)]
     assert found[0].shown == found[1].shown == 0 < found[-1].shown < found[-1].seconds
-    assert point("B", 0, 256, "fsdp", Cluster()).shown > found[-1].shown  # a ring through 256 has 255 steps
+    assert point("3B", 80, 256, "fsdp", Cluster()).shown > found[-1].shown  # a ring through 256 has 255 steps
+
+
+def test_while_a_device_waits_for_the_cpu_to_launch_blocks_it_communicates():
+    found = point("B", 0, 128, "ddp", Cluster())
+    assert found.shown == 0 and found.seconds == pytest.approx(12 * LAUNCH)
+    assert point("B", 0, 128, "fsdp", Cluster()).shown > 0  # takes longer than that
 
 
 def test_a_slower_network_shows_earlier_and_only_between_nodes():
