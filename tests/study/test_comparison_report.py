@@ -53,9 +53,9 @@ def test_the_table_has_the_four_equalities_mean_error_and_paired_difference(stud
 
 def test_the_words_say_what_is_separated_and_what_is_not(study, scored):
     found = words(study, cells(study, scored, 1.0), "fid")
-    assert found == ["- After 100 updates: better has a lower FID than base; no interval separates base and alike; no "
-                     "interval separates better and alike; single has fewer than two seeds in common with base, and so "
-                     "no interval."]
+    assert found == ["- After 100 updates: better has a lower FID than base; no interval separates alike from base; "
+                     "the lowest mean is that of better, which no interval separates from alike; single has fewer than "
+                     "two seeds in common with base, and so no interval."]
 
 
 def test_a_row_is_compared_with_the_baseline_after_as_many_updates(study, scored):
@@ -101,7 +101,7 @@ def test_small_distances_keep_three_digits(study, scored):
 
 
 def test_names_are_listed_as_in_english():
-    assert [listed(list("abc")[:n]) for n in (1, 2, 3)] == ["a", "a and b", "a, b and c"]
+    assert [listed(list("abc")[:n]) for n in (0, 1, 2, 3)] == ["", "a", "a and b", "a, b and c"]
 
 
 def test_a_band_is_one_standard_error_to_both_sides():

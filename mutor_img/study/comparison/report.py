@@ -10,7 +10,13 @@ from typing import Any, NamedTuple
 from mutor_img.metrics.report import shortened
 from mutor_img.study.comparison.config import ComparisonConfig
 from mutor_img.study.comparison.ledger import Place
-from mutor_img.study.comparison.statistics import Interval, alike, paired, standard_error, t_interval
+from mutor_img.study.comparison.statistics import (
+    Interval,
+    not_separated,
+    paired,
+    standard_error,
+    t_interval,
+)
 
 SCORES = {"sfid": ("sFID", 2), "is": ("IS", 1), "precision": ("precision", 3), "recall": ("recall", 3),
           "kid": ("KID", 4), "kd": ("KD", 4), "recognised": ("recognised", 3), "distinct": ("distinct", 3),
@@ -135,28 +141,33 @@ def _shown(found: Interval | float | None, digits: int) -> str:
 
 
 def words(study: ComparisonConfig, found: Sequence[Cell], key: str) -> list[str]:
-    """Return sentences: which rows the intervals separate from the baseline, and which from none of each other."""
-    lines = []
+    """Return sentences: which rows the intervals separate from the baseline, and which not from the lowest mean."""
+    lines, name, distance = [], study.baseline_name, key.upper()
     for updates in dict.fromkeys(cell.updates for cell in found):
         here = {cell.row: cell for cell in found if cell.updates == updates}
-        begin = f"- After {updates:,} updates: "
-        base = here.get(study.baseline_name)
+        base, values = here.get(name), {row: cell.values(key) for row, cell in here.items()}
+        if list(here) == [name]:
+            continue  # the baseline's own further checkpoints
         against = {row: difference(cell, base, key) for row, cell in here.items() if cell is not base}
-        better = [row for row, d in against.items() if isinstance(d, Interval) and d.high < 0]
-        worse = [row for row, d in against.items() if isinstance(d, Interval) and d.low > 0]
-        open_rows = [] if base is None else [row for row, d in against.items() if not isinstance(d, Interval)]
-        parts = [f"{listed(better)} {'has' if len(better) == 1 else 'have'} a lower {key.upper()} than "
-                 f"{study.baseline_name}"] if better else []
-        parts += [f"{listed(worse)} {'has' if len(worse) == 1 else 'have'} a higher {key.upper()} than "
-                  f"{study.baseline_name}"] if worse else []
-        parts += [f"no interval separates {listed(group)}" for group in
-                  alike({row: cell.values(key) for row, cell in here.items()})]
+        known = {row: d for row, d in against.items() if isinstance(d, Interval)}
+        better = [row for row, d in known.items() if d.high < 0]
+        worse = [row for row, d in known.items() if d.low > 0]
+        same = [row for row, d in known.items() if not d.separated]
+        parts = [f"{having(better)} a lower {distance} than {name}"] * bool(better)
+        parts += [f"{having(worse)} a higher {distance} than {name}"] * bool(worse)
+        parts += [f"no interval separates {listed(same)} from {name}"] * bool(same)
+        several = [row for row in here if len(values[row]) > 1]
+        lowest = min(several, default=name, key=lambda row: here[row].mean(key))
+        if base is not None and lowest != name:
+            near = [row for row in not_separated(values, lowest) if row != name]
+            parts.append(f"the lowest mean is that of {lowest}"
+                         + f", which no interval separates from {listed(near)}" * bool(near))
         if base is None:
-            parts.append(f"{study.baseline_name} is not scored, so that no row is compared with it")
-        if open_rows:
-            parts.append(f"{listed(open_rows)} {'has' if len(open_rows) == 1 else 'have'} fewer than two seeds in "
-                         f"common with {study.baseline_name}, and so no interval")
-        lines.append(begin + "; ".join(parts or ["there is nothing to compare"]) + ".")
+            parts.append(f"{name} is not scored, so that no row is compared with it")
+        elif len(known) < len(against):
+            few = [row for row in against if row not in known]
+            parts.append(f"{having(few)} fewer than two seeds in common with {name}, and so no interval")
+        lines.append(f"- After {updates:,} updates: {'; '.join(parts)}.")
     return lines + _words_of_equal_flops(study, found, key)
 
 
@@ -173,6 +184,11 @@ def _words_of_equal_flops(study: ComparisonConfig, found: Sequence[Cell], key: s
     return lines
 
 
+def having(names: Sequence[str]) -> str:
+    """Return "a has", or "a, b and c have"."""
+    return f"{listed(names)} {'has' if len(names) == 1 else 'have'}"
+
+
 def listed(names: Sequence[str]) -> str:
-    """Return "a, b and c"."""
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    """Return "a, b and c"; of no names ""."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))

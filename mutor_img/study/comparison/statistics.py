@@ -1,4 +1,4 @@
-"""Means, their errors, paired differences, and which rows no interval separates.
+"""Means, their errors, paired differences, and which rows no interval separates from one.
 
 Everything is over seeds. Rows of one seed share the order of the data and, in sampling, labels and random streams. So
 two rows are compared by their differences seed by seed, in which what they share cancels (a paired t-test).
@@ -7,7 +7,7 @@ two rows are compared by their differences seed by seed, in which what they shar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import NamedTuple
 
@@ -56,30 +56,14 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[float
     return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
 
 
-def alike(rows: Mapping[str, Mapping[int, float]]) -> list[list[str]]:
-    """Return the largest groups of rows of which no interval separates any two, in the order of the rows.
+def not_separated(rows: Mapping[str, Mapping[int, float]], name: str) -> list[str]:
+    """Return the other rows that have an interval for their difference from one, with 0 in it; in their order.
 
-    A row may stand in several: "not separated" is no relation that carries over from pair to pair. Two rows with fewer
-    than two seeds in common have no interval, and stand in no group together.
+    This is no proof that they are equal, and does not carry over from pair to pair.
 
     Args:
         rows: values by seed, by row.
+        name: the one that the others are held against.
     """
-    near: dict[str, set[str]] = {name: set() for name in rows}
-    for name in rows:
-        for other in rows:
-            interval = t_interval(paired(rows[name], rows[other])) if name != other else None
-            if interval is not None and not interval.separated:
-                near[name].add(other)
-    order = {name: place for place, name in enumerate(rows)}
-    groups = [sorted(group, key=order.get) for group in _cliques(set(), set(rows), set(), near) if len(group) > 1]
-    return sorted(groups, key=lambda group: [order[name] for name in group])
-
-
-def _cliques(held: set[str], left: set[str], done: set[str], near: Mapping[str, set[str]]) -> Iterable[set[str]]:
-    """Yield the maximal sets of which all are near each other (Bron and Kerbosch, 1973)."""
-    if not left and not done:
-        yield held
-    for name in sorted(left):
-        yield from _cliques(held | {name}, left & near[name], done & near[name], near)
-        left, done = left - {name}, done | {name}
+    found = {other: t_interval(paired(values, rows[name])) for other, values in rows.items() if other != name}
+    return [other for other, interval in found.items() if interval is not None and not interval.separated]
