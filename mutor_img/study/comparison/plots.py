@@ -12,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import ScalarFormatter
 
 from mutor_img.common.files import write_atomic
 from mutor_img.common.images import grid_picture, write_png
@@ -23,7 +24,6 @@ from mutor_img.study.comparison.scoring import strip_path
 from mutor_img.study.comparison.statistics import standard_error
 
 ACROSS = {"updates": "updates", "flops": "training FLOPs", "seconds": "training seconds"}
-WIDE = 20  # times the least cost of a checkpoint: from here on an axis is logarithmic
 LINES = ("o-", "s--", "^:")
 PIXELS = 96  # smaller images are magnified to about this in the grid of samples
 
@@ -53,9 +53,11 @@ def draw_curves(study: ComparisonConfig, scored: Mapping[Place, dict[str, Any]],
                 style, color = look(number)
                 place.errorbar(x, means, errors, fmt=style, color=color, label=row, markersize=3, linewidth=1)
                 place.fill_between(x, means - errors, means + errors, color=color, alpha=0.2, linewidth=0)
-        place.set(xlabel=label, xscale="log" if wide(found, name) else "linear")
+        place.set(xlabel=label, xscale="log" if wide(found, name, 20) else "linear")
         place.grid(alpha=0.3)
-    axes[0].set(ylabel=f"{key.upper()}-{study.samples}")
+    axes[0].set(ylabel=f"{key.upper()}-{study.samples}", yscale="log" if wide(found, key, 4) else "linear")
+    for ticks in (axes[0].yaxis.set_major_formatter, axes[0].yaxis.set_minor_formatter):
+        ticks(ScalarFormatter())  # on a logarithmic scale, too: 20, not 2 x 10^1
     axes[0].legend(fontsize=7)
     figure.suptitle(f"guidance {scale:g}; bands and bars are one standard error of the mean over seeds to both sides",
                     fontsize=10)
@@ -70,10 +72,10 @@ def look(number: int) -> tuple[str, str]:
     return LINES[again % len(LINES)], f"C{color}"
 
 
-def wide(found: Sequence[Cell], name: str) -> bool:
-    """Tell whether the costs of rows lie so far apart that the cheap ones would be one spot on a linear scale."""
+def wide(found: Sequence[Cell], name: str, times: float) -> bool:
+    """Tell whether the largest is more than so many times the least: on a linear scale small ones would be one spot."""
     means = [cell.mean(name) for cell in found]
-    return max(means) > WIDE * min(means)
+    return max(means) > times * min(means)
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
