@@ -120,7 +120,8 @@ def draw_targets(study: ComparisonConfig, losses: Mapping[tuple[str, int, int], 
         place.set(title=name, xlabel="columns to the right", ylabel="rows down", xticks=range(values.shape[1]),
                   yticks=range(values.shape[0]))
     figure.colorbar(image, ax=axes[0].tolist(), label="held-out loss, nats per register")
-    write_atomic(path, lambda aside: figure.savefig(aside, format="png", dpi=120))
+    # The layout does not know that maps keep their shape, and would cut their titles off.
+    write_atomic(path, lambda aside: figure.savefig(aside, format="png", dpi=120, bbox_inches="tight"))
     plt.close(figure)
     return path
 
