@@ -46,6 +46,7 @@ def plan(config: StudyConfig) -> dict[str, Any]:
 def main(argv: Sequence[str]) -> None:
     """Run a study from its config; what is done already is reused."""
     parser = training_parser(
+        override="run_dir=runs/again",
         description="Train a tokenizer, encode images, train generators, sample, and score the samples. Prints one "
                     "table at the end. A config with rows and seeds is a comparison: each row is trained and scored "
                     "with every seed (docs/study.md).",

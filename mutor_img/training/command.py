@@ -44,14 +44,19 @@ def train_command(argv: Sequence[str], task: type[Task], schema: type, plan: Cal
         run_task(task, config, arguments.fallback)
 
 
-def training_parser(*, description: str, example: str) -> Parser:
-    """Return the parser of a training command line, for commands that have further flags."""
+def training_parser(*, description: str, example: str, override: str = "optim.lr=1e-4") -> Parser:
+    """Return the parser of a training command line, for commands that have further flags.
+
+    Args:
+        description, example: the parser's.
+        override: an example of one.
+    """
     parser = Parser(description=description, example=example)
     parser.add_argument("--config", required=True, metavar="FILE",
                         help="YAML config, or the name of a shipped one, such as mnist/mutor2d")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and a plan, then stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", default=[],
-                        help="values that replace those of the config, such as optim.lr=1e-4")
+                        help=f"values that replace those of the config, such as {override}")
     return parser
 
 
