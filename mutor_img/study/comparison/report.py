@@ -10,19 +10,11 @@ from typing import Any, NamedTuple
 from mutor_img.metrics.report import shortened
 from mutor_img.study.comparison.config import ComparisonConfig
 from mutor_img.study.comparison.ledger import Place
-from mutor_img.study.comparison.statistics import (
-    Interval,
-    not_separated,
-    paired,
-    standard_error,
-    t_interval,
-)
+from mutor_img.study.comparison.statistics import Interval, not_separated, paired, standard_error, t_interval
 
 SCORES = {"sfid": ("sFID", 2), "is": ("IS", 1), "precision": ("precision", 3), "recall": ("recall", 3),
           "kid": ("KID", 4), "kd": ("KD", 4), "recognised": ("recognised", 3), "distinct": ("distinct", 3),
           "val_next_token": ("held-out loss", 4), "val_next_token_raw": ("held-out loss, raw weights", 4)}
-
-
 EQUAL_FLOPS = 0.01  # costs that differ by no more are equal: updates are whole numbers
 
 
