@@ -36,7 +36,7 @@ def test_a_run_folder_of_the_same_name_is_no_config(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name, near", [
     ("imagenet256/mutor2d_b8", "imagenet256/mutor2d_b_80"), ("mutor2d_b_80", "imagenet256/mutor2d_b_80"),
-    ("configs/mnist/nttp.yaml", "mnist/ntp"), ("mnist/studdy", "mnist/study"), ("zzz", ": fashion/mutor1d, "),
+    ("configs/mnist/nttp.yaml", "mnist/ntp"), ("mnist/studdy", "mnist/study"), ("zzz", ": fashion/ablations, "),
 ])
 def test_an_unknown_name_is_told_the_nearest(name, near, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

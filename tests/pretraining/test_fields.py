@@ -14,6 +14,7 @@ from mutor_img.pretraining import task as generator
 from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.pretraining.plan import plan_generator
 from mutor_img.pretraining.task import GeneratorTask
+from mutor_img.study.comparison.command import is_comparison
 from mutor_img.training.log import read_metrics
 from mutor_img.training.parallel import is_sharded
 from mutor_img.training.runtime import Runtime
@@ -257,7 +258,7 @@ def test_a_field_changes_what_it_names(field, run_training, observed, unchanged,
 
 
 CONFIGS = sorted(path for path in (Path(__file__).parents[2] / "configs").glob("*/*.yaml")
-                 if path.stem not in ("tokenizer", "study"))
+                 if path.stem not in ("tokenizer", "study") and not is_comparison(str(path)))
 
 
 def one_of_a_kind():

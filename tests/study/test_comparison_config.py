@@ -13,6 +13,7 @@ from mutor_img.common.config import load_config
 from mutor_img.common.errors import UserError
 from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.study import __main__ as command
+from mutor_img.study.comparison.command import is_comparison
 from mutor_img.study.comparison.commands import printed, stages, torchrun
 from mutor_img.study.comparison.config import ComparisonConfig, RowConfig
 from mutor_img.study.comparison.jobs import all_jobs, find_job
@@ -212,16 +213,28 @@ def test_a_shell_reads_a_printed_line_as_it_is_meant(study_file, tmp_path, launc
     assert score == [*where, "-m", "mutor_img.study.comparison.score", *words, "--row", "b", "--seed", "4"]
 
 
-def test_the_shipped_study_has_the_paper_s_rows_and_holds_all_to_one_recipe():
+def test_the_shipped_study_has_the_paper_s_rows():
     study = load_config(ComparisonConfig, ROOT / "configs" / "imagenet256" / "study.yaml")
     jobs = {job.row: job for job in all_jobs(study)}
     assert {"mutor1d", "mutor2d", "mutor2d-80", "mutor2d-80-d3", "mutor2d-80-d5"} < jobs.keys()
     assert (study.baseline_name, study.samples, study.guidance) == ("next-token", 50_000, [1.0, 2.0])
     base = jobs["next-token"].config
     assert base.registers.kind == "none" and jobs["next-token"].steps == (100_000, 200_000, 360_000, 500_000)
-    for job in jobs.values():
+    assert all(set(study.checkpoints) <= set(job.steps) for job in jobs.values())
+    assert "--nproc-per-node 8 train.py" in torchrun(jobs["mutor2d"], [])
+
+
+COMPARISONS = [path for path in sorted((ROOT / "configs").glob("*/*.yaml")) if is_comparison(str(path))]
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_rows_of_a_shipped_comparison_differ_in_their_objective_alone(path):
+    study = load_config(ComparisonConfig, path)
+    jobs = all_jobs(study)
+    assert len({job.key for job in jobs}) == len(jobs)  # no row is another's copy
+    base = next(job.config for job in jobs if job.row == study.baseline_name)
+    for job in jobs:
         for section in ("optim", "model", "data"):
             assert getattr(job.config, section) == getattr(base, section), (job.row, section)
-        assert job.config.train.global_batch == base.train.global_batch
-        assert set(study.checkpoints) <= set(job.steps)
-    assert "--nproc-per-node 8 train.py" in torchrun(jobs["mutor2d"], [])
+        assert job.config.train.global_batch == base.train.global_batch and job.config.train.ema == base.train.ema
+        assert job.config.train.steps == max(job.steps)  # none trains longer than it is looked at
