@@ -35,6 +35,7 @@ def build_runs_tab(page: gr.Blocks, root: Path) -> None:
     parts = [head, curves, scores, config, pictures, shown]
 
     def choose(name: str | None) -> list[Any]:
+        """Return what each part shows of a run, or in the first one why it shows nothing; no name: all stays."""
         if not name:
             return [gr.skip()] * len(parts)
         try:

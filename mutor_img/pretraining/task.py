@@ -152,6 +152,7 @@ class GeneratorTask(Task):
         return {"val_next_token": loss}
 
     def doubt(self, step: int, values: Mapping[str, float]) -> str | None:
+        """Return what to tell where the loss after update ``DOUBTED`` is not in ``expected_loss``."""
         loss = values.get("next_token")
         if step != DOUBTED or not self.config.expected_loss or self.config.init_from or loss is None:
             return None

@@ -96,7 +96,8 @@ def _table(study: ComparisonConfig, found: Sequence[Cell], key: str) -> list[str
             f"{key.upper()}-{shortened(study.samples)}", f"against {study.baseline_name}",
             *(SCORES[name][0] for name in extra)]
     equal = {(cell.row, cell.updates): of_equal_flops(study, found, cell) for cell in found}
-    if any(equal.values()):
+    told = any(equal.values())
+    if told:
         head.insert(9, f"against {study.baseline_name} of equal FLOPs")
     rows = [head, ["---", *["--:"] * (len(head) - 1)]]
     for cell in found:
@@ -107,7 +108,7 @@ def _table(study: ComparisonConfig, found: Sequence[Cell], key: str) -> list[str
                      f"{first['sampled_parameters']:,}", f"{first['trained_parameters']:,}", str(len(cell.lines)),
                      _with_error(cell, key, digits),
                      "" if cell is same else _shown(difference(cell, same, key), digits),
-                     *[_shown(difference(cell, costly, key), digits) if costly else ""] * any(equal.values()),
+                     *[_shown(difference(cell, costly, key), digits) if costly else ""] * told,
                      *(_with_error(cell, name, SCORES[name][1]) for name in extra)])
     return ["| " + " | ".join(row) + " |" for row in rows]
 
