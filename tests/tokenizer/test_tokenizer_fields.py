@@ -43,6 +43,7 @@ FIELDS = {
     "model.preset": (("model.channels=null",), "vq8", shapes),
     "model.image_channels": ((), "3", shapes),
     "model.channels": ((), "16", shapes),
+    "model.multipliers": ((), "[1,2]", lambda t: t.model.downsample),
     "model.vocabulary": ((), "16", shapes),
     "model.code_dim": ((), "2", shapes),
     "model.local": ((), "false", shapes),

@@ -41,6 +41,7 @@ class VQConfig:
     preset: str = "vq16"  # vq16, vq8, mnist
     image_channels: int | None = None  # 1 or 3; null: the preset's
     channels: int | None = None  # channels at full resolution; null: the preset's
+    multipliers: list[int] = field(default_factory=list)  # channels of each level, in multiples; []: the preset's
     vocabulary: int | None = None  # number of codes; null: the preset's
     code_dim: int | None = None  # numbers per code; null: the preset's
     local: bool | None = None  # whether codes depend on their own square of pixels alone; null: the preset's
@@ -48,7 +49,8 @@ class VQConfig:
     def options(self) -> dict[str, Any]:
         """Return the constructor arguments of :class:`~tokenizer.network.vq.VQModel`."""
         names = ("image_channels", "channels", "vocabulary", "code_dim", "local")
-        return preset(self.preset) | {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        own = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return preset(self.preset) | own | ({"multipliers": tuple(self.multipliers)} if self.multipliers else {})
 
 
 @dataclass
