@@ -54,6 +54,12 @@ class Runtime:
         return cls(state.device, state.process_index, state.num_processes, timeout)
 
     @property
+    def devices(self) -> str:
+        """What all processes compute on together, as "CPU" or "8 x NVIDIA H100 80GB HBM3"."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        return name if self.world == 1 else f"{self.world} x {name}"
+
+    @property
     def is_main(self) -> bool:
         """Whether this is rank 0, the one that writes and prints."""
         return self.rank == 0

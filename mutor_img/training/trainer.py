@@ -44,6 +44,7 @@ class Trainer:
     Attributes:
         step: updates done.
         seconds: time spent in updates, over all sittings; validation and pictures not counted.
+        devices: what it was spent on, in order; one, unless the run was carried to another machine.
         skipped: those of the last updates that were skipped, as the number of updates done with each.
         changes: settings that differ from those of the checkpoint that it resumed from, a phrase each.
     """
@@ -86,6 +87,7 @@ class Trainer:
             parallel.shard(self.ema.module, task.blocks(self.ema.module), config.train, runtime)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.step, self.seconds, self.saved_step, self.skipped, self.changes = 0, 0.0, 0, [], []
+        self.devices = [runtime.devices]
         if folder is not None:
             self._resume(folder)
 
@@ -121,6 +123,7 @@ class Trainer:
         self.task.resume(folder)
         self.step, self.seconds, self.saved_step = meta["step"], meta["seconds"], meta["step"]
         self.skipped = meta.get("skipped", [])
+        self.devices = list(dict.fromkeys([*meta.get("devices", []), *self.devices]))
 
     @property
     def best_model(self) -> nn.Module:
@@ -272,8 +275,8 @@ class Trainer:
             tensors["ema"] = self.ema.module.state_dict()
         tensors.update(self.task.tensors())
         self._refuse_broken(tensors)
-        meta = {"seconds": self.seconds, "samples": self.step * self.config.train.global_batch,
-                "skipped": self.skipped, **self.metadata()}
+        meta = {"seconds": self.seconds, "devices": self.devices, "skipped": self.skipped,
+                "samples": self.step * self.config.train.global_batch, **self.metadata()}
         rows = {group: parallel.as_slices(content, self.runtime) for group, content in tensors.items()}
         train = self.config.train
         write_checkpoint(self.run_dir, self.step, rows, meta, train.keep, self.runtime, train.milestones)

@@ -82,6 +82,14 @@ def test_a_row_may_have_seeds_of_its_own_and_the_first_of_every_row_still_comes_
         study.validate()
 
 
+def test_what_all_rows_change_comes_before_what_one_does(study_file):
+    study = load_config(ComparisonConfig, study_file, ["overrides=[optim.lr=3e-5,registers.count=8]"])
+    jobs = {job.row: job for job in all_jobs(study)}
+    assert [job.config.optim.lr for job in jobs.values()] == [3e-5] * 3
+    assert jobs["b"].config.registers.count == 20 and jobs["c"].config.registers.count == 8
+    assert all(load_config(GeneratorConfig, job.words[1], job.words[2:]) == job.config for job in jobs.values())
+
+
 def test_a_run_s_key_is_of_what_decides_its_weights():
     plain = key("train.steps=4000")
     for other in ("optim.lr=1e-4", "registers.kind=1d", "train.ema=0.5", "data.codes=other", "model.dropout=0.2",

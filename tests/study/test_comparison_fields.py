@@ -55,6 +55,7 @@ def hours(study, monkeypatch):
 
 FIELDS = {
     "run_dir": ("elsewhere", jobs), "base": ("mnist/mutor2d", jobs), "rows": ("[{name: c}]", jobs),
+    "overrides": ("[optim.lr=1e-4]", jobs),
     "baseline": ("b", lambda study, _: study.baseline_name), "seeds": ("[1]", jobs), "checkpoints": ("[30]", jobs),
     "guidance": ("[2.0]", places), "temperature": ("0.9", judged), "samples": ("50", judged),
     "reference": ("q.npz", judged), "metrics": ("[fid]", judged), "features": ("mnist", judged),

@@ -51,6 +51,24 @@ def test_the_table_has_the_four_equalities_mean_error_and_paired_difference(stud
     assert "**14 of 24 scores are still to come.**" in page and "## Guidance 2" not in page
 
 
+def test_seconds_are_those_of_one_kind_of_device(study, scored, tmp_path):
+    """A mean over a GPU's seconds and a CPU's would say nothing; a row that ran elsewhere alone has none."""
+    def devices(row, seed):
+        return "CPU" if row == "single" or (row, seed) == ("base", 0) else "NVIDIA H200"
+
+    mixed = {place: {**line, "trained_on": devices(*place[:2])} for place, line in scored.items()}
+    page = markdown(study, mixed, missing=0)
+    rows = {row[0]: row for row in ([cell.strip() for cell in line.strip("|").split("|")]
+                                    for line in page.splitlines() if line[:1] == "|")}
+    assert [rows[name][3] for name in ("base", "better", "single")] == ["25", "20", "-"]  # of 10, 20 and 30 s
+    assert rows["base"][7] == "10.00 ± 0.58"  # scores are means over all
+    assert "seconds are a mean over seeds, of the runs on NVIDIA H200. Sampled" in page
+    assert "seconds are a mean over seeds. Sampled" in markdown(study, scored, missing=0)
+    older = {place: {**line, "trained_on": devices(*place[:2]) * (place[1] == 2)} for place, line in scored.items()}
+    assert "of the runs on devices that their lines do not name" in markdown(study, older, missing=0)
+    assert draw_curves(study, mixed, 1.0, tmp_path / "curves.png").is_file()
+
+
 def test_the_words_say_what_is_separated_and_what_is_not(study, scored):
     found = words(study, cells(study, scored, 1.0), "fid")
     assert found == ["- After 100 updates: better has a lower FID than base; no interval separates alike from base; "

@@ -21,6 +21,7 @@ from mutor_img.pretraining.command import main
 from mutor_img.pretraining.task import GeneratorTask
 from mutor_img.training.log import read_metrics
 from mutor_img.training.optimizer import learning_rate
+from mutor_img.training.runtime import Runtime
 from mutor_img.training.task import Task
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +44,15 @@ def test_n_updates_equal_k_updates_and_a_resume_to_the_byte(run_training, tmp_pa
     parts = run_training(f"run_dir={tmp_path}/parts", "train.steps=5", *extra)
     assert digest(find_checkpoint(whole.run_dir)) == digest(find_checkpoint(parts.run_dir))
     assert losses(whole.run_dir) == losses(parts.run_dir)
+
+
+def test_a_checkpoint_names_all_devices_that_its_seconds_were_spent_on(run_training, monkeypatch):
+    meta = read_meta(find_checkpoint(run_training("train.steps=1").run_dir))
+    assert meta["devices"] == ["CPU"]
+    monkeypatch.setattr(Runtime, "devices", "2 x NVIDIA H100")
+    for steps in (2, 3):
+        meta = read_meta(find_checkpoint(run_training(f"train.steps={steps}").run_dir))
+    assert meta["devices"] == ["CPU", "2 x NVIDIA H100"]
 
 
 @pytest.mark.parametrize("dropped", [("model.dropout=0.3",), ("model.dropout=0.1", "model.drop_path=0.5")])

@@ -30,6 +30,7 @@ class ComparisonConfig:
     run_dir: str = ""  # folder for all outputs; empty: the config's path, with runs/ instead of configs/
     base: str = ""  # the config that rows start from
     rows: list[RowConfig] = field(default_factory=list)  # what is compared: a name, overrides, and perhaps a config
+    overrides: list[str] = field(default_factory=list)  # what all rows change, before their own, as in [optim.lr=1e-3]
     baseline: str = ""  # the row that the others are compared with; empty: the first
     seeds: list[int] = field(default_factory=list)  # of training; a run is sampled with the same seed
     checkpoints: list[int] = field(default_factory=list)  # updates after which runs are scored
@@ -58,6 +59,10 @@ class ComparisonConfig:
     def steps(self, row: RowConfig) -> list[int]:
         """Return after which updates a row is scored, ascending."""
         return sorted(row.checkpoints or self.checkpoints)
+
+    def overrides_of(self, row: RowConfig) -> list[str]:
+        """Return what a row changes in its config, in order."""
+        return [*self.overrides, *row.overrides]
 
     def seeds_of(self, row: RowConfig) -> list[int]:
         """Return the seeds of a row's runs, in the order in which they are done."""

@@ -81,12 +81,13 @@ def find_job(study: ComparisonConfig, row: str, seed: int) -> Job:
 
 def row_config(study: ComparisonConfig, row: RowConfig) -> GeneratorConfig:
     """Return the config of a row's runs, whatever their seed; raises :class:`UserError` as :func:`all_jobs`."""
-    for text in row.overrides:
+    overrides = study.overrides_of(row)
+    for text in overrides:
         if (key := text.partition("=")[0].strip()) in SET:
             raise UserError(f"row {row.name!r}: override {text!r}: the study itself sets {key} from its {SET[key]}; "
                             "leave it out")
     with naming(f"row {row.name!r}"):
-        config = load_config(GeneratorConfig, row.config or study.base, [*row.overrides, _milestones(study, row)])
+        config = load_config(GeneratorConfig, row.config or study.base, [*overrides, _milestones(study, row)])
     if (last := study.steps(row)[-1]) > config.train.steps:
         raise UserError(f"row {row.name!r}: checkpoint {last} lies beyond its run of train.steps={config.train.steps} "
                         "updates; leave it out, or raise train.steps")
@@ -98,7 +99,7 @@ def make_job(study: ComparisonConfig, row: RowConfig, seed: int, config: Generat
     config = replace(config, seed=seed)
     key = run_key(config)
     config.run_dir = str(Path(study.run_dir) / "runs" / f"{row.name}-{seed}-{key[:8]}")
-    words = ("--config", row.config or study.base, *row.overrides, _milestones(study, row), f"seed={seed}",
+    words = ("--config", row.config or study.base, *study.overrides_of(row), _milestones(study, row), f"seed={seed}",
              f"run_dir={config.run_dir}")
     return Job(row.name, seed, config, key, words, tuple(study.steps(row)))
 

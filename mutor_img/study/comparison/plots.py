@@ -19,7 +19,7 @@ from mutor_img.common.images import grid_picture, write_png
 from mutor_img.study.comparison.config import ComparisonConfig
 from mutor_img.study.comparison.jobs import Job
 from mutor_img.study.comparison.ledger import Place
-from mutor_img.study.comparison.report import Cell, cells, frechet
+from mutor_img.study.comparison.report import Cell, cells, frechet, timed_on
 from mutor_img.study.comparison.scoring import strip_path
 from mutor_img.study.comparison.statistics import standard_error
 
@@ -41,10 +41,16 @@ def draw_all(study: ComparisonConfig, jobs: Sequence[Job], scored: Mapping[Place
 
 
 def draw_curves(study: ComparisonConfig, scored: Mapping[Place, dict[str, Any]], scale: float, path: Path) -> Path:
-    """Draw the Frechet distance against updates, FLOPs and seconds: means, and bands of a standard error."""
-    key, found = frechet(scored.values()), cells(study, scored, scale)
+    """Draw the Frechet distance against updates, FLOPs and seconds: means, and bands of a standard error.
+
+    Against seconds, only the runs on one kind of device are drawn.
+    """
+    key, everything = frechet(scored.values()), cells(study, scored, scale)
+    devices, _ = timed_on(scored.values())
+    timed = [cell for cell in (cell.on(devices) for cell in everything) if cell.lines]
     figure, axes = plt.subplots(1, len(ACROSS), figsize=(4.6 * len(ACROSS), 4), layout="constrained", sharey=True)
     for place, (name, label) in zip(axes, ACROSS.items()):
+        found = timed if name == "seconds" else everything
         for number, row in enumerate(row.name for row in study.rows):
             own = [cell for cell in found if cell.row == row]
             line = sorted((cell.mean(name), *mean_and_error(list(cell.values(key).values()))) for cell in own)
@@ -55,7 +61,7 @@ def draw_curves(study: ComparisonConfig, scored: Mapping[Place, dict[str, Any]],
                 place.fill_between(x, means - errors, means + errors, color=color, alpha=0.2, linewidth=0)
         place.set(xlabel=label, xscale="log" if wide(found, name, 20) else "linear")
         place.grid(alpha=0.3)
-    axes[0].set(ylabel=f"{key.upper()}-{study.samples}", yscale="log" if wide(found, key, 4) else "linear")
+    axes[0].set(ylabel=f"{key.upper()}-{study.samples}", yscale="log" if wide(everything, key, 4) else "linear")
     for ticks in (axes[0].yaxis.set_major_formatter, axes[0].yaxis.set_minor_formatter):
         ticks(ScalarFormatter())  # on a logarithmic scale, too: 20, not 2 x 10^1
     axes[0].legend(fontsize=7)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -32,6 +33,23 @@ class Cell(NamedTuple):
     def mean(self, key: str) -> float:
         """Return the mean of a score over seeds."""
         return fmean(self.values(key).values())
+
+    def on(self, devices: str) -> Cell:
+        """Return the lines of the runs that were trained on these devices."""
+        return self._replace(lines={seed: line for seed, line in self.lines.items() if _devices(line) == devices})
+
+
+def _devices(line: Mapping[str, Any]) -> str:
+    return line.get("trained_on") or ""  # older lines do not say
+
+
+def timed_on(lines: Iterable[Mapping[str, Any]]) -> tuple[str, bool]:
+    """Return the devices that most of these lines were trained on, and whether all were.
+
+    Seconds on other devices cannot be averaged with theirs.
+    """
+    counts = Counter(map(_devices, lines))
+    return (counts.most_common(1)[0][0] if counts else ""), len(counts) < 2
 
 
 def frechet(lines: Iterable[Mapping[str, Any]]) -> str:
@@ -72,23 +90,26 @@ def markdown(study: ComparisonConfig, scored: Mapping[Place, dict[str, Any]], mi
         missing: how many places are not scored yet.
     """
     seeds = ", ".join(map(str, dict.fromkeys(seed for row in study.rows for seed in study.seeds_of(row))))
+    devices, all_of_them = timed_on(scored.values())
+    whose = "" if all_of_them else f", of the runs on {devices or 'devices that their lines do not name'}"
     lines = [f"# {study.run_dir}", "",
              f"Mean ± standard error over the seeds {seeds}. A difference is the row's score minus that of "
              f"{study.baseline_name} after as many updates, seed by seed, with its 95 % t interval; intervals are not "
              "widened for there being several. FLOPs and seconds are those of training, forward and backward; seconds "
-             "are a mean over seeds. Sampled parameters are what sampling uses, trained ones include what is dropped "
-             "after training."]
+             f"are a mean over seeds{whose}. Sampled parameters are what sampling uses, trained ones include what is "
+             "dropped after training."]
     if missing:
         lines.append(f"\n**{missing} of {missing + len(scored)} scores are still to come.**")
     for scale in study.guidance:
         found = cells(study, scored, scale)
         if found:
             key = frechet(scored.values())
-            lines += ["", f"## Guidance {scale:g}", "", *_table(study, found, key), "", *words(study, found, key)]
+            table = _table(study, found, key, devices)
+            lines += ["", f"## Guidance {scale:g}", "", *table, "", *words(study, found, key)]
     return "\n".join(lines) + "\n"
 
 
-def _table(study: ComparisonConfig, found: Sequence[Cell], key: str) -> list[str]:
+def _table(study: ComparisonConfig, found: Sequence[Cell], key: str, devices: str) -> list[str]:
     extra = [name for name in SCORES if any(cell.values(name) for cell in found)]
     # Three digits of the smallest distance, and two places at least.
     digits = max(2, 2 - math.floor(math.log10(max(1e-9, min(cell.mean(key) for cell in found)))))
@@ -104,7 +125,7 @@ def _table(study: ComparisonConfig, found: Sequence[Cell], key: str) -> list[str
         first, costly = next(iter(cell.lines.values())), equal[cell.row, cell.updates]
         at = (study.baseline_name, cell.updates)
         same = next((other for other in found if (other.row, other.updates) == at), None)
-        rows.append([cell.row, f"{cell.updates:,}", f"{first['flops']:.4g}", _seconds(cell.mean("seconds")),
+        rows.append([cell.row, f"{cell.updates:,}", f"{first['flops']:.4g}", _seconds(cell.on(devices)),
                      f"{first['sampled_parameters']:,}", f"{first['trained_parameters']:,}", str(len(cell.lines)),
                      _with_error(cell, key, digits),
                      "" if cell is same else _shown(difference(cell, same, key), digits),
@@ -121,7 +142,10 @@ def _with_error(cell: Cell, key: str, digits: int) -> str:
     return f"{fmean(values):.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
-def _seconds(seconds: float) -> str:
+def _seconds(cell: Cell) -> str:
+    if not cell.lines:
+        return "-"
+    seconds = cell.mean("seconds")
     return f"{seconds:,.0f}" if seconds >= 100 else f"{seconds:.3g}"
 
 

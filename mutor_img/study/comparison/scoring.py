@@ -130,7 +130,8 @@ class _Scorer:
                 "scoring_hash": scoring_key(self.study), "weights_hash": self.loaded.weights_hash,
                 "weights": self.loaded.which, "codes_hashes": [store["hash"] for store in self.meta["codes"]["stores"]],
                 "flops": run_flops(self.job.config, self.step),
-                "seconds": self.meta["seconds"], "sampled_parameters": sampled, "trained_parameters": trained}
+                "seconds": self.meta["seconds"], "trained_on": " and ".join(self.meta.get("devices", [])),
+                "sampled_parameters": sampled, "trained_parameters": trained}
 
     def _held_out(self) -> dict[str, float]:
         """Return the next-token losses on held-out codes, and add the line of losses per target."""
