@@ -25,6 +25,7 @@ from mutor_img.study.comparison.statistics import standard_error
 
 ACROSS = {"updates": "updates", "flops": "training FLOPs", "seconds": "training seconds"}
 LINES = ("o-", "s--", "^:")
+MAPS = 4  # side by side
 PIXELS = 96  # smaller images are magnified to about this in the grid of samples
 
 
@@ -48,7 +49,7 @@ def draw_curves(study: ComparisonConfig, scored: Mapping[Place, dict[str, Any]],
     key, everything = frechet(scored.values()), cells(study, scored, scale)
     devices, _ = timed_on(scored.values())
     timed = [cell for cell in (cell.on(devices) for cell in everything) if cell.lines]
-    figure, axes = plt.subplots(1, len(ACROSS), figsize=(4.6 * len(ACROSS), 4), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, len(ACROSS), figsize=(4.6 * len(ACROSS) + 1.4, 4), layout="constrained", sharey=True)
     for place, (name, label) in zip(axes, ACROSS.items()):
         found = timed if name == "seconds" else everything
         for number, row in enumerate(row.name for row in study.rows):
@@ -64,7 +65,7 @@ def draw_curves(study: ComparisonConfig, scored: Mapping[Place, dict[str, Any]],
     axes[0].set(ylabel=f"{key.upper()}-{study.samples}", yscale="log" if wide(everything, key, 4) else "linear")
     for ticks in (axes[0].yaxis.set_major_formatter, axes[0].yaxis.set_minor_formatter):
         ticks(ScalarFormatter())  # on a logarithmic scale, too: 20, not 2 x 10^1
-    axes[0].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
     figure.suptitle(f"guidance {scale:g}; bands and bars are one standard error of the mean over seeds to both sides",
                     fontsize=10)
     write_atomic(path, lambda aside: figure.savefig(aside, format="png", dpi=120))
@@ -113,11 +114,14 @@ def draw_targets(study: ComparisonConfig, losses: Mapping[tuple[str, int, int], 
     maps = {name: values for name, values in maps.items() if values is not None}
     if not maps:
         return None
-    low, high = (bound(values) for bound, values in (
-        (np.nanmin, np.concatenate([v.ravel() for v in maps.values()])),
-        (np.nanmax, np.concatenate([v.ravel() for v in maps.values()]))))
-    figure, axes = plt.subplots(1, len(maps), figsize=(4 * len(maps), 3.8), layout="constrained", squeeze=False)
-    for place, (name, values) in zip(axes[0], maps.items()):
+    everything = np.concatenate([values.ravel() for values in maps.values()])
+    low, high = np.nanmin(everything), np.nanmax(everything)
+    columns = min(MAPS, len(maps))
+    rows = -(-len(maps) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3.8 * rows), layout="constrained", squeeze=False)
+    for place in axes.flat[len(maps):]:
+        place.set_axis_off()
+    for place, (name, values) in zip(axes.flat, maps.items()):
         image = place.imshow(values, vmin=low, vmax=high, cmap="viridis")
         for (down, right), value in np.ndenumerate(values):
             if np.isfinite(value):
@@ -125,7 +129,7 @@ def draw_targets(study: ComparisonConfig, losses: Mapping[tuple[str, int, int], 
                            bbox={"facecolor": "black", "alpha": 0.35, "linewidth": 0, "pad": 1})
         place.set(title=name, xlabel="columns to the right", ylabel="rows down", xticks=range(values.shape[1]),
                   yticks=range(values.shape[0]))
-    figure.colorbar(image, ax=axes[0].tolist(), label="held-out loss, nats per register")
+    figure.colorbar(image, ax=axes.ravel().tolist(), label="held-out loss, nats per register")
     # The layout does not know that maps keep their shape, and would cut their titles off.
     write_atomic(path, lambda aside: figure.savefig(aside, format="png", dpi=120, bbox_inches="tight"))
     plt.close(figure)
