@@ -67,14 +67,13 @@ def main(argv: Sequence[str]) -> list[Speed]:
     for preset in presets:
         check_choice("--presets", preset, PRESETS)
     laws = {registers: law_of(registers) for registers in parse_numbers(args.registers, "--registers", int)}
-    device = require_gpu("these measurements need")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    print(f"{name}, torch {torch.__version__}, median of {args.rounds} updates\n")
+    runtime = Runtime(require_gpu("these measurements need"))
+    print(f"{runtime.devices}, torch {torch.__version__}, median of {args.rounds} updates\n")
     print(f"| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}")
     found = []
     for preset in presets:
         for registers, law in laws.items():
-            found.append(measure_speed(Runtime(device), law, preset=preset, batch=args.batch, rounds=args.rounds))
+            found.append(measure_speed(runtime, law, preset=preset, batch=args.batch, rounds=args.rounds))
             print(f"| {' | '.join(cells(preset, registers, found[-1]))} |", flush=True)
             forget_all()
     return found

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
@@ -39,15 +40,15 @@ class ImageSet(Protocol):
     def __iter__(self) -> Iterator[np.ndarray]: ...
 
 
-class _Indexed:
+class _Indexed(ABC):
     """An image set that can be read at any place."""
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
+    @abstractmethod
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return images ``start`` to ``stop`` - 1 as (stop - start, H, W, C) uint8."""
-        raise NotImplementedError
 
     def __iter__(self) -> Iterator[np.ndarray]:
         for start in range(0, len(self), _CHUNK):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from mutor_img.metrics.image_sets import ImageSet
 _CHUNK = 64  # images read at once
 
 
-class _View:
+class _View(ABC):
     """Another image set with its own attributes; it can be read at any place where that one can."""
 
     def __init__(self, images: ImageSet):
@@ -38,11 +39,13 @@ class _View:
         for start in range(0, len(self), _CHUNK):
             yield self.read(start, min(start + _CHUNK, len(self)))
 
+    @abstractmethod
     def _read(self, start: int, stop: int) -> np.ndarray:
-        raise NotImplementedError
+        """Return images ``start`` to ``stop`` - 1; called where the other set can be read at any place."""
 
+    @abstractmethod
     def _stream(self) -> Iterator[np.ndarray]:
-        raise NotImplementedError
+        """Yield all images in batches; called where it cannot."""
 
 
 class Subset(_View):
