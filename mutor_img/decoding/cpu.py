@@ -21,7 +21,8 @@ from mutor_img.blocks import Block
 from mutor_img.transformer import Transformer
 
 CHUNK = 8  # sequences the network runs on at least in fp32, padded; a bit of the result may depend on it
-CHUNKS = 4  # that run together at most; in fp32 only where no bit depends on it
+CHUNKS = 4, 64  # that run together at most: of any model, and of one whose cache then stays within CACHE
+CACHE = 2**30  # bytes of keys and values
 _PACK_ROWS = 32  # rows that oneDNN lays weights out for; the same layout serves from 8 to 64 as well
 
 
@@ -209,33 +210,40 @@ class PackedTransformer:
         scale = (self.config.dim // self.config.heads) ** -0.5
         turns = torch.view_as_complex(model.rope.factors())  # (N + 1, head_dim / 2)
         self.rope = torch.stack([turns * scale, turns], dim=1)[:, None, :, None]  # (N + 1, 1, 2, 1, ..): q, k
-        self._independent: dict[int, bool] = {}  # what rows_are_independent has found, by threads
+        self._independent: dict[tuple[int, int], bool] = {}  # what rows_are_independent has found, by threads and rows
 
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits (R, V) of what the last layer gives, (R, dim)."""
         return self.output(norm(x, self.norm))
 
-    def rows_are_independent(self) -> bool:
-        """Tell whether a row gets the same bits in each pass of 1 to ``CHUNKS`` chunks, with guidance or without.
+    def most_together(self, halves: int) -> int:
+        """Return how many images may run together in fp32, with ``halves`` rows each: a multiple of ``CHUNK``.
+
+        The more rows, the less the steps of a small model cost each; a large one has its cache to keep.
+        """
+        config, (any_model, most) = self.config, CHUNKS
+        image = halves * 2 * config.layers * (config.length + 1) * config.dim * 4  # bytes
+        return CHUNK * max(any_model, min(most, CACHE // (CHUNK * image)))
+
+    def rows_are_independent(self, rows: int) -> bool:
+        """Tell whether each row of a pass over so many, a multiple of ``CHUNK``, gets the bits that it gets in a chunk.
 
         How kernels sum may depend on the machine, on shapes and on threads. So a layer and the head are tried.
         """
-        threads = torch.get_num_threads()
-        if threads not in self._independent:
+        tried = torch.get_num_threads(), rows
+        if tried not in self._independent:
             config, place, draw = self.config, self.config.length // 2, torch.Generator().manual_seed(0)
-            x = torch.randn(2 * CHUNKS * CHUNK, config.dim, generator=draw).to(self.codes)
-            cache = PrefixCache(1, len(x), config.heads, place + 1, config.dim // config.heads, self.codes)
+            x = torch.randn(rows, config.dim, generator=draw).to(self.codes)
+            cache = PrefixCache(1, rows, config.heads, place + 1, config.dim // config.heads, self.codes)
             cache.store.copy_(torch.randn(cache.store[:, :, :1].shape, generator=draw))  # the same for every row
 
-            def logits(rows: int) -> Tensor:
-                return torch.cat([self.logits(self.layers[0].forward(part, self.rope[place],
-                                                                     lambda qkv: cache.attend(0, place, qkv)))
-                                  for part in x.split(rows)])
+            def logits(part: Tensor) -> Tensor:
+                y = self.layers[0].forward(part, self.rope[place], lambda qkv: cache.attend(0, place, qkv))
+                return self.logits(y)
 
-            rows = {halves * chunks * CHUNK for halves in (1, 2) for chunks in range(1, CHUNKS + 1)}
-            alone = logits(CHUNK)
-            self._independent[threads] = all(torch.equal(logits(count), alone) for count in rows - {CHUNK})
-        return self._independent[threads]
+            alone = torch.cat([logits(part) for part in x.split(CHUNK)])
+            self._independent[tried] = torch.equal(logits(x), alone)
+        return self._independent[tried]
 
 
 _PACKED: WeakKeyDictionary[Transformer, tuple[list, PackedTransformer]] = WeakKeyDictionary()

@@ -21,7 +21,7 @@ from torch import Tensor
 from mutor_img.blocks import ModelConfig
 from mutor_img.common.errors import UserError, check_range
 from mutor_img.common.streams import Stream, uniform
-from mutor_img.decoding.cpu import CHUNK, CHUNKS, PackedDecoder, PackedTransformer, PrefixCache, pack
+from mutor_img.decoding.cpu import CHUNK, PackedDecoder, PackedTransformer, PrefixCache, pack
 from mutor_img.decoding.drafting import AUTO, NO_DRAFT, Draft, Drafter, Trial
 from mutor_img.decoding.gpu import MOST_ROWS, StaticDecoder, static_decoder
 from mutor_img.decoding.guidance import guidance_scales, guide
@@ -168,10 +168,12 @@ class Sampler:
     def _count(self, batch: int) -> int:
         if self.static:
             return min(batch, MOST_ROWS // self.halves)
-        if not self.fixed:
-            return batch
-        together = batch > CHUNK and self.packed.rows_are_independent()
-        return CHUNK * min(-(-batch // CHUNK), CHUNKS) if together else CHUNK
+        return min(-(-batch // CHUNK) * CHUNK, self.packed.most_together(self.halves)) if self.fixed else batch
+
+    def _may_run_together(self, images: int) -> bool:
+        """Tell whether a pass over so many images, a multiple of ``CHUNK``, gives the bits of a chunk of them alone."""
+        return images == CHUNK or all(self.packed.rows_are_independent(half * count)
+                                      for half in {1, self.halves} for count in (CHUNK, images))
 
     def decoder(self, window: int = 0) -> PackedDecoder | StaticDecoder:
         """Return the decoder of passes over a window W of each image; 0: of single steps."""
@@ -275,9 +277,13 @@ class Sampler:
             return
         chunks, chunk = (samples // CHUNK).unique(return_inverse=True)
         slots, count = chunk * CHUNK + samples % CHUNK, len(chunks) * CHUNK
-        for first in range(0, count, self.count):
-            rows = ((slots >= first) & (slots < first + self.count)).nonzero()[:, 0]
-            yield rows, slots[rows] - first, min(self.count, count - first)
+        first = 0
+        while first < count:
+            size = min(self.count, count - first)
+            size = size if self._may_run_together(size) else CHUNK
+            rows = ((slots >= first) & (slots < first + size)).nonzero()[:, 0]
+            yield rows, slots[rows] - first, size
+            first += size
 
     def _run(self, decoder: PackedDecoder | StaticDecoder, labels: Tensor, samples: Tensor, begun: Tensor) -> Tensor:
         """Return codes (R, N) for labels and sample numbers (R,) int64; -1 where logits were not finite.

@@ -11,8 +11,9 @@ from reference import sampling as reference
 
 from mutor_img import generate
 from mutor_img.common.errors import UserError
+from mutor_img.decoding import cpu
 from mutor_img.decoding import cpu as decoder_module
-from mutor_img.decoding.cpu import CHUNK, CHUNKS, Packed, PackedDecoder, pack
+from mutor_img.decoding.cpu import CHUNK, CHUNKS, Packed, PackedDecoder, PrefixCache, pack
 from mutor_img.decoding.gpu import StaticDecoder, static_decoder
 from mutor_img.decoding.guidance import SCHEDULES, guidance_scales
 from mutor_img.decoding.sampler import Sampler, SamplingSettings, draw, generate_samples, keep_top_k, keep_top_p
@@ -125,10 +126,10 @@ def test_registers_in_a_checkpoint_do_not_change_samples(random_model):
 
 def test_a_row_is_a_function_of_seed_and_number_alone_to_the_last_bit(random_model):
     model = random_model()
-    count = 2 * CHUNK + 3
+    count = 20 * CHUNK + 3
     labels = torch.arange(count) % 3
     everyone = codes_of(model, labels)
-    for part in (slice(0, 1), slice(5, 8), slice(CHUNK - 1, CHUNK + 1), slice(7, count)):
+    for part in (slice(0, 1), slice(5, 8), slice(CHUNK - 1, CHUNK + 1), slice(7, count), slice(13, 11 * CHUNK)):
         assert torch.equal(codes_of(model, labels[part], first=part.start), everyone[part])
     shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     assert torch.equal(generate_samples(model, labels[shuffled], shuffled, SamplingSettings()), everyone[shuffled])
@@ -142,13 +143,21 @@ def rows_of_steps(monkeypatch):
     return seen
 
 
-def test_the_network_runs_on_whole_chunks_and_on_a_few_of_them_at_most(random_model, rows_of_steps):
+def test_the_network_runs_on_whole_chunks_and_on_many_of_them_at_most(random_model, rows_of_steps, monkeypatch):
     model = random_model()
     for count in (1, 3, CHUNK):
         codes_of(model, torch.zeros(count, dtype=torch.int64))
     assert CHUNK >= 8 and rows_of_steps == {2 * CHUNK}
-    codes_of(model, torch.zeros(CHUNKS * CHUNK + 1, dtype=torch.int64))
-    assert rows_of_steps == {2 * CHUNK, 2 * CHUNKS * CHUNK}
+    few, many = CHUNKS
+    for room, chunks in ((cpu.CACHE, many), (0, few)):  # a model whose cache is large runs fewer together
+        monkeypatch.setattr(cpu, "CACHE", room)
+        rows_of_steps.clear()
+        codes_of(model, torch.zeros(many * CHUNK + 1, dtype=torch.int64))
+        assert rows_of_steps == {2 * CHUNK, 2 * chunks * CHUNK}
+    config = model.config
+    monkeypatch.setattr(cpu, "CACHE", 20 * 2 * PrefixCache(config.layers, CHUNK, config.heads, config.length,
+                                                           config.dim // config.heads, torch.zeros(1)).store.nbytes)
+    assert [pack(model).most_together(halves) for halves in (1, 2)] == [40 * CHUNK, 20 * CHUNK]
     rows_of_steps.clear()
     codes_of(model, cfg_scale=1.0)  # no guidance: no second half of the batch
     assert rows_of_steps == {CHUNK}

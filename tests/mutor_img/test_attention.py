@@ -4,6 +4,7 @@ from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 from reference import mutor as reference
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
@@ -98,6 +99,42 @@ def test_sdpa_without_registers_is_plain_causal():
     q, k, v = qkv(20, dtype=torch.float64)
     nothing = torch.zeros(2, 0, dtype=torch.int64)
     torch.testing.assert_close(SdpaAttention(20)(q, k, v), brute(q, k, v, nothing, 20), atol=1e-10, rtol=0)
+
+
+def output_and_gradients(attend, q, k, v):
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    output = attend(*leaves)
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+    return [output, *torch.autograd.grad(output, leaves, weights.to(output.dtype))]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("head_dim, tokens, chosen", [
+    (16, 64, torch.float32), (64, 120, torch.bfloat16), (64, 70, torch.float32), (100, 128, torch.bfloat16)])
+def test_training_in_bf16_on_a_cpu_attends_in_fp32_where_heads_are_small(head_dim, tokens, chosen, compiled):
+    """The kernel is slow backward for small heads in bf16, which autocast would choose whatever it is given."""
+    attend = SdpaAttention(tokens, torch.arange(tokens).expand(2, -1))
+
+    def attend_in(dtype):
+        def run(*x):
+            q, k, v = (y.to(dtype) for y in x)
+            regular = F.scaled_dot_product_attention(*(y[:, :, :tokens] for y in (q, k, v)), is_causal=True)
+            register = F.scaled_dot_product_attention(q[:, :, tokens:], k, v, attend.mask)
+            return torch.cat([regular, register], dim=2).bfloat16()
+
+        return run
+
+    inputs = qkv(2 * tokens, head_dim=head_dim, dtype=torch.bfloat16)
+    known = {dtype: output_and_gradients(attend_in(dtype), *inputs) for dtype in (torch.float32, torch.bfloat16)}
+    assert not torch.equal(*(tensors[1] for tensors in known.values()))
+    torch._dynamo.reset()
+    with torch.autocast("cpu", torch.bfloat16):
+        runner = torch.compile(attend, backend="aot_eager", fullgraph=True) if compiled else attend
+        found = output_and_gradients(runner, *inputs)
+        with torch.no_grad():  # sampling and validation have no backward pass
+            assert torch.equal(attend(*inputs), known[torch.bfloat16][0])
+    for mine, expected in zip(found, known[chosen], strict=True):
+        assert mine.dtype == torch.bfloat16 and torch.equal(mine, expected)
 
 
 # ---- FlexAttention's block lists
