@@ -51,8 +51,13 @@ class _Indexed(ABC):
         """Return images ``start`` to ``stop`` - 1 as (stop - start, H, W, C) uint8."""
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        for start in range(0, len(self), _CHUNK):
-            yield self.read(start, min(start + _CHUNK, len(self)))
+        return in_chunks(self)
+
+
+def in_chunks(images: _Indexed) -> Iterator[np.ndarray]:
+    """Yield all images of a set that can be read at any place, a few at a time."""
+    for start in range(0, len(images), _CHUNK):
+        yield images.read(start, min(start + _CHUNK, len(images)))
 
 
 class ArrayImages(_Indexed):
@@ -118,7 +123,6 @@ class NpzImages:
                     yield np.frombuffer(raw, dtype=np.uint8).reshape(count, *self.shape[1:])
         except Exception as error:  # damage shows in errors of many kinds
             raise UserError(f"{self.path}: damaged or cut off ({_reason(error)}); write it again") from None
-
 
     def content(self) -> str:
         """Return a hash of names, sizes and checksums as the zip lists them: no image is read."""

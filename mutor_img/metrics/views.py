@@ -11,9 +11,7 @@ import torch
 
 from mutor_img.common.errors import UserError
 from mutor_img.common.images import shrink, to_uint8
-from mutor_img.metrics.image_sets import ImageSet
-
-_CHUNK = 64  # images read at once
+from mutor_img.metrics.image_sets import ImageSet, in_chunks
 
 
 class _View(ABC):
@@ -33,11 +31,7 @@ class _View(ABC):
         return len(self.images)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        if not hasattr(self, "read"):
-            yield from self._stream()
-            return
-        for start in range(0, len(self), _CHUNK):
-            yield self.read(start, min(start + _CHUNK, len(self)))
+        return in_chunks(self) if hasattr(self, "read") else self._stream()
 
     @abstractmethod
     def _read(self, start: int, stop: int) -> np.ndarray:

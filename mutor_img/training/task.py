@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 
-class Task:
+class Task(ABC):
     """A model, its data and its loss. The loop owns everything else: processes, optimiser, EMA, files.
 
     Attributes:
@@ -30,6 +31,7 @@ class Task:
     score_every: int = 0
     shardable: bool = False
 
+    @abstractmethod
     def loss(self, model: nn.Module, step: int, samples: Tensor,
              average: nn.Module | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return this micro-batch's share of the global loss, and shares of what is logged.
@@ -44,11 +46,10 @@ class Task:
         Every returned tensor is a scalar, already divided by global counts: the sum over micro-batches and
         processes is the value for the global batch.
         """
-        raise NotImplementedError(type(self).__name__)
 
+    @abstractmethod
     def flops_per_sample(self, step: int) -> float:
         """Return the training FLOPs of one sample (forward and backward) in update ``step``, for MFU."""
-        raise NotImplementedError(type(self).__name__)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Return scores on held-out data; runs on every process, with gradients off and eval mode on."""
@@ -60,6 +61,7 @@ class Task:
 
     def draw_pictures(self, model: nn.Module, folder: Path, step: int) -> None:
         """Write pictures of what ``model`` can do by now into ``folder``; runs on rank 0."""
+        return
 
     def doubt(self, step: int, values: Mapping[str, float]) -> str | None:
         """Return what looks wrong after ``step`` updates, for a warning; ``values`` are what the last one logs."""
@@ -90,11 +92,12 @@ class Task:
 
     def resume(self, folder: Path) -> None:
         """Restore :meth:`tensors` from a checkpoint folder."""
+        return
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         """Return the heavy parts of ``model`` (this task's, or its average): checkpointed, compiled, sharded each."""
         return []
 
+    @abstractmethod
     def metadata(self) -> dict[str, Any]:
         """Return what a checkpoint's JSON must say for the model to be built again without this config."""
-        raise NotImplementedError(type(self).__name__)

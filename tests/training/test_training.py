@@ -178,9 +178,13 @@ def test_weight_decay_spares_norms(run_training):
     assert any(p is trainer.model.register_embedding.weight for p in decayed)
 
 
-def test_a_task_that_lacks_a_loss_says_which():
-    with pytest.raises(NotImplementedError, match="Task"):
-        Task().loss(None, 0, None)
+def test_a_task_says_what_it_lacks_when_it_is_made():
+    class Half(Task):
+        def metadata(self):
+            return {}
+
+    with pytest.raises(TypeError, match=r"Half.*flops_per_sample.*loss"):
+        Half()
 
 
 def python(*arguments, **kwargs) -> subprocess.CompletedProcess:

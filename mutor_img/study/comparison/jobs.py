@@ -81,13 +81,14 @@ def find_job(study: ComparisonConfig, row: str, seed: int) -> Job:
 
 def row_config(study: ComparisonConfig, row: RowConfig) -> GeneratorConfig:
     """Return the config of a row's runs, whatever their seed; raises :class:`UserError` as :func:`all_jobs`."""
-    overrides = study.overrides_of(row)
-    for text in overrides:
-        if (key := text.partition("=")[0].strip()) in SET:
-            raise UserError(f"row {row.name!r}: override {text!r}: the study itself sets {key} from its {SET[key]}; "
-                            "leave it out")
-    with naming(f"row {row.name!r}"):
-        config = load_config(GeneratorConfig, row.config or study.base, [*overrides, _milestones(study, row)])
+    for origin, overrides in (("overrides of all rows", study.overrides), (f"row {row.name!r}", row.overrides)):
+        for text in overrides:
+            if (key := text.partition("=")[0].strip()) in SET:
+                raise UserError(f"{origin}: override {text!r}: the study itself sets {key} from its {SET[key]}; leave "
+                                "it out")
+    with naming(f"row {row.name!r}{' with the overrides of all rows' if study.overrides else ''}"):
+        config = load_config(GeneratorConfig, row.config or study.base,
+                             [*study.overrides_of(row), _milestones(study, row)])
     if (last := study.steps(row)[-1]) > config.train.steps:
         raise UserError(f"row {row.name!r}: checkpoint {last} lies beyond its run of train.steps={config.train.steps} "
                         "updates; leave it out, or raise train.steps")
