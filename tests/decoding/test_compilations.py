@@ -7,6 +7,7 @@ import torch
 
 from mutor_img import generate
 from mutor_img.decoding import cpu, gpu, sampler
+from mutor_img.decoding.drafting import Draft
 from mutor_img.decoding.gpu import StaticDecoder, static_decoder
 from mutor_img.decoding.sampler import Sampler, SamplingSettings
 
@@ -46,6 +47,17 @@ def test_numbers_of_images_from_1_to_64_make_at_most_7_graphs_and_the_codes_of_t
         for count in (*range(1, 65), 7, 64, 1):
             assert torch.equal(generate(model, labels[:count], cfg_scale=scale), expected[:count])
         assert as_on_a_gpu.count <= graphs
+
+
+def test_windows_of_drafts_too_make_at_most_7_graphs_for_1_to_64_images(random_model, as_on_a_gpu):
+    model, labels = random_model((2, 2), layers=1), torch.arange(64) % 3
+    expected = generate(model, labels)
+    as_on_a_gpu.count = 0
+    for window, graphs in ((2, 7), (3, 14)):
+        for count in (*range(1, 65), 7, 64, 1):
+            drafting = Sampler(model, SamplingSettings(), count, draft=Draft(window))
+            assert torch.equal(drafting.generate(labels[:count], torch.arange(count)), expected[:count])
+        assert as_on_a_gpu.count == graphs
 
 
 def test_many_models_in_one_process_do_not_share_torchs_limit_of_8(random_model, as_on_a_gpu):
