@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import pytest
 from launching import SAVING, end_with_its_child
 
 from mutor_img.common import threads
-from mutor_img.study.comparison.pool import Budget, last_error, run_jobs
+from mutor_img.study.comparison.pool import Budget, Pace, Work, last_error, run_jobs
 
 
 @pytest.fixture
@@ -47,6 +48,28 @@ def test_jobs_run_side_by_side_with_the_threads_divided(pool_of, tmp_path, monke
     assert [(tmp_path / n).read_text() for n in names] == ["2", "2"]
     pool_of([[meet.format(here=str(tmp_path), name="z", names=["z"])]])
     assert (tmp_path / "z").read_text() == "all"
+
+
+def test_the_eta_is_that_of_the_runs_so_far_by_their_costs(tmp_path):
+    def work(cost, begun):
+        return Work(SimpleNamespace(cost=cost), deque(), tmp_path, begun=begun)
+
+    def waiting(*costs):
+        return [SimpleNamespace(cost=cost) for cost in costs]
+
+    pace = Pace(lambda job: job.cost, workers=2, now=lambda: 1000.0)
+    pace.note(work(3, begun=970))
+    pace.note(work(1, begun=790))  # 240 s for 4 in all
+    assert pace.eta(waiting(2, 3, 4), [work(2, begun=910)]) == "04:45"  # (120 + 180 + 240 + 30) / 2
+    assert pace.eta(waiting(2, 3), [work(2, begun=910)]) == "03:00"  # no less than the longest
+    assert pace.eta(waiting(300), [work(2, begun=0)]) == "5:00:00"  # one that takes longer than its cost says
+    assert pace.eta([], []) == "00:00"
+
+
+def test_every_run_that_is_done_says_when_all_are(pool_of, capsys):
+    pool_of([["pass"], ["pass"], ["import sys; sys.exit(3)"]])
+    said = [line for line in capsys.readouterr().out.splitlines() if "ETA" in line]
+    assert [line.rpartition(" ")[0] for line in said] == ["0: done; ETA of all runs", "1: done; ETA of all runs"]
 
 
 def test_a_failure_is_said_and_stops_no_other_run(pool_of, capsys):

@@ -103,8 +103,9 @@ def _run(study: ComparisonConfig, jobs: Sequence[Job], words: Sequence[str], wor
     if len(left) < len(jobs):
         print(f"{len(jobs) - len(left)} of {len(jobs)} runs are done already", flush=True)
     budget = Budget(folder / "spent.json", study.budget_hours)
+    flops = {job.row: run_flops(job.config, job.config.train.steps) for job in left}
     return run_jobs(left, lambda job: stages(job, words, job.trained), workers, folder / "logs", budget,
-                    lambda job: _write_table(study, jobs))
+                    lambda job: _write_table(study, jobs), lambda job: flops[job.row])
 
 
 def _write_table(study: ComparisonConfig, jobs: Sequence[Job]) -> str:

@@ -6,9 +6,11 @@ import re
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tqdm import tqdm
 
 from mutor_img.common.child import child_environment, die_with_parent
 from mutor_img.common.files import read_record, write_sealed
@@ -58,11 +60,13 @@ class Work:
         left: the stages to come.
         log: where everything goes that they print.
         stage, process: what is running.
+        begun: when, on :func:`time.monotonic`'s clock.
     """
 
     job: Job
     left: deque[tuple[str, list[str]]]
     log: Path
+    begun: float = field(default_factory=time.monotonic)
     stage: str = ""
     process: subprocess.Popen | None = field(default=None, repr=False)
 
@@ -80,6 +84,36 @@ class Work:
 
 
 @dataclass
+class Pace:
+    """How long runs have taken in this sitting, and so what is left of it.
+
+    Attributes:
+        cost: returns what a run costs, in any unit.
+        workers: runs at a time.
+        now: a clock, that of :class:`Work`.
+        seconds, spent: the seconds of all runs that are done, and their costs.
+    """
+
+    cost: Callable[[Job], float]
+    workers: int
+    now: Callable[[], float] = time.monotonic
+    seconds: float = 0.0
+    spent: float = 0.0
+
+    def note(self, work: Work) -> None:
+        """Take a run that is done."""
+        self.seconds += self.now() - work.begun
+        self.spent += self.cost(work.job)
+
+    def eta(self, waiting: Iterable[Job], running: Iterable[Work]) -> str:
+        """Return when the others are done if each takes as long for its cost, as ``tqdm`` writes it."""
+        now, rate = self.now(), self.seconds / self.spent
+        lasting = [rate * self.cost(job) for job in waiting]
+        lasting += [max(rate * self.cost(work.job) - (now - work.begun), 0.0) for work in running]
+        return tqdm.format_interval(max([sum(lasting) / self.workers, *lasting]))
+
+
+@dataclass
 class Outcome:
     """How a sitting ended.
 
@@ -93,7 +127,7 @@ class Outcome:
 
 
 def run_jobs(jobs: Sequence[Job], stages_of: Callable[[Job], Stages], workers: int, logs: Path, budget: Budget,
-             done: Callable[[Job], None] = lambda job: None) -> Outcome:
+             done: Callable[[Job], None] = lambda job: None, cost: Callable[[Job], float] = lambda job: 1.0) -> Outcome:
     """Run jobs in order, ``workers`` at a time, with the processor's threads divided among them.
 
     A job that fails is noted, and the others go on. When the budget is spent, and when this process is told to end,
@@ -106,8 +140,9 @@ def run_jobs(jobs: Sequence[Job], stages_of: Callable[[Job], Stages], workers: i
         logs: a folder; each job has a file in it.
         budget: the hours.
         done: called after each job that is done.
+        cost: of a job, in any unit, for the ETA.
     """
-    waiting, running, outcome = deque(jobs), [], Outcome()
+    waiting, running, outcome, pace = deque(jobs), [], Outcome(), Pace(cost, workers)
     threads = share(workers)
     count, begun = len(waiting), 0
     try:
@@ -130,6 +165,8 @@ def run_jobs(jobs: Sequence[Job], stages_of: Callable[[Job], Stages], workers: i
                 running.remove(work)
                 if work.job.title not in outcome.failed:
                     done(work.job)
+                    pace.note(work)
+                    print(f"{work.job.title}: done; ETA of all runs {pace.eta(waiting, running)}", flush=True)
             budget.note()
             time.sleep(POLL)
     finally:
