@@ -74,7 +74,7 @@ def evaluate(
         is_order: "shuffle" or "file", see :func:`inception_score`.
         seed: of the shuffle and of the subsets.
         batch_size: images per process at once.
-        progress: bars with an ETA, on a terminal.
+        progress: bars with an ETA.
 
     Under torch.distributed every process calls this alike; ranks other than 0 get an empty dictionary.
 

@@ -65,7 +65,7 @@ def extract(
         chosen: ascending numbers (n,) int64 of the images whose rows are kept; None: all.
         pixels: keep the images too, for small ones.
         batch_size: images per process and round.
-        progress: a bar with an ETA, on a terminal.
+        progress: a bar with an ETA.
         title: of the bar.
 
     Raises:
@@ -84,8 +84,8 @@ def extract(
     kept = {name: torch.empty(len(chosen) if rank == 0 else 0, network.dimensions[name]) for name in rows}
     seen: list[np.ndarray] = []
     own, done = shares(images, batch_size, count, rank, world), 0
-    hidden = None if progress and rank == 0 else True
-    with tqdm(total=count, desc=title, unit="image", disable=hidden, mininterval=0.5) as bar:
+    with tqdm(total=count, desc=title, unit="image", disable=not progress or rank != 0, delay=2,
+              mininterval=1.0) as bar:
         while done < count:
             sizes = [min(batch_size, count - first)
                      for first in range(done, min(done + batch_size * world, count), batch_size)]

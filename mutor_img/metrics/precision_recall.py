@@ -39,7 +39,7 @@ def precision_recall(
         samples: (N, D) float32 features, on the CPU or a GPU.
         reference: (M, D) float32 features.
         neighbours: k.
-        progress: show a bar with an ETA on a terminal.
+        progress: show a bar with an ETA.
 
     Raises:
         UserError: a set has no k other images, the numbers of features differ, or there is a NaN.
@@ -55,7 +55,8 @@ def precision_recall(
     centre = reference.double().mean(0).float()  # near the data, norms are small and so is the rounding error
     samples, reference = _Set(samples.float(), centre), _Set(reference.float(), centre)
     steps = sum(-(-a.count // _ROWS) for a in (samples, reference, samples))
-    with tqdm(total=steps, desc="precision, recall", disable=None if progress else True, leave=False) as bar:
+    with tqdm(total=steps, desc="precision, recall", disable=not progress, leave=False, delay=2,
+              mininterval=1.0) as bar:
         reach_samples = _reach(samples, neighbours, bar)  # (N,)
         reach_reference = _reach(reference, neighbours, bar)  # (M,)
         inside_reference, inside_samples = _inside(samples, reference, reach_samples, reach_reference, bar)

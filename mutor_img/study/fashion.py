@@ -95,7 +95,7 @@ def prepare_fashion(raw: str | Path, folder: str | Path) -> bool:
     """
     def write(aside: Path) -> None:
         arrays = {part: read_part(Path(raw), part) for part in PARTS}
-        with tqdm(total=sum(len(labels) for _, labels in arrays.values()), unit="image", disable=None) as bar:
+        with tqdm(total=sum(len(labels) for _, labels in arrays.values()), unit="image", mininterval=1.0) as bar:
             for part, (images, labels) in arrays.items():
                 for number, (image, label) in enumerate(zip(images, labels.tolist())):
                     save_padded(aside / part / str(label) / f"{number:05d}.png", image)

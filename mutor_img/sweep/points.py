@@ -66,7 +66,7 @@ def sweep(source: SampleSource, points: Sequence[SweepPoint], count: int, refere
         out: a JSON file that keeps each row as soon as it is there; a row in it is not computed again. None: no file.
         metrics: as for :func:`~mutor_img.metrics.evaluator.evaluate`; "fid" must be among them.
         batch_size: images per process at once.
-        progress: bars with an ETA, on a terminal.
+        progress: bars with an ETA.
 
     Yields:
         The fields of the point, and those of ``KEPT`` that were scored.
