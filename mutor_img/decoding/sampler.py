@@ -277,13 +277,12 @@ class Sampler:
             return
         chunks, chunk = (samples // CHUNK).unique(return_inverse=True)
         slots, count = chunk * CHUNK + samples % CHUNK, len(chunks) * CHUNK
-        first = 0
-        while first < count:
-            size = min(self.count, count - first)
-            size = size if self._may_run_together(size) else CHUNK
-            rows = ((slots >= first) & (slots < first + size)).nonzero()[:, 0]
-            yield rows, slots[rows] - first, size
-            first += size
+        for begin in range(0, count, self.count):
+            end = min(begin + self.count, count)
+            size = end - begin if self._may_run_together(end - begin) else CHUNK
+            for first in range(begin, end, size):
+                rows = ((slots >= first) & (slots < first + size)).nonzero()[:, 0]
+                yield rows, slots[rows] - first, size
 
     def _run(self, decoder: PackedDecoder | StaticDecoder, labels: Tensor, samples: Tensor, begun: Tensor) -> Tensor:
         """Return codes (R, N) for labels and sample numbers (R,) int64; -1 where logits were not finite.

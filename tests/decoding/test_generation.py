@@ -12,7 +12,6 @@ from reference import sampling as reference
 from mutor_img import generate
 from mutor_img.common.errors import UserError
 from mutor_img.decoding import cpu
-from mutor_img.decoding import cpu as decoder_module
 from mutor_img.decoding.cpu import CHUNK, CHUNKS, Packed, PackedDecoder, PrefixCache, pack
 from mutor_img.decoding.gpu import StaticDecoder, static_decoder
 from mutor_img.decoding.guidance import SCHEDULES, guidance_scales
@@ -73,9 +72,9 @@ def test_the_compiled_attention_of_bf16_is_the_eager_one_and_that_of_fp32_is_not
         prefix = keys[:, :, :seen], values[:, :, :seen]
         expected = torch.nn.functional.scaled_dot_product_attention(queries[:, :, None].double(), *(
             each.double() for each in prefix), scale=1.0)[:, :, 0]
-        ours = decoder_module._compiled_attention()(queries, *prefix)
+        ours = cpu._compiled_attention()(queries, *prefix)
         torch.testing.assert_close(ours.double(), expected, rtol=0, atol=1e-5)
-    monkeypatch.setattr(decoder_module, "_compiled_attention", None)
+    monkeypatch.setattr(cpu, "_compiled_attention", None)
     codes_of(random_model())
 
 
@@ -83,8 +82,8 @@ def test_without_a_compiler_bf16_attends_by_products(random_model, monkeypatch):
     model, codes = random_model(dtype=torch.bfloat16), torch.arange(20).remainder(11).repeat(5, 1)
     with torch.inference_mode():
         fused = cached_logits(packed_decoder(model, 5), model, LABELS, codes)
-        monkeypatch.setattr(decoder_module.shutil, "which", lambda name: None)
-        monkeypatch.setattr(decoder_module, "_compiled_attention", None)
+        monkeypatch.setattr(cpu.shutil, "which", lambda name: None)
+        monkeypatch.setattr(cpu, "_compiled_attention", None)
         products = cached_logits(packed_decoder(model, 5), model, LABELS, codes)
         torch.testing.assert_close(products, fused, rtol=0, atol=0.1)
 
@@ -279,16 +278,16 @@ def test_weights_that_change_between_calls_count(random_model, name, write):
 
 def test_weights_are_packed_once_and_go_with_their_model(random_model, monkeypatch):
     model, made = random_model(), []
-    real = decoder_module.PackedTransformer
-    monkeypatch.setattr(decoder_module, "PackedTransformer", lambda model: made.append(1) or real(model))
+    real = cpu.PackedTransformer
+    monkeypatch.setattr(cpu, "PackedTransformer", lambda model: made.append(1) or real(model))
     for settings in ({}, {"cfg_scale": 1.0}, {"temperature": 0.5}):
         for count in (2, 5):
             generate(model, LABELS[:count], **settings)
     assert len(made) == 1
-    kept = len(decoder_module._PACKED)
+    kept = len(cpu._PACKED)
     del model
     gc.collect()
-    assert len(decoder_module._PACKED) == kept - 1
+    assert len(cpu._PACKED) == kept - 1
 
 
 def test_dropout_is_never_applied_and_modes_are_left_alone(random_model):

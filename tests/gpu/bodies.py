@@ -49,3 +49,9 @@ BODIES = {
     "scores": partial(images.check_scores),
     "update": partial(training.measure_update, law=SMALL, preset="mnist", batch=2, rounds=1, vocabulary=32),
 }
+
+
+def wrap(monkeypatch, owner, name, around):
+    """Replace ``owner.name`` by ``around(what it was, *given)``."""
+    right = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *given, **options: around(right, *given, **options))

@@ -6,13 +6,13 @@ from functools import partial
 import pytest
 import timm.utils
 import torch
-from bodies import BODIES, CHECKS, CPU, EVEN, PLAIN, SMALL
+from bodies import BODIES, CHECKS, CPU, EVEN, PLAIN, SMALL, wrap
 
 from mutor_img import blocks, chunked_loss
 from mutor_img.decoding.cpu import PackedDecoder
 from mutor_img.decoding.drafting import Drafts
 from mutor_img.gpu_report import attention, decoding, images, runs, training
-from mutor_img.gpu_report.place import CheckFailed, Place
+from mutor_img.gpu_report.place import Place
 from mutor_img.pretraining import task as task_module
 from mutor_img.pretraining.task import GeneratorTask
 from mutor_img.training import compiling, parallel
@@ -27,12 +27,6 @@ FAULTS = []  # (check, a function that plants a fault, what the check says of it
 def fault(check, says, **given):
     """Register what a decorated function plants, by monkeypatch, as a fault that ``check`` must see."""
     return lambda plant: FAULTS.append(pytest.param(partial(check, **given), plant, says, id=plant.__name__)) or plant
-
-
-def wrap(monkeypatch, owner, name, around):
-    """Replace ``owner.name`` by ``around(what it was, *given)``."""
-    right = getattr(owner, name)
-    monkeypatch.setattr(owner, name, lambda *given, **options: around(right, *given, **options))
 
 
 def only_first(change):
@@ -250,52 +244,6 @@ def a_window_that_is_a_place_too_late(monkeypatch):
 def images_of_other_labels(monkeypatch):
     wrap(monkeypatch, decoding.Sampler, "generate", lambda right, self, labels, samples: right(
         self, labels.roll(1), samples))
-
-
-class GraphsExpected(Place):
-    """A CPU of which CUDA graphs are expected."""
-
-    graphs = True
-
-
-def replaying(monkeypatch, replays):
-    """Have decoding replay so many graphs that do nothing."""
-    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: None)
-
-    def around(right, *given, **options):
-        for _ in range(replays):
-            torch.cuda.CUDAGraph.replay(None)
-        return right(*given, **options)
-
-    wrap(monkeypatch, decoding, "generate", around)
-
-
-@pytest.mark.parametrize("replays, says", [(0, "replayed 0 times for 63"), (62, "replayed 62 times for 63"), (63, "")])
-def test_each_token_but_the_first_must_be_a_replay(replays, says, monkeypatch):
-    replaying(monkeypatch, replays)
-    check = partial(decoding.check_decoding, GraphsExpected(CPU.device, CPU.backend), 1.0, "fp32")
-    if not says:
-        assert "63 graph replays, none skipped" in check()
-        return
-    with pytest.raises(CheckFailed, match=says):
-        check()
-
-
-def test_each_pass_of_drafts_must_be_a_replay(monkeypatch):
-    replaying(monkeypatch, 0)
-    with pytest.raises(CheckFailed, match=r"replayed 0 times for \d\d steps"):
-        decoding.check_drafts(GraphsExpected(CPU.device, CPU.backend), "window", "fp32", count=1)
-
-
-def test_a_graph_that_the_compiler_skips_is_a_fault(monkeypatch):
-    """torch counts the skip itself: a CPU has no CUDA graphs, and a step that asks for one is skipped silently."""
-    replaying(monkeypatch, 63)
-    step = torch.compile(lambda x: x @ x, mode="reduce-overhead")  # a library's product: no kernel to be compiled
-    wrap(monkeypatch, decoding, "generate", lambda right, *given, **options: (
-        step(torch.ones(3, 3)), right(*given, **options))[1])
-    with torch._inductor.config.patch(force_disable_caches=True), pytest.raises(
-            CheckFailed, match=r"skipped CUDA graphs \d+ times"):
-        decoding.check_decoding(GraphsExpected(CPU.device, CPU.backend), 1.0, "fp32")
 
 
 # ---- images

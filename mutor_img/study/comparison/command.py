@@ -52,14 +52,14 @@ def refuse_flags(arguments: argparse.Namespace) -> None:
 def plan(study: ComparisonConfig) -> dict[str, Any]:
     """Return what ``--dry-run`` prints: how much there is to do, and what each row costs."""
     jobs = all_jobs(study)
-    rows = {job.row: job.config for job in jobs}
-    per_update = {name: run_flops(config, config.train.steps) / config.train.steps for name, config in rows.items()}
+    rows, flops = {job.row: job.config for job in jobs}, _flops(jobs)
+    per_update = {name: flops[name] / config.train.steps for name, config in rows.items()}
     sections: dict[str, Any] = {"runs": len(jobs), "scores": len(wanted(study, jobs))}
     for name, config in rows.items():
         sampled, trained = run_parameters(config)
         sections[f"row {name}"] = {
             "updates": config.train.steps, "sampled parameters": sampled, "trained parameters": trained,
-            "FLOPs of each run": run_flops(config, config.train.steps),
+            "FLOPs of each run": flops[name],
             f"times the FLOPs per update of {study.baseline_name}": per_update[name] / per_update[study.baseline_name]}
     return sections
 
@@ -103,9 +103,15 @@ def _run(study: ComparisonConfig, jobs: Sequence[Job], words: Sequence[str], wor
     if len(left) < len(jobs):
         print(f"{len(jobs) - len(left)} of {len(jobs)} runs are done already", flush=True)
     budget = Budget(folder / "spent.json", study.budget_hours)
-    flops = {job.row: run_flops(job.config, job.config.train.steps) for job in left}
+    flops = _flops(left)
     return run_jobs(left, lambda job: stages(job, words, job.trained), workers, folder / "logs", budget,
                     lambda job: _write_table(study, jobs), lambda job: flops[job.row])
+
+
+def _flops(jobs: Sequence[Job]) -> dict[str, float]:
+    """Return the FLOPs of one run of each row."""
+    configs = {job.row: job.config for job in jobs}
+    return {row: run_flops(config, config.train.steps) for row, config in configs.items()}
 
 
 def _write_table(study: ComparisonConfig, jobs: Sequence[Job]) -> str:
