@@ -42,13 +42,22 @@ def test_the_table_has_the_four_equalities_mean_error_and_paired_difference(stud
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
     assert table[0][:9] == ["row", "updates", "FLOPs", "seconds", "sampled parameters", "trained parameters", "seeds",
                             "FID-50", "against base"]
+    assert table[0][9] == "against base, noise pooled"
     rows = {row[0]: row for row in table[2:]}
     assert list(rows) == list(FID)  # in the order of the study
     assert rows["base"][1:9] == ["100", "2e+15", "20", "1,000", "1,000", "3", "10.00 ± 0.58", ""]
     # Differences -2.0, -1.9, -2.1: mean -2, standard deviation 0.1, Student's t of 2 degrees of freedom 4.303.
     assert rows["better"][5:9] == ["1,050", "3", "8.00 ± 0.64", "-2.00 [-2.25, -1.75]"]
     assert rows["single"][7:9] == ["5.00", "-5.00 (one seed)"]
+    # Squares that neither rows nor seeds explain: 2.133, 4 degrees of freedom; 0.730 sqrt(2 / 3) 2.776 is 1.66.
+    assert [rows[name][9] for name in ("base", "better", "alike")] == [
+        "", "-2.00 [-3.66, -0.34]", "-0.10 [-1.76, +1.56]"]
     assert "**14 of 24 scores are still to come.**" in page and "## Guidance 2" not in page
+
+
+def test_two_rows_have_no_more_noise_than_their_own(study, scored):
+    page = markdown(study, {place: line for place, line in scored.items() if place[0] in ("base", "better")}, missing=0)
+    assert "noise pooled |" not in page and "-2.00 [-2.25, -1.75]" in page
 
 
 def test_seconds_are_those_of_one_kind_of_device(study, scored, tmp_path):
@@ -73,7 +82,9 @@ def test_the_words_say_what_is_separated_and_what_is_not(study, scored):
     found = words(study, cells(study, scored, 1.0), "fid")
     assert found == ["- After 100 updates: better has a lower FID than base; no interval separates alike from base; "
                      "the lowest mean is that of better, which no interval separates from alike; single has fewer than "
-                     "two seeds in common with base, and so no interval."]
+                     "two seeds in common with base, and so no interval.",
+                     "- After 100 updates, by the noise of all rows (0.73, 4 degrees of freedom): better and single "
+                     "have a lower FID than base; no interval separates alike from base."]
 
 
 def test_a_row_is_compared_with_the_baseline_after_as_many_updates(study, scored):

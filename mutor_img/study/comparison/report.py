@@ -11,7 +11,15 @@ from typing import Any, NamedTuple
 from mutor_img.metrics.report import shortened
 from mutor_img.study.comparison.config import ComparisonConfig
 from mutor_img.study.comparison.ledger import Place
-from mutor_img.study.comparison.statistics import Interval, not_separated, paired, standard_error, t_interval
+from mutor_img.study.comparison.statistics import (
+    Interval,
+    Pooled,
+    not_separated,
+    paired,
+    pooled,
+    standard_error,
+    t_interval,
+)
 
 SCORES = {"sfid": ("sFID", 2), "is": ("IS", 1), "precision": ("precision", 3), "recall": ("recall", 3),
           "kid": ("KID", 4), "kd": ("KD", 4), "recognised": ("recognised", 3), "distinct": ("distinct", 3),
@@ -74,6 +82,15 @@ def difference(cell: Cell, baseline: Cell | None, key: str) -> Interval | float 
     return t_interval(found) or (found[0] if found else None)
 
 
+def pooled_at(study: ComparisonConfig, found: Sequence[Cell], updates: int, key: str) -> Pooled | None:
+    """Return all differences from the baseline after so many updates by the noise of all rows; None if that is no more.
+
+    Two rows have no more noise than their own differences show.
+    """
+    values = {cell.row: cell.values(key) for cell in found if cell.updates == updates}
+    return pooled(values, study.baseline_name) if len(values) > 2 and study.baseline_name in values else None
+
+
 def of_equal_flops(study: ComparisonConfig, found: Sequence[Cell], cell: Cell) -> Cell | None:
     """Return the baseline's checkpoint of as many training FLOPs as a row's, after another number of updates."""
     flops = cell.mean("flops")  # where registers stand depends on the seed, and FLOPs with it
@@ -94,7 +111,8 @@ def markdown(study: ComparisonConfig, scored: Mapping[Place, dict[str, Any]], mi
     whose = "" if all_of_them else f", of the runs on {devices or 'devices that their lines do not name'}"
     lines = [f"# {study.run_dir}", "",
              f"Mean ± standard error over the seeds {seeds}. A difference is the row's score minus that of "
-             f"{study.baseline_name} after as many updates, seed by seed, with its 95 % t interval; intervals are not "
+             f"{study.baseline_name} after as many updates, seed by seed, with its 95 % t interval. \"Noise "
+             "pooled\" is the same by the noise of all rows together, as far as it is alike in all. Intervals are not "
              "widened for there being several. FLOPs and seconds are those of training, forward and backward; seconds "
              f"are a mean over seeds{whose}. Sampled parameters are what sampling uses, trained ones include what is "
              "dropped after training."]
@@ -120,15 +138,22 @@ def _table(study: ComparisonConfig, found: Sequence[Cell], key: str, devices: st
     told = any(equal.values())
     if told:
         head.insert(9, f"against {study.baseline_name} of equal FLOPs")
+    by_all = {cell.updates: pooled_at(study, found, cell.updates, key) for cell in found}
+    told_by_all = any(by_all.values())
+    if told_by_all:
+        head.insert(9, f"against {study.baseline_name}, noise pooled")
     rows = [head, ["---", *["--:"] * (len(head) - 1)]]
     for cell in found:
         first, costly = next(iter(cell.lines.values())), equal[cell.row, cell.updates]
         at = (study.baseline_name, cell.updates)
+        by_noise = by_all[cell.updates]
         same = next((other for other in found if (other.row, other.updates) == at), None)
         rows.append([cell.row, f"{cell.updates:,}", f"{first['flops']:.4g}", _seconds(cell.on(devices)),
                      f"{first['sampled_parameters']:,}", f"{first['trained_parameters']:,}", str(len(cell.lines)),
                      _with_error(cell, key, digits),
                      "" if cell is same else _shown(difference(cell, same, key), digits),
+                     *[_shown(by_noise.differences.get(cell.row), digits) if by_noise and cell is not same else ""]
+                     * told_by_all,
                      *[_shown(difference(cell, costly, key), digits) if costly else ""] * told,
                      *(_with_error(cell, name, SCORES[name][1]) for name in extra)])
     return ["| " + " | ".join(row) + " |" for row in rows]
@@ -167,12 +192,7 @@ def words(study: ComparisonConfig, found: Sequence[Cell], key: str) -> list[str]
             continue  # the baseline's own further checkpoints
         against = {row: difference(cell, base, key) for row, cell in here.items() if cell is not base}
         known = {row: d for row, d in against.items() if isinstance(d, Interval)}
-        better = [row for row, d in known.items() if d.high < 0]
-        worse = [row for row, d in known.items() if d.low > 0]
-        same = [row for row, d in known.items() if not d.separated]
-        parts = [f"{having(better)} a lower {distance} than {name}"] * bool(better)
-        parts += [f"{having(worse)} a higher {distance} than {name}"] * bool(worse)
-        parts += [f"no interval separates {listed(same)} from {name}"] * bool(same)
+        parts = _verdicts(known, name, distance)
         several = [row for row in here if len(values[row]) > 1]
         lowest = min(several, default=name, key=lambda row: here[row].mean(key))
         if base is not None and lowest != name:
@@ -185,7 +205,21 @@ def words(study: ComparisonConfig, found: Sequence[Cell], key: str) -> list[str]
             few = [row for row in against if row not in known]
             parts.append(f"{having(few)} fewer than two seeds in common with {name}, and so no interval")
         lines.append(f"- After {updates:,} updates: {'; '.join(parts)}.")
+        if by_noise := pooled_at(study, found, updates, key):
+            lines.append(f"- After {updates:,} updates, by the noise of all rows ({by_noise.noise:.3g}, "
+                         f"{by_noise.freedom} degrees of freedom): "
+                         f"{'; '.join(_verdicts(by_noise.differences, name, distance))}.")
     return lines + _words_of_equal_flops(study, found, key)
+
+
+def _verdicts(differences: Mapping[str, Interval], name: str, distance: str) -> list[str]:
+    """Return phrases: which rows have a lower distance than one, which a higher, and which neither."""
+    better = [row for row, d in differences.items() if d.high < 0]
+    worse = [row for row, d in differences.items() if d.low > 0]
+    same = [row for row, d in differences.items() if not d.separated]
+    return ([f"{having(better)} a lower {distance} than {name}"] * bool(better)
+            + [f"{having(worse)} a higher {distance} than {name}"] * bool(worse)
+            + [f"no interval separates {listed(same)} from {name}"] * bool(same))
 
 
 def _words_of_equal_flops(study: ComparisonConfig, found: Sequence[Cell], key: str) -> list[str]:
