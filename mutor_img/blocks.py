@@ -250,6 +250,11 @@ def draw_weights(module: nn.Module) -> None:
             nn.init.zeros_(part.bias)
 
 
+def block_weights(config: ModelConfig) -> int:
+    """Return the weights of one block's matrices."""
+    return 4 * config.dim**2 + 3 * config.dim * config.hidden
+
+
 def block_flops(config: ModelConfig, tokens: float, pairs: float) -> float:
     """Return the FLOPs of one block's forward pass over a sequence: matrix products, and attention.
 
@@ -258,7 +263,7 @@ def block_flops(config: ModelConfig, tokens: float, pairs: float) -> float:
         tokens: inputs of the sequence.
         pairs: query-key pairs that may attend.
     """
-    return 2.0 * (4 * config.dim**2 + 3 * config.dim * config.hidden) * tokens + 4.0 * config.dim * pairs
+    return 2.0 * block_weights(config) * tokens + 4.0 * config.dim * pairs
 
 
 def model_flops(config: ModelConfig, tokens: float, pairs: float) -> float:

@@ -18,8 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mutor_img.common.cli import Parser, run
-from mutor_img.common.config import check_choice
-from mutor_img.common.errors import UserError
+from mutor_img.common.errors import UserError, check_choice
 from mutor_img.common.locks import folder_lock
 from mutor_img.common.outputs import keep_apart
 from mutor_img.data.store import code_dtype

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mutor_img.checkpoints.folder import check_shapes, find_checkpoint, load_strict, open_group, read_meta
 from mutor_img.checkpoints.llamagen import read_pt
-from mutor_img.checkpoints.tensor_files import group_hash, has_group
+from mutor_img.checkpoints.tensor_files import group_hash, sampled_group
 from mutor_img.common.errors import UserError, check_range, describing
 from mutor_img.common.files import file_hash
 from mutor_img.common.hub import is_hub_name, pinned
@@ -52,7 +52,7 @@ def _load_folder(path: Path) -> ImageTokenizer:
     if meta.get("kind") != "tokenizer":
         raise UserError(f"{folder}: a checkpoint of a {meta.get('kind', 'model of unknown kind')}, not of a tokenizer; "
                         "give the tokenizer's run folder")
-    group = "ema" if has_group(meta["files"], "ema") else "model"
+    group = sampled_group(meta["files"])
     origin, weights = folder / "checkpoint.json", open_group(folder, group)
     with describing("tokenizer", origin):
         options, image_size = meta["model"], meta["image_size"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 if __name__ == "__main__":
     from mutor_img.common.threads import set_spinning
 
@@ -15,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from mutor_img.common.cli import run
-from mutor_img.common.config import to_dict
 from mutor_img.common.images import to_nhwc, write_png
 from mutor_img.common.streams import Stream, generator_seed, integers
 from mutor_img.training.command import train_command
@@ -55,7 +56,7 @@ class TokenizerTask(Task):
             UserError: folders that are missing or hold no classes, unreadable images, or no weights for LPIPS.
         """
         self.config, self.runtime = config, runtime
-        runtime.agree(to_dict(config))
+        runtime.agree(asdict(config))
         data, loss = config.data, config.loss
         torch.manual_seed(generator_seed(config.seed, Stream.INIT))
         self.model = VQModel(**config.model.options())

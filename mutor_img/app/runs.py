@@ -21,10 +21,10 @@ from matplotlib.figure import Figure
 
 from mutor_img.app import markup
 from mutor_img.checkpoints.folder import newest_checkpoint, read_meta
-from mutor_img.common.errors import UserError
+from mutor_img.common.errors import UserError, reading
 from mutor_img.common.files import read_json, read_lines, read_metrics
 from mutor_img.common.folders import is_hidden
-from mutor_img.common.images import naming, read_image
+from mutor_img.common.images import read_image
 from mutor_img.common.locks import folder_lock, owner_of
 from mutor_img.common.outputs import RUN_SIGNS
 from mutor_img.common.plain_yaml import parse
@@ -135,7 +135,7 @@ def _part(path: Path, work: Callable[[Path], str]) -> str:
     try:
         if not os.path.lexists(path):
             return ""
-        with naming(str(path), kind="file of a run"):
+        with reading(str(path), kind="file of a run"):
             _check_file(path)
             return markup.printable(work(path))
     except UserError as error:
@@ -164,7 +164,7 @@ def _png(path: Path) -> bytes:
 def _summary(folder: Path) -> tuple[str, str, str]:
     """Return kind, updates and state of a run or study, in words."""
     try:
-        with naming(str(folder), kind="run"):
+        with reading(str(folder), kind="run"):
             owner = owner_of(folder_lock(folder))
             if any((folder / sign).exists() for sign in RUN_SIGNS):
                 return _progress(folder, owner)

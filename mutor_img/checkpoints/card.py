@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from mutor_img.checkpoints.folder import open_group
-from mutor_img.checkpoints.tensor_files import group_hash
+from mutor_img.checkpoints.tensor_files import group_hash, sampled_group
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import read_json, read_metrics
 from mutor_img.common.hub import import_hub, is_hub_name
@@ -23,7 +23,7 @@ SAMPLING = ("weights", "cfg_scale", "cfg_schedule", "cfg_parameter", "temperatur
 PICTURE = "samples.png"
 
 
-def write_card(repo: str, folder: Path, meta: dict[str, Any], group: str, scores: Sequence[str | Path],
+def write_card(repo: str, folder: Path, meta: dict[str, Any], scores: Sequence[str | Path],
                licence: str | None, packed: bool) -> tuple[str, dict[str, Path]]:
     """Return the text of a README.md for the Hub, and the picture that it shows by its name there, if there is one.
 
@@ -31,7 +31,6 @@ def write_card(repo: str, folder: Path, meta: dict[str, Any], group: str, scores
         repo: ``org/name``.
         folder: the checkpoint, whose run folder is looked at for scores and pictures.
         meta: its JSON, with the published files alone.
-        group: the published group of tensors.
         scores: further JSON files with scores.
         licence: as the Hub calls it, or None.
         packed: the repository holds the generator's tokenizer.
@@ -39,7 +38,8 @@ def write_card(repo: str, folder: Path, meta: dict[str, Any], group: str, scores
     Raises:
         UserError: a file of ``scores`` is of other weights, or holds no scores.
     """
-    run, digest = run_of(folder), group_hash(meta["files"], group)
+    run, group = run_of(folder), sampled_group(meta["files"])
+    digest = group_hash(meta["files"], group)
     picture = _picture(run, meta["step"])
     head = import_hub(f"hf://{repo}").ModelCardData(
         license=licence, library_name="mutor_img", tags=["image-generation", "autoregressive", meta["kind"]])

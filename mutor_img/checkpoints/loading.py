@@ -22,7 +22,7 @@ from mutor_img.common.files import file_hash
 from mutor_img.registers import RegisterLaw
 from mutor_img.transformer import Transformer, sampled_weights
 
-MOST_CODES = 1024 * 1024  # of a grid
+MOST_CELLS = 1024 * 1024  # of a grid
 RELEASED_GRID = (16, 16)  # of a state dict that does not say its grid; this is 256 pixels at stride 16
 
 
@@ -128,7 +128,7 @@ def _load_folder(path: Path, ema: bool | None, grid: tuple[int, int] | None, hea
     shapes = sampled_weights(weights.shapes)
     with describing("generator", origin):  # without memory, until it is known to have the weights that are there
         check_range("layers", config.layers, 1, len(shapes))
-        check_range("codes of the grid", config.length, 1, MOST_CODES)
+        check_range("codes of the grid", config.length, 1, MOST_CELLS)
         model = _blank(config)
     check_shapes(model, shapes, weights.origin)
     if wrong := _damaged_about_codes(meta.get("codes", {}), config.classes):

@@ -6,7 +6,6 @@ name the published weights too. Nothing is a pickle.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +16,9 @@ from torch import nn
 
 from mutor_img.checkpoints.card import write_card
 from mutor_img.checkpoints.folder import codes_of, find_checkpoint, read_meta, read_tensors
-from mutor_img.checkpoints.tensor_files import group_files, group_hash, has_group
+from mutor_img.checkpoints.tensor_files import group_files, group_hash, sampled_group
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import clear, file_hash
+from mutor_img.common.files import clear, file_hash, json_text, remove, sealed
 from mutor_img.common.hub import PACKED, hub_errors, import_hub, is_hub_name, pinned, repository_of
 from mutor_img.common.outputs import keep_apart
 from mutor_img.transformer import sampled_weights
@@ -74,13 +73,16 @@ def save_pretrained(path: str | Path, folder: str | Path, *, repo: str = "org/na
         raise UserError(f"{folder} exists already; give another folder or remove it")
     aside = folder.with_name(f".{folder.name}.part")
     clear(aside)  # of a killed one
-    for name, content in repository(path, repository_of(repo), **options).items():
-        (aside / name).parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, Path):
-            shutil.copyfile(content, aside / name)
-        else:
-            (aside / name).write_bytes(content)
-    return aside.rename(folder)
+    try:
+        for name, content in repository(path, repository_of(repo), **options).items():
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, Path):
+                shutil.copyfile(content, aside / name)
+            else:
+                (aside / name).write_bytes(content)
+        return aside.rename(folder)
+    finally:
+        remove(aside)
 
 
 def unchanged_origin(model: nn.Module) -> Path:
@@ -92,7 +94,7 @@ def unchanged_origin(model: nn.Module) -> Path:
     fix = "give the folder of a run: mutor_img.push_to_hub(folder, repo), or save_pretrained"
     if model.origin is None:
         raise UserError(f"this model was not read from a checkpoint of this project; {fix}")
-    kept = sampled_weights(read_tensors(model.origin, _group(read_meta(model.origin))))
+    kept = sampled_weights(read_tensors(model.origin, sampled_group(read_meta(model.origin)["files"])))
     own = model.state_dict()
     if kept.keys() != own.keys() or not all(torch.equal(own[name].cpu(), kept[name]) for name in kept):
         raise UserError(f"{model.origin}: this model's weights are not those that it publishes; {fix}")
@@ -110,22 +112,18 @@ def repository(path: str | Path, repo: str, *, tokenizer: str | Path | None = No
     if meta["kind"] == "generator" and named:
         recorded, packed = _tokenizer(named, codes.get("tokenizer_hash"))
         meta["codes"] = {**codes, "tokenizer": recorded}
-    card, picture = write_card(repo, folder, meta, _group(meta), scores, licence, packed=bool(packed))
-    return {"checkpoint.json": _json(meta), **files, **{f"{PACKED}/{name}": file for name, file in packed.items()},
-            "README.md": card.encode(), **picture}
+    card, picture = write_card(repo, folder, meta, scores, licence, packed=bool(packed))
+    return {"checkpoint.json": json_text(sealed(meta)), **files,
+            **{f"{PACKED}/{name}": file for name, file in packed.items()}, "README.md": card.encode(), **picture}
 
 
 def _checkpoint(folder: Path) -> tuple[dict[str, Any], Published]:
     """Return a checkpoint's JSON as far as sampling needs it, and its files of weights, which are read and checked."""
     meta = read_meta(folder)
-    group = _group(meta)
+    group = sampled_group(meta["files"])
     read_tensors(folder, group)  # a damaged file must not be published
     names = group_files(meta["files"], group)
     return {**meta, "files": {name: meta["files"][name] for name in names}}, {name: folder / name for name in names}
-
-
-def _group(meta: dict[str, Any]) -> str:
-    return "ema" if has_group(meta["files"], "ema") else "model"
 
 
 def _tokenizer(named: str | Path, expected: str | None) -> tuple[str, Published]:
@@ -135,21 +133,17 @@ def _tokenizer(named: str | Path, expected: str | None) -> tuple[str, Published]
         UserError: it is not there, or not the one with the sha256 ``expected``.
     """
     if not is_hub_name(named) and not Path(named).exists():
-        raise UserError(f"{named}: no such file or folder, but the run names it as its tokenizer; give tokenizer=, its "
-                        "path or its name on the Hub")
+        raise UserError(f"{named}: no such file or folder; give tokenizer=, the path of the run's tokenizer or its "
+                        "name on the Hub")
     if Path(named).is_file():
         recorded, found, files = Path(named).name, file_hash(named), {}
     else:
         named = pinned(named) if is_hub_name(named) else str(named)
         meta, files = _checkpoint(find_checkpoint(named))
-        recorded, found = named, group_hash(meta["files"], _group(meta))
+        recorded, found = named, group_hash(meta["files"], sampled_group(meta["files"]))
     if found != expected:
         raise UserError(f"{named}: its weights have sha256 {found[:16]}, but the run's codes were made by a tokenizer "
                         f"with {str(expected)[:16]}; give tokenizer=, that one's path or name on the Hub")
     if is_hub_name(recorded) or not files:
         return recorded, {}
-    return PACKED, {"checkpoint.json": _json(meta), **files}
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    return PACKED, {"checkpoint.json": json_text(sealed(meta)), **files}

@@ -117,6 +117,11 @@ def has_group(files: Files, group: str) -> bool:
     return bool(group_files(files, group))
 
 
+def sampled_group(files: Files) -> str:
+    """Return the group that sampling takes its weights from: the average where there is one."""
+    return "ema" if has_group(files, "ema") else "model"
+
+
 def group_hash(files: Files, group: str) -> str:
     """Return the sha256 of a group's file; of a sharded group, that of its files' hashes one after the other."""
     hashes = [files[name]["sha256"] for name in group_files(files, group)]
@@ -146,13 +151,13 @@ class TensorGroup:
         self._parts: dict[str, list[tuple[int, safe_open]]] = {}  # first row, and the file that holds it and more
         names = group_files(files, group)
         if not names:
-            raise UserError(f"{self.origin}: no such file in this checkpoint")
+            raise UserError(f"{self.origin}: no such file in this checkpoint; use another checkpoint")
         for number, name in enumerate(names):
             self._open(folder / name, files[name], check=number % world == rank or world > len(names))
 
     def _open(self, path: Path, expected: dict[str, Any], check: bool) -> None:
         if not path.is_file():
-            raise UserError(f"{path}: no such file in this checkpoint")
+            raise UserError(f"{path}: no such file in this checkpoint; use another checkpoint")
         if differs(path, expected, check):
             raise UserError(f"{path}: damaged (its size or sha256 differs from checkpoint.json); use another "
                             "checkpoint")

@@ -19,9 +19,9 @@ from mutor_img.common.errors import UserError, suggest
 
 N = TypeVar("N", int, float)
 
+_LONGEST = 1000
 # No permission, a read-only disk, a file where a path needs a folder or the other way round, links in a circle, and a
 # name that is too long.
-_LONGEST = 1000
 _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP,
            errno.ENAMETOOLONG)
 

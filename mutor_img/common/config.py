@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from omegaconf import BooleanNode, FloatNode, IntegerNode, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from mutor_img.common.errors import UserError, check_range, suggest
+from mutor_img.common.errors import UserError, check_choice, check_range, first_line, suggest
 from mutor_img.common.files import check_format
 from mutor_img.common.plain_yaml import Null, is_null, parse
 from mutor_img.common.shipped import PACKAGED, find_config
@@ -69,7 +69,7 @@ class OptimConfig:
         if any(a >= b for a, b in pairwise([0, *self.restarts])):
             raise UserError(f"optim.restarts is {list(self.restarts)}; give rising updates from 1 on")
         for beta in self.betas:
-            check_range("optim.betas", beta, 0.0, 1.0)
+            check_range("optim.betas", beta, 0.0, 0.999999)  # AdamW divides by 1 - beta
         check_choice("optim.schedule", self.schedule, ("constant", "cosine", "wsd"))
 
 
@@ -113,12 +113,6 @@ class TrainConfig:
         check_choice("train.parallel", self.parallel, ("ddp", "fsdp"))
 
 
-def check_choice(name: str, value: str, known: Sequence[str]) -> None:
-    """Raise :class:`UserError` naming the nearest known value unless ``value`` is one of them."""
-    if value not in known:
-        raise UserError(f"{name} is {value!r}{suggest(value, known)}")
-
-
 def load_config(schema: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
     """Read ``path`` and what it extends, apply ``key.sub=value`` overrides, and check every value.
 
@@ -143,7 +137,7 @@ def load_config(schema: type[C], path: str | Path, overrides: Sequence[str] = ()
     try:
         value = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {_first_line(error)}") from None
+        raise UserError(f"{path}: {first_line(error)}") from None
     value.run_dir = value.run_dir or default_run_dir(files[-1][0])
     validate(value)
     return value
@@ -157,11 +151,11 @@ def config_files(path: str | Path, seen: tuple[Path, ...] = ()) -> list[tuple[Pa
     """
     path = find_config(os.path.expanduser(path))
     if path.resolve() in seen:
-        raise UserError(f"{path}: extends itself")
+        raise UserError(f"{path}: extends itself; give extends another file, or remove it")
     try:
         layer = parse(path.read_text(), str(path))
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not valid YAML ({_first_line(error)})") from None
+        raise UserError(f"{path}: not valid YAML ({first_line(error)})") from None
     layer = {} if layer is None else layer
     if not isinstance(layer, dict):
         kind = "a list" if isinstance(layer, list) else "one value"
@@ -202,11 +196,6 @@ def validate(config: Any) -> None:
             validate(section)
     if hasattr(config, "validate"):
         config.validate()
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Return a config as plain dicts, lists and scalars, ready for JSON or YAML."""
-    return dataclasses.asdict(config)
 
 
 def to_yaml(config: Any) -> str:
@@ -339,7 +328,7 @@ def _merge(config: Any, layer: Any, schema: type, origin: str) -> Any:
         raise _unknown(origin, str(error.full_key or error.key), schema) from None
     except OmegaConfBaseException as error:
         where = f"{error.full_key}: " if error.full_key else ""
-        raise UserError(f"{origin}: {where}{_first_line(error)}") from None
+        raise UserError(f"{origin}: {where}{first_line(error)}") from None
     except UserError as error:
         raise UserError(f"{origin}: {error}") from None
 
@@ -354,7 +343,3 @@ def _unknown(origin: str, key: str, schema: type) -> UserError:
     if program := _ELSEWHERE.get(key) or (None if ours else _ELSEWHERE.get(section)):
         return UserError(f"{origin}: unknown key {key!r}; {program} has it: give that this config")
     return UserError(f"{origin}: unknown key {key!r}{suggest(key, known)}")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -8,12 +8,23 @@ may catch it as a ``ValueError``.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 
 class UserError(ValueError):
     """A mistake of the user's. The message is one line: what is wrong, with its value, and the fix."""
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    """Raise :class:`UserError` naming the nearest known value unless ``value`` is one of them."""
+    if value not in known:
+        raise UserError(f"{name} is {value!r}{suggest(value, known)}")
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
@@ -47,6 +58,27 @@ def naming(origin: object) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{origin}: {error}") from None
+
+
+@contextmanager
+def reading(name: str, given: object = None, kind: str = "image") -> Iterator[None]:
+    """Turn whatever is raised while one image, or another file, is read into a :class:`UserError` that names it.
+
+    Decoders raise errors of every kind for damaged files, which no list of kinds has held for long.
+
+    Args:
+        name: what messages call the image.
+        given: what Pillow was given, which its messages repeat: a file in memory by its address.
+        kind: what the file should be.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = " ".join(reason.replace(repr(given), "").split()) or type(error).__name__
+        raise UserError(f"{name}: not a readable {kind} ({reason}); replace or remove the file") from None
 
 
 @contextmanager

@@ -46,8 +46,12 @@ def write_atomic(path: str | os.PathLike, write: Callable[[Path], None]) -> Path
 
 def write_json(path: str | os.PathLike, value: Any) -> Path:
     """Write JSON that a person can read, atomically."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    return write_atomic(path, lambda aside: aside.write_text(text))
+    return write_atomic(path, lambda aside: aside.write_bytes(json_text(value)))
+
+
+def json_text(value: Any) -> bytes:
+    """Return JSON that a person can read, in UTF-8; names of files that are not in UTF-8 come back as they were."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
 
 
 def write_sealed(path: str | os.PathLike, value: dict[str, Any]) -> Path:
@@ -141,9 +145,9 @@ def check_format(found: object, wanted: str, path: str | os.PathLike) -> None:
 
 
 def append_line(path: str | os.PathLike, line: str) -> None:
-    """Append a line to a file, whole or not at all, also where several processes do so at once.
+    """Append a line to a file, also where several processes do so at once.
 
-    What a killed process left of its line is cut off first.
+    What a killed process, or a full disk, left of a line is cut off first; :func:`read_lines` leaves it out.
 
     Args:
         path: made where it is not there.
@@ -154,15 +158,10 @@ def append_line(path: str | os.PathLike, line: str) -> None:
     with open(path, "a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
         file.seek(0)
-        whole = file.read().rfind(b"\n") + 1
-        file.truncate(whole)
-        try:
-            file.write(line.encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        except OSError:
-            file.truncate(whole)
-            raise
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(line.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_lines(path: str | os.PathLike, *keys: str) -> list[dict[str, Any]]:

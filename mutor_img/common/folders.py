@@ -160,12 +160,20 @@ def means_split(path: str | os.PathLike) -> bool:
     path = Path(path)
     if path.exists() or not path.parent.is_dir():
         return False
-    beside = [name for name in os.listdir(path.parent) if not is_hidden(name)]
+    beside = _visible_names(path.parent)
     shards = [Path(name).stem for name in beside if is_shard(name)]
     if path.name in {**folder_splits(beside), **shard_splits(shards)}:
         return True
-    inside = (name for folder in path.parent.glob("*/") for name in os.listdir(folder))
-    return any(split_word(name) == path.name for name in (*beside, *inside) if is_image(name))
+    inside = (name for folder in beside for name in _visible_names(path.parent / folder))
+    return any(split_word(name) == path.name for name in chain(beside, inside) if is_image(name))
+
+
+def _visible_names(folder: Path) -> list[str]:
+    """Return what is in a folder, without hidden names; of a file, or a folder that may not be listed, nothing."""
+    try:
+        return [name for name in os.listdir(folder) if not is_hidden(name)]
+    except OSError:
+        return []
 
 
 def enter_split(path: str | os.PathLike, split: str | None = None) -> tuple[Path, str | None]:

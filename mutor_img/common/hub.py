@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Self
 
-from mutor_img.common.errors import UserError
+from mutor_img.common.errors import UserError, first_line
 from mutor_img.common.files import read_json
 
 MAJOR = 2  # of huggingface_hub, as in pyproject.toml
@@ -171,7 +171,7 @@ def hub_errors(what: str) -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return first_line(error).rstrip(".")
 
 
 class HubModel:

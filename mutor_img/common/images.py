@@ -6,8 +6,7 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
@@ -18,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
-from mutor_img.common.errors import UserError
+from mutor_img.common.errors import UserError, reading
 from mutor_img.common.files import write_atomic
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
@@ -47,27 +46,6 @@ def to_nhwc(images: Tensor) -> np.ndarray:
     return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-@contextmanager
-def naming(name: str, given: object = None, kind: str = "image") -> Iterator[None]:
-    """Turn whatever is raised while one image, or another file, is read into a :class:`UserError` that names it.
-
-    Decoders raise errors of every kind for damaged files, which no list of kinds has held for long.
-
-    Args:
-        name: what messages call the image.
-        given: what Pillow was given, which its messages repeat: a file in memory by its address.
-        kind: what the file should be.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        reason = " ".join(reason.replace(repr(given), "").split()) or type(error).__name__
-        raise UserError(f"{name}: not a readable {kind} ({reason}); replace or remove the file") from None
-
-
 def shrink(images: Tensor, side: int) -> Tensor:
     """Resize (B, C, H, W) pixels in [-1, 1] to ``side`` pixels per side, before they are rounded; fp32.
 
@@ -86,10 +64,10 @@ def read_image(path: str | os.PathLike | BinaryIO, mode: str = "RGB", *, name: s
         UserError: the file is missing, is no image, ends early, or has pixels of an unknown range.
     """
     name = name or str(path)
-    with naming(name):
+    with reading(name):
         # In memory, no read can be longer than the file, whatever a length in it says.
         file = path if hasattr(path, "read") else io.BytesIO(_read_file(path, name))
-    with naming(name, file), _open(file) as image:
+    with reading(name, file), _open(file) as image:
         check_pixels(name, *image.size)
         image.load()
         image.info.pop("transparency", None)  # Pillow would look for a colour to keep it in, and warn

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from mutor_img.common.errors import UserError
+from mutor_img.common.errors import UserError, first_line
 
 DEEPEST = 20  # levels of lists and mappings; an alias to what holds it would never end
 _MOST = 100_000  # values, those of an alias at each of its places: a few lines of aliases can stand for billions
@@ -84,7 +84,7 @@ def parse(text: str, origin: str) -> Any:
         quotes = "; put quotes around what begins with *, as in ['*.weight']" * alias
         raise UserError(f"{origin}: not valid YAML ({where}{error.problem or error.context}){quotes}") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{origin}: not valid YAML ({str(error).strip().splitlines()[0]})") from None
+        raise UserError(f"{origin}: not valid YAML ({first_line(error)})") from None
     except RecursionError:
         raise UserError(f"{origin}: lists or mappings are nested more than {DEEPEST} deep") from None
     return value

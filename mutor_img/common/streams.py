@@ -92,5 +92,5 @@ def integers(high: int, seed: int, stream: Stream, *keys: int | Tensor, device=N
 
 
 def generator_seed(seed: int, stream: Stream, *keys: int) -> int:
-    """Return a Python integer in [0, 2**63) to seed a ``torch.Generator`` with (permutations, dropout)."""
+    """Return a Python integer in [0, 2**63) to seed a ``torch.Generator`` with (permutations, first weights)."""
     return _mixed(seed, stream, *keys) >> 1

@@ -100,7 +100,7 @@ def check_same_codes(first: Codes, other: Codes) -> None:
                             ("number of classes", len(a.class_names), len(b.class_names)),
                             ("image_size", a.image_size, b.image_size)):
         if mine != its:
-            raise UserError(f"{both}{name} {its} and {mine}")
+            raise UserError(f"{both}their {name} is {its} and {mine}; encode one of them again as the other")
     for label, (mine, its) in enumerate(zip(a.class_names, b.class_names)):
         if mine != its:
             raise UserError(f"{both}class {label} is {its!r} in the first and {mine!r} in the second; encode one of "
@@ -112,7 +112,7 @@ def _check_same_images(first: Codes, other: Codes) -> None:
     check_same_codes(first, other)
     both = f"{other.folder} and {first.folder} cannot be mixed: "
     if len(first) != len(other):
-        raise UserError(f"{both}images {len(other)} and {len(first)}")
+        raise UserError(f"{both}they hold {len(other)} and {len(first)} images; give stores of the same images")
     a, b = first.info.images_hash, other.info.images_hash
     if (a and b and a != b) or not np.array_equal(first.labels, other.labels):
         raise UserError(f"{both}they hold other images, or the same in another order; encode both from one folder")

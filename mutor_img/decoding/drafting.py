@@ -32,8 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mutor_img.blocks import ModelConfig
-from mutor_img.common.config import check_choice
-from mutor_img.common.errors import UserError
+from mutor_img.common.errors import UserError, check_choice
 from mutor_img.common.streams import Stream, uniform
 from mutor_img.decoding.cpu import CHUNK
 from mutor_img.decoding.guidance import guide

@@ -10,8 +10,7 @@ import math
 
 from torch import Tensor
 
-from mutor_img.common.config import check_choice
-from mutor_img.common.errors import UserError
+from mutor_img.common.errors import UserError, check_choice
 
 SCHEDULES = ("constant", "interval", "linear", "power-cosine")
 _PARAMETERS = {  # what a schedule's one number means

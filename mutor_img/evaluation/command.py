@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mutor_img.common import cli
-from mutor_img.common.errors import UserError, check_range, suggest
+from mutor_img.common.errors import UserError, check_choice, check_range
 from mutor_img.common.files import write_sealed
 from mutor_img.common.locks import file_lock
 from mutor_img.common.outputs import keep_apart, keep_unseen
@@ -113,8 +113,8 @@ def _score(args: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
 def _check(args: argparse.Namespace) -> None:
     """Refuse what cannot be meant before anything is read."""
     for name, value, known in (("--is-order", args.is_order, ORDERS), ("--role", args.role, ROLES)):
-        if value is not None and value not in known:
-            raise UserError(f"{name} {value!r} is unknown{suggest(value, known)}")
+        if value is not None:
+            check_choice(name, value, known)
     check_network_flags(args)
     check_sampling_flags(args)
     _metrics(args.metrics)

@@ -23,10 +23,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from mutor_img.common.arrays import read_header
-from mutor_img.common.errors import UserError
+from mutor_img.common.errors import UserError, reading
 from mutor_img.common.file_kinds import kind_of
 from mutor_img.common.folders import GONE, list_folder
-from mutor_img.common.images import MOST_PIXELS, check_pixels, naming, read_image
+from mutor_img.common.images import MOST_PIXELS, check_pixels, read_image
 
 _CHUNK = 64  # images read at once
 _MOST_BYTES = 2**31  # of an array that is read whole: features of 250 000 images, or a covariance of 16 384 of them
@@ -285,7 +285,7 @@ class FolderImages(_Indexed):
         """Return one hash over the relative paths and the bytes of all files."""
         digest = hashlib.sha256()
         for file in self.files:
-            with naming(str(self.path / file)):
+            with reading(str(self.path / file)):
                 content = (self.path / file).read_bytes()
             digest.update(os.fsencode(file.as_posix()) + b"\0" + hashlib.sha256(content).digest())
         return digest.hexdigest()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
-from mutor_img.common.errors import UserError
+from mutor_img.common.errors import UserError, first_line
 from mutor_img.common.files import file_hash, remove
 from mutor_img.common.full_precision import full_precision
 from mutor_img.metrics.features import to_nchw
@@ -147,8 +147,7 @@ def load_inception(weights: str | os.PathLike | None = None, device: torch.devic
     try:
         graph.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # a foreign file can fail in any way while it is unpickled
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: no Inception weights ({reason[:160]})") from None
+        raise UserError(f"{path}: no Inception weights ({first_line(error)[:160]})") from None
     return Inception(graph, digest, device, warnings)
 
 

@@ -13,7 +13,7 @@ from timm.models import load_checkpoint
 from torch import Tensor
 from torchvision.transforms.v2.functional import InterpolationMode, normalize, resize
 
-from mutor_img.common.errors import UserError, suggest
+from mutor_img.common.errors import UserError, first_line, suggest
 from mutor_img.common.files import file_hash
 from mutor_img.common.full_precision import full_precision
 from mutor_img.metrics.features import to_nchw
@@ -65,8 +65,7 @@ def load_timm(name: str, weights: str | os.PathLike, device: torch.device | str 
     try:
         load_checkpoint(model, str(path), strict=True, weights_only=True)
     except Exception as error:  # a foreign file can fail in any way while it is read
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: no weights of {short} ({reason[:160]})") from None
+        raise UserError(f"{path}: no weights of {short} ({first_line(error)[:160]})") from None
     return TimmFeatures(model, PREFIX + short, file_hash(path), device)
 
 

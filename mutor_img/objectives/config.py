@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from mutor_img.blocks import ModelConfig
-from mutor_img.common.config import check_choice
-from mutor_img.common.errors import UserError
+from mutor_img.common.errors import UserError, check_choice
 from mutor_img.objectives.mirai import Mirai
 from mutor_img.objectives.mutor import Mutor
 from mutor_img.objectives.next_patch import NextPatch

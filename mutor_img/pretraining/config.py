@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from mutor_img.blocks import ModelConfig
-from mutor_img.common.config import OptimConfig, TrainConfig, check_choice
-from mutor_img.common.errors import UserError, check_range
+from mutor_img.common.config import OptimConfig, TrainConfig
+from mutor_img.common.errors import UserError, check_choice, check_range
 from mutor_img.data.store import MOST_CODES
 from mutor_img.metrics.networks import check_features
 from mutor_img.metrics.requirements import check_names
@@ -76,8 +76,7 @@ class RegistersConfig:
     def validate(self) -> None:
         """Raise :class:`UserError` for a value out of range."""
         check_range("registers.loss_weight", self.loss_weight, 0.0, 1.0)
-        if self.embedding not in ("shared", "per_offset"):
-            raise UserError(f"registers.embedding is {self.embedding!r}; give shared or per_offset")
+        check_choice("registers.embedding", self.embedding, ("shared", "per_offset"))
 
 
 @dataclass

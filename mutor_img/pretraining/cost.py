@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 
 from mutor_img.attention import BLOCK
-from mutor_img.blocks import ModelConfig, block_flops
+from mutor_img.blocks import ModelConfig, block_flops, block_weights
 from mutor_img.pretraining.memory import FP32, Step, padded_head
 from mutor_img.registers import RegisterLaw
 
@@ -194,7 +194,7 @@ def weight_traffic(config: ModelConfig, parameters: int, step: Step, passes: int
     pass, per weight of a matrix: its copy in bf16 is made, and its gradient is widened to fp32. From the second pass on
     gradients are added to those of the first.
     """
-    matrices = (config.layers + step.blocks) * (4 * config.dim**2 + 3 * config.dim * config.hidden)
+    matrices = (config.layers + step.blocks) * block_weights(config)
     matrices += config.vocabulary * config.dim
     held = FP32 * (3 + 7 + (3 if step.ema else 0)) * parameters / step.shards
     copies = 2 * (step.width + FP32) * matrices * passes if step.width < FP32 else 0

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mutor_img.attention import flex_width
-from mutor_img.blocks import ModelConfig
+from mutor_img.blocks import ModelConfig, block_weights
 
 FP32 = 4  # bytes
 
@@ -192,7 +192,7 @@ def copied_weight_bytes(config: ModelConfig, parameters: int, step: Step) -> flo
     embeddings and head in fp32 for the whole step, blocks one by one with the next one on its way; of the larger of
     both there are whole gradients, as computed and in fp32 to be reduced.
     """
-    block = 4 * config.dim**2 + 3 * config.dim * config.hidden
+    block = block_weights(config)
     head = 0 if step.loss_chunk else config.vocabulary * config.dim
     blocks = config.layers + step.blocks
     if step.shards > 1:

@@ -33,7 +33,7 @@ class Difference:
     """One tensor's difference from the exact one, at the place where it is largest for what is allowed there.
 
     Attributes:
-        tensor: ``output``, ``gradient of q``, ``gradient of k`` or ``gradient of v``.
+        tensor: what is compared: ``output``, or ``gradient of`` q, k, v, the input or a weight.
         error: absolute difference; NaN where the tensor is not finite.
         allowed: what rounding may amount to at that place.
     """

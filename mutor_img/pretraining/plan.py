@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mutor_img.blocks import ModelConfig
+from mutor_img.blocks import ModelConfig, block_weights
 from mutor_img.common.errors import UserError
 from mutor_img.objectives.objective import Objective
 from mutor_img.pretraining.config import GeneratorConfig
@@ -218,11 +218,15 @@ def gpu_step(config: GeneratorConfig) -> Step:
 
 def largest_micro_batch(model: ModelConfig, parameters: int, step: Step, room: float, share: int) -> int:
     """Return the most sequences of a forward pass whose memory is within ``room`` bytes; 0: not even one."""
-    low, high = 0, 2**20
+    def fits(sequences: int) -> bool:
+        trial = replace(step, sequences=sequences, accumulate=sequences < share)
+        return step_memory(model, parameters, trial).total <= room
+
+    # Fewer than the share can take more: gradients that accumulate are held a second time where they are sharded.
+    low, high = (share, 2**20) if fits(share) else (0, share - 1)
     while low < high:
         middle = (low + high + 1) // 2
-        trial = replace(step, sequences=middle, accumulate=middle < share)
-        if step_memory(model, parameters, trial).total <= room:
+        if fits(middle):
             low = middle
         else:
             high = middle - 1
@@ -260,7 +264,7 @@ def gathered_bytes(model: ModelConfig, parameters: int, step: Step, passes: int)
 
     Blocks twice in each (in bf16 in a bf16 run), embeddings and head once, in fp32.
     """
-    blocks = (model.layers + step.blocks) * (4 * model.dim**2 + 3 * model.dim * model.hidden)
+    blocks = (model.layers + step.blocks) * block_weights(model)
     return passes * (2 * step.width * blocks + FP32 * (parameters - blocks))
 
 

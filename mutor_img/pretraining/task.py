@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from mutor_img.blocks import ModelConfig
 from mutor_img.checkpoints.folder import load_strict, newest_checkpoint
 from mutor_img.checkpoints.loading import Loaded, load_run
 from mutor_img.chunked_loss import read_out_losses
-from mutor_img.common.config import to_dict
 from mutor_img.common.dropout import dropout, mask_keys
 from mutor_img.common.errors import UserError
 from mutor_img.common.streams import Stream, generator_seed, uniform
@@ -30,7 +29,7 @@ from mutor_img.pretraining.preflight import Preflight, preflight
 from mutor_img.pretraining.scores import RunScores
 from mutor_img.sampling.pictures import PUT_BACK, verified_tokenizer
 from mutor_img.training.compiling import compile_whole
-from mutor_img.training.hardware import precision_on, to_device
+from mutor_img.training.hardware import to_device
 from mutor_img.training.optimizer import freeze
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.task import Task
@@ -53,7 +52,7 @@ class GeneratorTask(Task):
             UserError: missing or damaged codes, or codes that do not fit the config.
         """
         self.config, self.runtime = config, runtime
-        runtime.agree(to_dict(config))
+        runtime.agree(asdict(config))
         self.preflight: Preflight | None = None
         self.law = config.law()
         self._counted: tuple[int, dict[str, int]] = -1, {}  # a step, and its losses' terms
@@ -73,8 +72,7 @@ class GeneratorTask(Task):
         if codebook is not None:
             objective.take_codebook(codebook)
         # Not on CPUs in fp32, where a run's bits hang on one compiler less.
-        bf16 = precision_on(runtime.device, config.train.precision) == "bf16"
-        if config.train.compile and (bf16 or runtime.device.type == "cuda"):
+        if config.train.compile and (config.train.precision == "bf16" or runtime.device.type == "cuda"):
             self.model.drop_inputs = compile_whole(dropout)
             if not config.model.loss_chunk:
                 objective.read_out = compile_whole(read_out_losses)

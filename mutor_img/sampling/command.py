@@ -16,8 +16,7 @@ from tqdm import tqdm
 
 from mutor_img.checkpoints.loading import Loaded
 from mutor_img.common.cli import Parser
-from mutor_img.common.config import check_choice
-from mutor_img.common.errors import UserError, check_range
+from mutor_img.common.errors import UserError, check_choice, check_range
 from mutor_img.common.images import check_png, write_png
 from mutor_img.common.locks import file_lock
 from mutor_img.common.outputs import keep_apart

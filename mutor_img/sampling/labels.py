@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mutor_img.common.config import check_choice
-from mutor_img.common.errors import UserError, suggest
+from mutor_img.common.errors import UserError, check_choice, suggest
 from mutor_img.common.streams import Stream, bits, integers
 from tokenizer.images import source
 

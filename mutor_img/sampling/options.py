@@ -11,8 +11,7 @@ import torch
 from mutor_img.checkpoints.folder import newest_of
 from mutor_img.checkpoints.loading import Loaded, load_run
 from mutor_img.common.cli import parse_grid
-from mutor_img.common.config import check_choice
-from mutor_img.common.errors import UserError, check_range
+from mutor_img.common.errors import UserError, check_choice, check_range
 from mutor_img.decoding.drafting import SOURCES, Draft
 from mutor_img.decoding.guidance import SCHEDULES
 from mutor_img.decoding.sampler import SamplingSettings

@@ -1,4 +1,4 @@
-"""Compilation with no way out of it unseen."""
+"""Compilation that is an error where torch would run code uncompiled without saying so."""
 
 from __future__ import annotations
 

@@ -38,8 +38,9 @@ class RunLog:
         self.run_dir = run_dir = Path(config.run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         self.wandb = open_wandb(config) if "wandb" in config.train.trackers else None
+        of_update = {"samples", "skipped"}  # the row of an update itself has one of these
         self.rows = [row for row in read_metrics(run_dir) if row["step"] < start_step or (
-            row["step"] == start_step and (evaluated or "samples" in row))]  # an update's row says its samples
+            row["step"] == start_step and (evaluated or row.keys() & of_update))]
         text = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_atomic(run_dir / "metrics.jsonl", lambda path: path.write_text(text))
         self.file = open(run_dir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (open for the run)

@@ -125,7 +125,7 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, g
         key, _, name = full_name.partition("/")
         parameter = parameters.get(name)
         if parameter is None or (key != "step" and shape != tuple(parameter.shape)):
-            raise UserError(f"optimizer.safetensors: {full_name} fits no parameter of this model")
+            raise UserError(f"{group.origin}: {full_name} fits no parameter of this model; use another checkpoint")
         if key == "step":
             optimizer.state[parameter][key] = group.read(full_name).to(parameter.device)
             continue

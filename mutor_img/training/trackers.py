@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import secrets
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mutor_img.common.config import to_dict
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import read_record, write_sealed
 
@@ -42,7 +42,7 @@ def open_wandb(config: Any) -> GeneralTracker:
                            id=_run_id(Path(config.run_dir) / RECORD), resume="allow")
     try:
         tracker.start()
-        tracker.store_init_configuration(to_dict(config))
+        tracker.store_init_configuration(asdict(config))
     except (wandb.errors.Error, ValueError) as error:  # the latter: settings of the environment, as pydantic sees them
         lines = [line.strip() for line in str(error).strip().splitlines()]
         why = lines[0] if isinstance(error, wandb.errors.Error) else " ".join(lines[:3])

@@ -8,6 +8,7 @@ loss curve up to rounding. So does another micro-batch, where a task's loss is a
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from mutor_img.checkpoints.folder import newest_checkpoint, open_group, read_meta, tidy, write_checkpoint
-from mutor_img.common.config import to_dict
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import file_hash
 from mutor_img.common.processes import share_mistake
@@ -97,7 +97,7 @@ class Trainer:
         Raises:
             UserError: on every process; one of them has another config or other codes, or sees another checkpoint.
         """
-        self.runtime.agree(to_dict(self.config))
+        self.runtime.agree(asdict(self.config))
         self.runtime.agree(self.task.metadata())
         name = self.runtime.from_main(lambda: (newest := tidy(self.run_dir)) and newest.name)
         folder = self.run_dir / "checkpoints" / name if name else newest_checkpoint(self.run_dir)
@@ -233,8 +233,8 @@ class Trainer:
         most = self.config.train.skip_bad_updates
         if len(self.skipped) > most:
             enough = f", {most} of the {WINDOW} updates before were skipped already," if most else ""
-            raise UserError(f"step {step - 1}: {fault}; nothing was updated{enough} and {self._last_good()} is the "
-                            f"last good state; {_REMEDY}")
+            raise UserError(f"step {step - 1}: {fault}; nothing was updated{enough} and {self._last_good()}; "
+                            f"{_REMEDY}")
         return (f"step {step}: {fault}; this update was skipped (train.skip_bad_updates: {len(self.skipped)} of {most} "
                 f"in {WINDOW} updates)")
 
@@ -251,22 +251,23 @@ class Trainer:
         found = parallel.other_copy({f"{group} {name}": tensor for group, tensors in held.items()
                                      for name, tensor in tensors.items()}, self.runtime)
         share_mistake(found and f"step {self.step}: {found} of rank {self.runtime.rank} is not that of rank 0: a "
-                                f"memory or a processor has failed; nothing was saved and {self._last_good()} is the "
-                                "last good state; check both machines, then run the same command again")
+                                f"memory or a processor has failed; nothing was saved and {self._last_good()}; "
+                                "check both machines, then run the same command again")
 
     def _refuse_broken(self, tensors: dict[str, dict[str, Tensor]]) -> None:
         """Raise :class:`UserError` on every process where one of them would save a number that is not finite."""
         bad = parallel.not_finite({f"{group} {name}": tensor for group, content in tensors.items()
                                    for name, tensor in content.items()}, self.runtime)
         share_mistake(bad and f"step {self.step}: {bad} holds NaN or infinity; nothing was saved and "
-                              f"{self._last_good()} is the last good state; {_REMEDY}")
+                              f"{self._last_good()}; {_REMEDY}")
 
-    def _last_good(self) -> Path | str:
-        return newest_checkpoint(self.run_dir) or "no checkpoint"
+    def _last_good(self) -> str:
+        newest = newest_checkpoint(self.run_dir)
+        return f"{newest} is the last good state" if newest else "there is no checkpoint to go back to"
 
     def metadata(self) -> dict[str, Any]:
         """Return what a checkpoint's JSON says of the run, whatever its step."""
-        return {**self.task.metadata(), "config": to_dict(self.config)}
+        return {**self.task.metadata(), "config": asdict(self.config)}
 
     def save(self) -> None:
         """Write a checkpoint, each process its rows; every process waits for it."""

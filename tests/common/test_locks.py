@@ -136,7 +136,8 @@ def marker(path: Path, **changes) -> str:
 
 def test_a_process_id_that_another_process_has_by_now_owns_nothing(tmp_path):
     lock = folder_lock(tmp_path)
-    lock.path.write_text(marker(tmp_path / "some", pid=os.getppid()))  # alive, but it began at another moment
+    # Alive, but it began at another moment. Not the parent's: that may have begun in the same clock tick.
+    lock.path.write_text(marker(tmp_path / "some", pid=os.getppid(), start=1))
     with claim(lock):
         assert f"pid={os.getpid()}\n" in lock.path.read_text()
 

@@ -69,10 +69,10 @@ def test_stores_with_other_numbers_of_views_mix(make_codes, tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     ({"tokenizer_hash": "b" * 64}, "tokenizer bbbbbbbbbbbb and by tokenizer aaaaaaaaaaaa"),
-    ({"images": 11}, "images 11 and 10"),
-    ({"vocabulary": 17}, "vocabulary 17 and 16"),
-    ({"grid": (5, 4)}, r"grid \(5, 4\) and \(4, 5\)"),
-    ({"class_names": ["a", "b"]}, "number of classes 2 and 3"),
+    ({"images": 11}, "they hold 11 and 10 images; give stores of the same images"),
+    ({"vocabulary": 17}, "their vocabulary is 17 and 16; encode one"),
+    ({"grid": (5, 4)}, r"grid is \(5, 4\) and \(4, 5\)"),
+    ({"class_names": ["a", "b"]}, "number of classes is 2 and 3"),
     ({"class_names": ["a", "c", "b"]}, "class 1 is 'c' in the first and 'b' in the second"),
     ({"class_names": ["a", "b", "C"]}, "class 2 is 'C' in the first and 'c' in the second"),
     ({"images_hash": "x"}, "other images"),

@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mutor_img.common.errors import UserError, check_range, suggest
-from mutor_img.common.images import naming
+from mutor_img.common.errors import UserError, check_range, reading, suggest
 from mutor_img.common.streams import Stream, uniform
 from tokenizer.images.source import ImageSource
 
@@ -152,7 +151,7 @@ def read_squares(source: ImageSource, index: int, channels: int, side: int, rule
     Raises:
         UserError: the image cannot be read or cropped.
     """
-    with naming(source.name(index)):
+    with reading(source.name(index)):
         image = source.read(index, pil_mode(channels))
         return torch.stack([pixels(square) for square in rule.cut(image, side, index)])
 

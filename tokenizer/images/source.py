@@ -14,9 +14,9 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from mutor_img.common.errors import UserError, suggest
+from mutor_img.common.errors import UserError, reading, suggest
 from mutor_img.common.folders import list_classes
-from mutor_img.common.images import naming, read_image
+from mutor_img.common.images import read_image
 
 IMAGENET = "imagenet-1k"  # as a class list: the 1000 WordNet ids in sorted order
 
@@ -60,7 +60,7 @@ class ImageSource(Labelled, ABC):
             UserError: it is missing, is no image, or ends early.
         """
         name = self.name(index)
-        with naming(name):  # a shard that is gone or damaged too
+        with reading(name):  # a shard that is gone or damaged too
             return read_image(self.open(index), mode, name=name)
 
     def spread(self, count: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from mutor_img.common.images import naming
+from mutor_img.common.errors import reading
 from mutor_img.common.streams import Stream, uniform
 from mutor_img.data.order import StatelessOrder
 from mutor_img.training.hardware import to_device
@@ -79,7 +79,7 @@ class TrainingImages:
 
     def _one(self, sample: int, item: int) -> Tensor:
         draws = uniform(self.seed, Stream.AUGMENT, sample, torch.arange(1, 4)).tolist()
-        with naming(self.folder.name(item)):
+        with reading(self.folder.name(item)):
             image = self.folder.read(item, pil_mode(self.channels))
             if self.crop_min == 1:
                 return pixels(center_crop(image, self.image_size))

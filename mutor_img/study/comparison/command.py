@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mutor_img.common.cli import Parser
-from mutor_img.common.config import check_choice, config_files
-from mutor_img.common.errors import UserError, check_range
+from mutor_img.common.config import config_files
+from mutor_img.common.errors import UserError, check_choice, check_range
 from mutor_img.common.files import write_atomic
 from mutor_img.common.locks import claim, folder_lock
 from mutor_img.pretraining.plan import run_flops, run_parameters

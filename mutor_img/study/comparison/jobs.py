@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, zip_longest
 from pathlib import Path
 
 from mutor_img.checkpoints.folder import newest_checkpoint, read_meta
-from mutor_img.common.config import load_config, to_dict
+from mutor_img.common.config import load_config
 from mutor_img.common.errors import UserError, naming, suggest
 from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.study.comparison.config import ComparisonConfig, RowConfig
@@ -111,5 +111,5 @@ def _milestones(study: ComparisonConfig, row: RowConfig) -> str:
 
 def run_key(config: GeneratorConfig) -> str:
     """Return the sha256 of the settings that decide a run's weights."""
-    settings = decisive(to_dict(config), to_dict(GeneratorConfig()))
+    settings = decisive(asdict(config), asdict(GeneratorConfig()))
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mutor_img.checkpoints.folder import checkpoint_at, read_meta
-from mutor_img.checkpoints.tensor_files import group_hash, has_group
+from mutor_img.checkpoints.tensor_files import group_hash, sampled_group
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import append_line, read_lines, sealed
 from mutor_img.study.comparison.config import ComparisonConfig
@@ -68,7 +68,7 @@ def weights_at(job: Job, step: int) -> str | None:
     if not (folder / "checkpoint.json").is_file():
         return None
     files = read_meta(folder)["files"]
-    return group_hash(files, "ema" if has_group(files, "ema") else "model")
+    return group_hash(files, sampled_group(files))
 
 
 def check_same_judge(study: ComparisonConfig, judge: dict[str, Any]) -> None:
