@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mutor_img.common.cli import Parser, run
+from mutor_img.common.cli import Parser, parse_words, run
 from mutor_img.common.errors import UserError, check_range, suggest
 from mutor_img.common.locks import folder_lock
 from mutor_img.common.outputs import keep_apart
@@ -48,7 +48,7 @@ def parse_views(text: str | None, rule: CropRule) -> list[str]:
         if text is not None:
             raise UserError(f"--views {text}: crop rule {rule.name!r} makes its own views; leave --views out")
         return ["plain"]
-    views = list(VIEWS) if text is None else text.split(",")
+    views = list(VIEWS) if text is None else parse_words(text, "--views")
     for view in views:
         if view not in VIEWS:
             raise UserError(f"view {view!r} is unknown{suggest(view, VIEWS)}")

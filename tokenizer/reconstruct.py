@@ -7,8 +7,8 @@ if __name__ == "__main__":
 
     set_spinning()  # before torch is loaded
 
-import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from mutor_img.common.cli import Parser, run
+from mutor_img.common.cli import Parser, parse_words, run
 from mutor_img.common.errors import UserError, check_range
-from mutor_img.common.files import clear, write_sealed
+from mutor_img.common.files import filling, write_sealed
 from mutor_img.common.images import check_png, to_nhwc, write_png
 from mutor_img.common.locks import claim, file_lock
 from mutor_img.common.outputs import keep_apart
@@ -53,7 +53,7 @@ def reconstruct_folder(vq: ImageTokenizer, images: str | Path, *, split: str | N
         batch_size: images at a time.
         workers: reading processes; 0 reads in this one.
         picture: where to write a PNG of 20 images before and after, or None.
-        samples: a new folder for the reconstructions, as :class:`Folder` writes them, or None.
+        samples: a new folder for the reconstructions, as :func:`write_classes` writes them, or None.
         metrics, inception_weights, lpips_weights: as in :class:`~tokenizer.scores.ReconstructionScores`.
 
     Returns:
@@ -62,9 +62,11 @@ def reconstruct_folder(vq: ImageTokenizer, images: str | Path, *, split: str | N
         ``perplexity`` of the codes, ``num_images``, what they were measured on, and ``not_computed`` with reasons.
 
     Raises:
-        UserError: a folder without classes, an unreadable image, an image size that does not fit, or weights that
+        UserError: an unreadable image, an image size that does not fit, or weights that
             were asked for and are missing, or ``samples`` exists.
     """
+    if samples and Path(samples).exists():
+        raise UserError(f"{samples} exists; remove it, or give --samples another folder")
     image_size = image_size or vq.image_size
     if image_size is None:
         raise UserError("the tokenizer does not say its image size; give --image-size")
@@ -72,13 +74,13 @@ def reconstruct_folder(vq: ImageTokenizer, images: str | Path, *, split: str | N
     device = vq.device
     folder = open_unlabelled(images, split=split)
     numbers = folder.spread(num_images)
-    written = Folder(samples, folder) if samples else None
     squares = Squares(folder, numbers, vq.image_channels, image_size, crop_rule("center"))
     shown = set(spread(len(numbers), _PICTURES).tolist())
     scores = ReconstructionScores(vq.vocabulary, len(numbers), image_size, metrics, device=device,
                                   inception_weights=inception_weights, lpips_weights=lpips_weights)
     kept, place = [], 0
-    with tqdm(total=len(numbers), desc="reconstruct", unit="image", mininterval=1.0) as bar:
+    with (filling(samples) if samples else nullcontext() as aside,
+          tqdm(total=len(numbers), desc="reconstruct", unit="image", mininterval=1.0) as bar):
         for batch, errors in squares.batches(batch_size, workers):  # (B, 1, C, H, W) uint8
             for error in filter(None, errors):
                 raise UserError(error)
@@ -86,13 +88,11 @@ def reconstruct_folder(vq: ImageTokenizer, images: str | Path, *, split: str | N
             codes = vq.encode(pixels)  # (B, N)
             before, after = to_nhwc(pixels), to_nhwc(vq.decode(codes))  # (B, H, W, 3) uint8
             scores.add(codes, before, after)
-            if written:
-                written.add(numbers[place : place + len(after)], after)
+            if aside:
+                write_classes(aside, folder, numbers[place : place + len(after)], after)
             kept += [(before[i], after[i]) for i in range(len(before)) if place + i in shown]
             place += len(before)
             bar.update(len(before))
-    if written:
-        written.finish()
     if picture:
         before, after = (np.stack(side) for side in zip(*kept))
         write_png(picture, before_after(before, after))
@@ -100,37 +100,20 @@ def reconstruct_folder(vq: ImageTokenizer, images: str | Path, *, split: str | N
             "tokenizer": vq.path, "tokenizer_hash": vq.hash}
 
 
-class Folder:
-    """Reconstructions as PNGs, with a sub-folder per class where there are several: what ``evaluate_fid.py`` scores.
-
-    The folder appears under its name only once it is whole.
+def write_classes(folder: Path, source: ImageSource, numbers: np.ndarray, images: np.ndarray) -> None:
+    """Write images as PNGs, with a sub-folder per class where there are several: what ``evaluate_fid.py`` scores.
 
     Args:
-        out: its path.
-        source: the images that are reconstructed.
-
-    Raises:
-        UserError: ``out`` exists.
+        folder: where to.
+        source: the images that they are reconstructions of.
+        numbers: (B,) their numbers in the source.
+        images: (B, H, W, 3) uint8.
     """
-
-    def __init__(self, out: str | Path, source: ImageSource):
-        self.out, self.source = Path(out), source
-        self.aside = self.out.with_name(f".{self.out.name}.part")
-        if self.out.exists():
-            raise UserError(f"{out} exists; remove it, or give --samples another folder")
-        clear(self.aside)  # of a killed one
-
-    def add(self, numbers: np.ndarray, images: np.ndarray) -> None:
-        """Write images (B, H, W, 3) uint8 whose numbers in the source are ``numbers`` (B,)."""
-        for number, image in zip(numbers.tolist(), images):
-            name = self.source.classes[self.source.labels[number]] if len(self.source.classes) > 1 else ""
-            folder = self.aside / name.replace("/", "_")
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(folder / f"{number:08d}.png")
-
-    def finish(self) -> None:
-        """Give the folder its name."""
-        os.replace(self.aside, self.out)
+    for number, image in zip(numbers.tolist(), images):
+        name = source.classes[source.labels[number]] if len(source.classes) > 1 else ""
+        place = folder / name.replace("/", "_")
+        place.mkdir(exist_ok=True)
+        Image.fromarray(image).save(place / f"{number:08d}.png")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -149,7 +132,7 @@ def main(argv: Sequence[str]) -> None:
             load_tokenizer(options.tokenizer, device), options.images, split=options.split,
             num_images=options.num_images, image_size=options.image_size, batch_size=options.batch_size,
             workers=options.workers, picture=options.out, samples=options.samples,
-            metrics=options.metrics.split(",") if options.metrics else None,
+            metrics=parse_words(options.metrics, "--metrics") if options.metrics else None,
             inception_weights=options.inception_weights, lpips_weights=options.lpips_weights)
         print(table(scores))
         if options.out:

@@ -243,14 +243,16 @@ def _report_unreadable(writer: StoreWriter, limit: int) -> None:
     Raises:
         UserError: there are more than ``limit``.
     """
-    found = writer.unreadable()
+    found, listing = writer.unreadable(), writer.out / "unreadable.txt"
     if not found:
+        remove(listing)  # of an earlier start, whose images have been mended
         return
-    (writer.out / "unreadable.txt").write_text("".join(f"{name}\n" for name in found))
+    names = "".join(f"{name}\n" for name in found)
+    write_atomic(listing, lambda aside: aside.write_bytes(os.fsencode(names)))
     print("\n".join(found.values()), file=sys.stderr)
     if len(found) > limit:
         raise UserError(f"{len(found)} of {len(writer.source)} images in {writer.source.root} cannot be read (listed "
-                        f"above and in {writer.out / 'unreadable.txt'}; first: {next(iter(found))}); fix them and run "
+                        f"above and in {listing}; first: {next(iter(found))}); fix them and run "
                         f"the same command again, or leave them out with --max-unreadable {len(found)}")
 
 

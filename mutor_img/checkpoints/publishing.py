@@ -18,7 +18,7 @@ from mutor_img.checkpoints.card import write_card
 from mutor_img.checkpoints.folder import codes_of, find_checkpoint, read_meta, read_tensors
 from mutor_img.checkpoints.tensor_files import group_files, group_hash, sampled_group
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import clear, file_hash, json_text, remove, sealed
+from mutor_img.common.files import file_hash, filling, json_text, sealed
 from mutor_img.common.hub import PACKED, hub_errors, import_hub, is_hub_name, pinned, repository_of
 from mutor_img.common.outputs import keep_apart
 from mutor_img.transformer import sampled_weights
@@ -71,18 +71,14 @@ def save_pretrained(path: str | Path, folder: str | Path, *, repo: str = "org/na
     keep_apart({"folder": folder}, {"path": path})
     if folder.exists():
         raise UserError(f"{folder} exists already; give another folder or remove it")
-    aside = folder.with_name(f".{folder.name}.part")
-    clear(aside)  # of a killed one
-    try:
+    with filling(folder) as aside:
         for name, content in repository(path, repository_of(repo), **options).items():
             (aside / name).parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, Path):
                 shutil.copyfile(content, aside / name)
             else:
                 (aside / name).write_bytes(content)
-        return aside.rename(folder)
-    finally:
-        remove(aside)
+    return folder
 
 
 def unchanged_origin(model: nn.Module) -> Path:

@@ -103,6 +103,18 @@ def parse_grid(text: str, flag: str) -> tuple[int, int]:
     return int(sides[0]), int(sides[-1])
 
 
+def parse_words(text: str, flag: str) -> list[str]:
+    """Return the words of a comma-separated list, without spaces around them.
+
+    Raises:
+        UserError: there are none; ``flag`` is what is named.
+    """
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        raise UserError(f"{flag} is {text!r}; give names with commas between them, or leave it out")
+    return words
+
+
 def parse_numbers(text: str, flag: str, kind: type[N]) -> list[N]:
     """Return the numbers of a comma-separated list, ``int`` or ``float``, all different, in the order given.
 

@@ -9,7 +9,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -254,6 +255,23 @@ def clear(path: str | os.PathLike) -> None:
     """
     if not remove(path):
         _set_aside(Path(path))
+
+
+@contextmanager
+def filling(folder: str | os.PathLike) -> Iterator[Path]:
+    """Give an empty folder to be filled; on leaving it takes the name ``folder``, or is removed if there was an error.
+
+    What a kill leaves has the same name each time, and goes when the same command runs again.
+    """
+    folder = Path(folder)
+    aside = folder.with_name(f".{folder.name}.part")
+    clear(aside)
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        os.replace(aside, folder)
+    finally:
+        remove(aside)
 
 
 def discard(path: str | os.PathLike) -> None:

@@ -56,7 +56,12 @@ def file_lock(file: str | os.PathLike | None, keeps: bool = False) -> Lock | Non
     """Return the lock of a file; the lock lies beside it. None has none.
 
     With ``keeps`` the output may also be a folder that appears when it is whole.
+
+    Raises:
+        UserError: the path has no name, as "." has none.
     """
+    if file and not Path(file).name:
+        raise UserError(f"{file}: a folder; give the name of a file")
     return Lock(Path(file), Path(file).with_name(f".{Path(file).name}.lock"), keeps) if file else None
 
 

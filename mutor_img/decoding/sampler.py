@@ -124,7 +124,8 @@ class Sampler:
     serves the next sampler too where neither weights nor shapes have changed.
 
     Attributes:
-        count: sequences the network runs on at a time, or fewer on CPUs in fp32; batches are cut and padded to it.
+        count: images that are made at a time, or fewer on CPUs in fp32; batches are cut and padded to it. With guidance
+            the network runs on twice as many sequences.
     """
 
     def __init__(self, model: Transformer, settings: SamplingSettings, batch: int, keep: bool = True,
@@ -134,7 +135,7 @@ class Sampler:
         Args:
             model: the transformer.
             settings: what decides the samples.
-            batch: sequences at a time where the number is free, that is anywhere but on CPUs in fp32; on GPUs at most
+            batch: images at a time where the number is free, that is anywhere but on CPUs in fp32; on GPUs at most
                 ``MOST_ROWS``, with guidance half of it.
             keep: False: nothing is compiled or kept beside the model; amid training.
             draft: how codes are drafted.
@@ -188,7 +189,7 @@ class Sampler:
     def images(self, window: int) -> int:
         """Return how many images run at a time with a window W; 0: without one.
 
-        On CPUs in fp32 the rows of all together are those of a step without drafts, as far as they go in.
+        On CPUs in fp32 these are as many images as fit, with their windows, into the rows of one chunk.
         """
         return max(1, CHUNK // self.draft.rows(window)) if self.fixed and window else self.count
 

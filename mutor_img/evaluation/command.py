@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mutor_img.common import cli
+from mutor_img.common.cli import parse_words
 from mutor_img.common.errors import UserError, check_choice, check_range
 from mutor_img.common.files import write_sealed
 from mutor_img.common.locks import file_lock
@@ -122,7 +123,8 @@ def _check(args: argparse.Namespace) -> None:
         check_range("--num-samples", args.num_samples, 2, 10**9)
     if args.make_reference:
         scoring = ("samples", "checkpoint", "reference", "num_samples", "metrics", "held_out", "json")
-        _check_unused(args, {**dict.fromkeys(scoring), "force_role": False}, "has no use with --make-reference")
+        _check_unused(args, {**dict.fromkeys(scoring), "force_role": False, "is_order": "shuffle"},
+                      "has no use with --make-reference")
         if not args.out or not args.role:
             raise UserError(f"--make-reference needs --role ({' or '.join(ROLES)}) and --out FILE")
         return
@@ -163,8 +165,6 @@ def _check_unused(args: argparse.Namespace, defaults: dict[str, Any], reason: st
 def _metrics(text: str | None) -> list[str] | None:
     if text is None:
         return None
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise UserError(f"--metrics is empty; choose from {','.join((*METRICS, *OPTIONAL))}")
+    names = parse_words(text, "--metrics")
     check_names(names)
     return names

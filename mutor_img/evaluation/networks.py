@@ -28,7 +28,12 @@ def add_network_flags(parser: Parser) -> None:
 
 def check_network_flags(args: argparse.Namespace) -> None:
     """Raise :class:`UserError` for what cannot be meant."""
-    check_features(args.features, args.features_weights, args.inception_weights)
+    if args.features == "inception" and args.features_weights:
+        raise UserError("--features-weights is for --features mnist, classifier and timm:NAME; Inception's file is "
+                        "given by --inception-weights")
+    if args.features != "inception" and args.inception_weights:
+        raise UserError(f"--inception-weights has no use with --features {args.features}")
+    check_features(args.features, args.features_weights)
     check_range("--batch-size", args.batch_size, 1, 100_000)
 
 
@@ -45,7 +50,7 @@ def load_network(args: argparse.Namespace, runtime: Runtime) -> FeatureNetwork:
         UserError: as the loader of that network.
     """
     with runtime.main_first():
-        return load_features(args.features, args.features_weights, args.inception_weights, runtime.device)
+        return load_features(args.features, args.features_weights or args.inception_weights, runtime.device)
 
 
 def start(name: str | None) -> Runtime:

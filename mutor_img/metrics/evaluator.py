@@ -127,7 +127,7 @@ def evaluate(
 
 
 def make_reference(source: Reference, network: FeatureNetwork, role: str, out, *, batch_size: int = 64,
-                   progress: bool = False, seed: int = 0) -> Reference | None:
+                   progress: bool = False) -> Reference | None:
     """Write the statistics of ``source`` and the features of up to 10 000 of its images to ``out``.
 
     Returns the source (None on ranks other than 0). Raises UserError where the source holds no images.
@@ -135,7 +135,7 @@ def make_reference(source: Reference, network: FeatureNetwork, role: str, out, *
     if source.images is None:
         raise UserError(f"{source.name} holds no images; a reference for all metrics is made from images")
     metrics = [name for name in METRICS if lack(name, source, network) is None]
-    known = _reference_features(source, network, metrics, seed, batch_size, progress)
+    known = _reference_features(source, network, metrics, 0, batch_size, progress)
     if known is None:
         return None
     save_reference(out, role=role, name=source.name, source_hash=source.sha256, network=network.name,
@@ -162,7 +162,9 @@ class _Judge:
         """Take the features of the reference, and of the held-out images if there are any."""
         self.known, self.repetition = known, None
         if self.compares:
-            self.repetition = Repetition(read_all(self.reference.images), self.reference.labels,
+            if "pixels" not in self.reference.computed:
+                self.reference.computed["pixels"] = read_all(self.reference.images)
+            self.repetition = Repetition(self.reference.computed["pixels"], self.reference.labels,
                                          None if real is None else real.pixels)
 
     def scores(self, found: Features, labels: Any) -> dict[str, Any]:
@@ -253,11 +255,13 @@ def _reference_features(reference: Reference, network: FeatureNetwork, metrics: 
     if missing or need_rows:
         key = (network.name, network.weights_hash, frozenset(missing), need_rows, seed)
         if key not in reference.computed:
-            total = len(reference.images)
+            images, total = reference.images, len(reference.images)
+            chosen = choose(total, min(total, REFERENCE_ROWS), seed)
+            if not missing:  # only rows are needed, and the others need not be looked at
+                images, chosen = Subset(images, chosen), None
             reference.computed[key] = extract(
-                reference.images, network, statistics=missing, rows={"pool"} if need_rows else set(),
-                chosen=choose(total, min(total, REFERENCE_ROWS), seed), batch_size=batch_size, progress=progress,
-                title="reference")
+                images, network, statistics=missing, rows={"pool"} if need_rows else set(), chosen=chosen,
+                batch_size=batch_size, progress=progress, title="reference")
         done = reference.computed[key]
         if done is None:
             return None

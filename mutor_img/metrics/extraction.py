@@ -49,10 +49,10 @@ class Features:
 
 def extract(
     images: ImageSet, network: FeatureNetwork, *, statistics: Collection[str], rows: Collection[str],
-    chosen: Tensor | None = None, pixels: bool = False, count: int | None = None, batch_size: int = 64,
+    chosen: Tensor | None = None, pixels: bool = False, batch_size: int = 64,
     progress: bool = False, title: str = "features",
 ) -> Features | None:
-    """Run the network over the first ``count`` images (all by default).
+    """Run the network over all images.
 
     Under torch.distributed every process calls this with the same images; the result is on rank 0 and None
     elsewhere.
@@ -72,7 +72,7 @@ def extract(
         UserError: the set yields fewer images than its length, they cannot be read, or processes have other ones; on
             every process alike.
     """
-    count = len(images) if count is None else count
+    count = len(images)
     rank, world = place()
     if world > 1:
         agree({f"of the {title}, {what}": value for what, value in (

@@ -1,7 +1,7 @@
 """Feature networks: what turns images into the numbers that scores are made of.
 
-A feature network is anything with the attributes of :class:`FeatureNetwork`. The evaluator knows no more of it,
-so another network (a digit classifier, say) takes the place of Inception without a branch.
+A feature network is anything with the attributes of :class:`FeatureNetwork`. The evaluator knows no more of it, but
+for the ``class_names`` of a network whose logits are classes: then it also counts the images that are recognised.
 """
 
 from __future__ import annotations

@@ -51,28 +51,12 @@ class Moments:
             raise UserError(f"features have shape {tuple(features.shape)}; these moments take (B, {dimension})")
         batch = features.detach().to("cpu", torch.float64)
         if len(batch):
-            mean = batch.mean(0)
+            mean, total = batch.mean(0), self.count + len(batch)
+            delta = mean - self.mean
             self.scatter.addmm_((batch - mean).T, batch - mean)
-            self._join(len(batch), mean)
-
-    def merge(self, other: Moments) -> None:
-        """Add another accumulator. Merged in index order, the result does not depend on who was done first.
-
-        Raises:
-            UserError: it is of another number of features.
-        """
-        if other.mean.shape != self.mean.shape:
-            raise UserError(f"cannot merge moments of {other.mean.shape[0]} and {self.mean.shape[0]} features")
-        if other.count:
-            self.scatter += other.scatter
-            self._join(other.count, other.mean)
-
-    def _join(self, count: int, mean: Tensor) -> None:
-        """Move to the common mean of what is here and ``count`` images about ``mean``, whose scatter is added."""
-        delta, total = mean - self.mean, self.count + count
-        self.scatter.addr_(delta, delta, alpha=self.count * count / total)
-        self.mean += delta * (count / total)
-        self.count = total
+            self.scatter.addr_(delta, delta, alpha=self.count * len(batch) / total)
+            self.mean += delta * (len(batch) / total)
+            self.count = total
 
     def finish(self) -> Statistics:
         """Return the statistics of everything added.

@@ -350,7 +350,6 @@ def shares(images: ImageSet, size: int, count: int, rank: int, world: int) -> It
         yield round_[rank] if rank < len(round_) else None
 
 
-def read_all(images: ImageSet, limit: int | None = None) -> np.ndarray:
-    """Return the first ``limit`` images (all by default) as one (N, H, W, C) uint8 array; for small images only."""
-    limit = len(images) if limit is None else limit
-    return next(rebatch(images, limit, limit))
+def read_all(images: ImageSet) -> np.ndarray:
+    """Return all images as one (N, H, W, C) uint8 array; for small images only."""
+    return next(rebatch(images, len(images), len(images)))

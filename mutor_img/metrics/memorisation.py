@@ -80,7 +80,7 @@ class Repetition:
     Args:
         training: (M, H, W, C) uint8.
         labels: (M,) integer classes of the training images, or None for a single class.
-        held_out: (H, H, W, C) uint8 real images that are not among them, or None: then copies are not counted.
+        held_out: (K, H, W, C) uint8 real images that are not among them, or None: then copies are not counted.
 
     Raises:
         UserError: held-out images of another size.

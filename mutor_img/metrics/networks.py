@@ -14,15 +14,10 @@ PREFIX = "timm:"
 FEATURES = ("inception", "mnist", "classifier")
 
 
-def check_features(features: str, weights: str | None, inception_weights: str | None = None) -> None:
-    """Raise :class:`UserError` for an unknown network, or weights that are not for it."""
+def check_features(features: str, weights: str | None) -> None:
+    """Raise :class:`UserError` for an unknown network, or one whose weights must be named and are not."""
     if features not in FEATURES and not features.startswith(PREFIX):
         raise UserError(f"--features {features!r} is unknown{suggest(features, (*FEATURES, PREFIX + 'NAME'))}")
-    if weights and features == "inception":
-        raise UserError("--features-weights is for --features mnist, classifier and timm:NAME; Inception's file is "
-                        "given by --inception-weights")
-    if inception_weights and features != "inception":
-        raise UserError(f"--inception-weights has no use with --features {features}")
     if features == "classifier" and not weights:
         raise UserError("--features classifier needs --features-weights FOLDER, that of a classifier trained with "
                         "python -m mutor_img.metrics.digits")
@@ -30,14 +25,12 @@ def check_features(features: str, weights: str | None, inception_weights: str | 
         raise UserError(f"--features {features} needs --features-weights FILE, its weights; nothing is downloaded")
 
 
-def load_features(features: str, weights: str | Path | None, inception_weights: str | Path | None,
-                  device: torch.device) -> FeatureNetwork:
+def load_features(features: str, weights: str | Path | None, device: torch.device) -> FeatureNetwork:
     """Load a feature network onto ``device``; Inception's weights may be downloaded.
 
     Args:
         features: ``inception``, ``mnist``, ``classifier`` or ``timm:NAME``.
-        weights: folder of the classifier, or the timm model's file.
-        inception_weights: Inception's file, where it is not in torch's hub folder.
+        weights: folder of the classifier, or the timm model's or Inception's file; None: where they are by default.
         device: where it runs.
 
     Raises:
@@ -51,4 +44,4 @@ def load_features(features: str, weights: str | Path | None, inception_weights: 
         return load_timm(features, weights, device)
     from mutor_img.metrics.inception import load_inception
 
-    return load_inception(inception_weights, device)
+    return load_inception(weights, device)

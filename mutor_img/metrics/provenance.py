@@ -22,10 +22,11 @@ def provenance(samples: Any, reference: Reference, network: FeatureNetwork, know
         reference: its reference.
         network: the feature network.
         known: the reference's features; ``count`` is the number of images that its statistics were computed from
-            here, 0 where a file holds them.
+            here, 0 where a file holds them or none are needed.
         held: samples in the whole set, of which perhaps a part is scored.
     """
-    statistics = f"computed from all {known.count} images" if known.count else "mu and sigma of the file"
+    statistics = (f"computed from all {known.count} images" if known.count
+                  else "mu and sigma of the file" if known.statistics else "none needed")
     rows = next(iter(known.rows.values()), ())
     return {
         "features": network.name,

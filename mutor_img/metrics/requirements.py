@@ -40,7 +40,7 @@ def check_names(names: Sequence[str]) -> None:
 
 def moment_outputs(metrics: Sequence[str]) -> set[str]:
     """Return the network outputs whose mean and covariance the metrics need."""
-    return {_NEEDS[name] for name in metrics} - {"logits"}
+    return {_NEEDS[name] for name in metrics if name not in _BY_ROW}
 
 
 def row_outputs(metrics: Sequence[str]) -> set[str]:

@@ -34,5 +34,6 @@ def match(count: int, labels: Any, real_count: int, real_labels: Any, seed: int)
             numbers.append(one[choose(len(one), size, seed)])
     ours, theirs = (torch.cat(numbers).sort().values for numbers in chosen)
     if len(ours) < 2:
-        raise UserError("the samples and the held-out images have no class labels in common")
+        raise UserError(f"only {len(ours)} of the samples and of the held-out images have class labels in common; give "
+                        "at least 2")
     return ours, theirs

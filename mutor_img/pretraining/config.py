@@ -135,7 +135,7 @@ class EvalConfig:
         check_range("eval.cfg_scale", self.cfg_scale, 1.0, 100.0)
         if self.metrics:
             check_names(self.metrics)
-        check_features(self.features, None if self.features == "inception" else self.features_weights)
+        check_features(self.features, self.features_weights)
         if self.every and not self.reference:
             raise UserError("eval.reference is empty; eval.every needs a reference to score against")
 

@@ -42,9 +42,8 @@ class RunScores:
         self.config, self.runtime, self.classes = config, runtime, model.config.classes
         self.settings = SamplingSettings(cfg_scale=config.cfg_scale, seed=seed)
         self.tokenizer = verified_tokenizer(codes, runtime.device, model.config, "the run", PUT_BACK)
-        weights = (None, config.features_weights) if config.features == "inception" else (config.features_weights, None)
         with runtime.main_first():
-            self.network = load_features(config.features, *weights, runtime.device)
+            self.network = load_features(config.features, config.features_weights, runtime.device)
         self.reference = open_reference(config.reference)
         runtime.agree({"the feature network": self.network.weights_hash,
                        f"the content of eval.reference={config.reference}": identity(self.reference)})

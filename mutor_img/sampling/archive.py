@@ -171,7 +171,8 @@ class SampleFolder(SampleArchive):
         self.manifest = self.out / "manifest.json"
 
     def _is_there(self) -> bool:
-        return self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir()))
+        empty = self.out.is_dir() and not any(self.out.iterdir())
+        return self.out.is_symlink() or (self.out.exists() and not empty)  # no folder can take the name of a link
 
     def _publish(self, labels: np.ndarray, manifest: dict[str, Any]) -> None:
         aside = self._aside()

@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mutor_img.checkpoints.loading import Loaded
 from mutor_img.common.cli import Parser
 from mutor_img.common.errors import UserError, check_choice, check_range
 from mutor_img.common.images import check_png, write_png
 from mutor_img.common.locks import file_lock
 from mutor_img.common.outputs import keep_apart
-from mutor_img.decoding.drafting import NO_DRAFT, Draft
-from mutor_img.decoding.sampler import Sampler, SamplingSettings
+from mutor_img.decoding.sampler import Sampler
 from mutor_img.sampling.archive import FORMAT, SampleArchive, open_archive
 from mutor_img.sampling.editing import check_edit, edit
 from mutor_img.sampling.labels import parse_classes
@@ -29,7 +27,6 @@ from mutor_img.sampling.options import add_sampling_flags, check_sampling_flags,
 from mutor_img.sampling.pictures import class_grid, decode_images, steps_strip
 from mutor_img.sampling.source import SampleSource
 from mutor_img.training.runtime import Runtime
-from tokenizer.network.interface import ImageTokenizer
 
 GRID_CLASSES = 10  # rows of a grid whose classes are not given
 GRID_COLUMNS = 8
@@ -97,8 +94,7 @@ def _write(args: argparse.Namespace, runtime: Runtime) -> Path:
     about = {"checkpoint": str(loaded.path), "step": loaded.meta.get("step"), "tokenizer": source.tokenizer.path,
              "grid": list(loaded.model.config.grid), **source.draft.to_json(), "keep": args.keep, "mask": args.mask,
              "class_names": source.names, "versions": {name: version(name) for name in ("mutor_img", "torch", "numpy")}}
-    write_samples(archive, loaded, source.tokenizer, source.labels(count), source.settings, about, runtime,
-                  args.batch_size, source.resize, source.draft)
+    write_samples(archive, source, about, runtime, args.batch_size)
     return archive.out
 
 
@@ -178,19 +174,15 @@ def _write_strip(path: str, source: SampleSource, label: int) -> None:
     print(f"{path}: an image of {source.names[label]} as its codes arrive")
 
 
-def write_samples(archive: SampleArchive, loaded: Loaded, tokenizer: ImageTokenizer, labels: Tensor,
-                  settings: SamplingSettings, about: dict[str, Any], runtime: Runtime, batch_size: int,
-                  resize: int | None = None, draft: Draft = NO_DRAFT) -> None:
+def write_samples(archive: SampleArchive, source: SampleSource, about: dict[str, Any], runtime: Runtime,
+                  batch_size: int) -> None:
     """Make a sample set, going on from what an earlier run left, on all processes that call this alike.
 
     Args:
         archive: where to.
-        loaded, tokenizer: on ``runtime.device``.
-        labels: (count,) int64 of all samples.
+        source: what is sampled, on ``runtime.device``.
         about: what the manifest says beside ``archive.settings``.
         batch_size: images at a time on this device.
-        resize: pixels per side that images are shrunk to, or None.
-        draft: how codes are drafted.
 
     Raises:
         UserError: the archive holds a run of other settings, or the processes have other ones.
@@ -201,11 +193,11 @@ def write_samples(archive: SampleArchive, loaded: Loaded, tokenizer: ImageTokeni
         if runtime.is_main:
             print(f"{archive.out}: holds these {archive.count} samples already; nothing to do")
         return
-    mine = todo[runtime.rank:: runtime.world]
+    labels, mine = source.labels(archive.count), todo[runtime.rank:: runtime.world]
     with tqdm(total=archive.count, initial=archive.done(), desc="sample", unit="image", mininterval=1.0,
               disable=not runtime.is_main) as bar:
         numbers = torch.tensor([i for unit in mine for i in archive.samples(unit)], dtype=torch.int64)
-        images = _sample(loaded, tokenizer, labels, numbers, settings, batch_size, resize, draft)
+        images = _sample(source, labels, numbers, batch_size)
         ahead: list[np.ndarray] = []  # sampled, not yet a part
         for unit in mine:
             size = len(archive.samples(unit))
@@ -225,9 +217,10 @@ def write_samples(archive: SampleArchive, loaded: Loaded, tokenizer: ImageTokeni
     runtime.barrier()
 
 
-def _sample(loaded: Loaded, tokenizer: ImageTokenizer, labels: Tensor, numbers: Tensor, settings: SamplingSettings,
-            batch_size: int, resize: int | None, draft: Draft) -> Iterator[np.ndarray]:
-    """Yield (b, H, W, 3) uint8 images of the given sample numbers, a batch at a time."""
-    sampler = Sampler(loaded.model, settings, min(batch_size, len(numbers)), draft=draft)
+def _sample(source: SampleSource, labels: Tensor, numbers: Tensor, batch_size: int) -> Iterator[np.ndarray]:
+    """Yield (b, H, W, 3) uint8 images of the given sample numbers, a batch at a time; labels (count,) are of all."""
+    model = source.loaded.model
+    sampler = Sampler(model, source.settings, min(batch_size, len(numbers)), draft=source.draft)
     for part in numbers.split(batch_size):
-        yield decode_images(tokenizer, sampler.generate(labels[part], part), loaded.model.config.grid, resize)
+        codes = sampler.generate(labels[part], part)
+        yield decode_images(source.tokenizer, codes, model.config.grid, source.resize)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from mutor_img.common.files import clear
+from mutor_img.common.files import filling
 from mutor_img.common.locks import claim, file_lock
 
 PAD = 2  # 28 -> 32 pixels per side, with background
@@ -25,11 +24,8 @@ def prepare_folder(folder: str | Path, write: Callable[[Path], None]) -> bool:
     with claim(file_lock(folder, keeps=True)):
         if folder.is_dir():
             return False
-        aside = folder.with_name(f".{folder.name}.part")
-        clear(aside)
-        write(aside)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(aside, folder)
+        with filling(folder) as aside:
+            write(aside)
     return True
 
 

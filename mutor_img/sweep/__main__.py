@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mutor_img.common.cli import Parser, parse_numbers, run
+from mutor_img.common.cli import Parser, parse_numbers, parse_words, run
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import read_record, write_sealed
 from mutor_img.common.hub import is_hub_name
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     check_sampling_flags(args)
     points = grid(parse_numbers(args.cfg_scales, "--cfg-scales", float),
                   parse_numbers(args.temperatures, "--temperatures", float), _schedules(parser, args))
-    metrics = None if args.metrics is None else [name.strip() for name in args.metrics.split(",")]
+    metrics = None if args.metrics is None else parse_words(args.metrics, "--metrics")
     if metrics is not None:
         check_names(metrics)
     out = Path(args.out) if args.out else _default_folder(args.checkpoint)
@@ -124,6 +124,7 @@ def full_command(parser: argparse.ArgumentParser, args: argparse.Namespace, best
         value = getattr(args, name)
         if value != parser.get_default(name):
             words += [f"--{name.replace('_', '-')}", str(value)]
+    words += ["--fallback"] * args.fallback
     for name in ("cfg_schedule", "cfg_parameter"):
         if best[name] != parser.get_default(name):
             words += [f"--{name.replace('_', '-')}", f"{best[name]:g}" if name == "cfg_parameter" else best[name]]
@@ -150,7 +151,7 @@ def _schedules(parser: argparse.ArgumentParser, args: argparse.Namespace) -> lis
         if getattr(args, name) != parser.get_default(name):
             raise UserError(f"--{name.replace('_', '-')} and --cfg-schedules exclude each other; name all schedules in "
                             "the latter, as in linear,power-cosine:2")
-    schedules = [parse_schedule(word) for word in args.cfg_schedules.split(",")]
+    schedules = [parse_schedule(word) for word in parse_words(args.cfg_schedules, "--cfg-schedules")]
     if len(set(schedules)) < len(schedules):
         raise UserError(f"--cfg-schedules {args.cfg_schedules!r}: a schedule is given twice")
     return schedules

@@ -55,7 +55,8 @@ def sweep(source: SampleSource, points: Sequence[SweepPoint], count: int, refere
           batch_size: int = 64, progress: bool = False) -> Iterator[dict[str, Any]]:
     """Score the first ``count`` samples of each point; yields one row per point, in order.
 
-    Under torch.distributed every process calls this alike; ranks other than 0 yield empty rows.
+    Under torch.distributed every process calls this alike; ranks other than 0 yield empty rows for points that are
+    scored now.
 
     Args:
         source: the checkpoint and the settings that all points share.

@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from mutor_img.common.files import write_atomic
 from mutor_img.decoding.guidance import schedule_text
 from mutor_img.metrics.report import aligned, shortened
+from mutor_img.training.log import save_figure
 
 _COLUMNS = {"fid": "FID", "fd": "FD", "sfid": "sFID", "is": "IS", "precision": "precision", "recall": "recall",
             "kid": "KID", "kd": "KD", "recognised": "recognised", "distinct": "distinct"}
@@ -59,7 +57,8 @@ def draw(rows: Sequence[dict[str, Any]], best: dict[str, Any], key: str, path: s
     if len({row["temperature"] for row in rows}) > len({row["cfg_scale"] for row in rows}):
         across, curves = curves, across
     panels = [[key], *([name] for name in ("is",) if name in best), *([["precision", "recall"]] * ("recall" in best))]
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(4.2 * len(panels), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for place, names in zip(axes[0], panels):
         for number, (note, value) in enumerate(dict.fromkeys((schedule_note(row), row[curves]) for row in rows)):
             chosen = sorted((row for row in rows if (schedule_note(row), row[curves]) == (note, value)),
@@ -73,6 +72,4 @@ def draw(rows: Sequence[dict[str, Any]], best: dict[str, Any], key: str, path: s
         place.legend(fontsize=7)
     axes[0][0].plot(best[across], best[key], "*", color="black", markersize=12, zorder=3)
     figure.suptitle(f"{best['num_samples']} samples per point; the star is the lowest {_COLUMNS[key]}", fontsize=10)
-    write_atomic(path, lambda aside: figure.savefig(aside, format="png", dpi=120))
-    plt.close(figure)
-    return Path(path)
+    return write_atomic(path, lambda aside: save_figure(figure, aside))

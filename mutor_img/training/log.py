@@ -114,13 +114,18 @@ def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> Sequence[Point]
     return [*kept, points[-1]]
 
 
-def save_figure(figure: Figure, target: Path | BinaryIO) -> None:
-    """Write a figure as PNG, every text as it is: to matplotlib, what stands between two $ would be a formula."""
+def save_figure(figure: Figure, target: Path | BinaryIO, **options: Any) -> None:
+    """Write a figure as PNG, every text as it is: to matplotlib, what stands between two $ would be a formula.
+
+    Args:
+        figure, target: what, and where to.
+        options: further ones of ``Figure.savefig``.
+    """
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
         text.set_parse_math(False)
-    figure.savefig(target, format="png", dpi=120)
+    figure.savefig(target, format="png", dpi=120, **options)
 
 
 def log_line(values: dict[str, float], step: int, steps: int, task: Task, seconds_a_step: float) -> str:

@@ -1,7 +1,9 @@
 """Checkpoints and tokenizers on the Hugging Face Hub: named, fetched once, verified, published; one line if not."""
 
+import errno
 import importlib.metadata
 import re
+import shutil
 from importlib import import_module
 from pathlib import Path
 
@@ -109,6 +111,28 @@ def test_a_card_without_a_licence_has_a_place_for_it(hub, tmp_path):
     assert same(VQModel.from_pretrained(folder), load_tokenizer(tmp_path / "vq"))
     with pytest.raises(UserError, match="out exists already"):
         save_pretrained(tmp_path / "vq", folder)
+
+
+def test_a_full_disk_leaves_no_half_of_a_copy(run_of, tmp_path, monkeypatch):
+    run = run_of()
+
+    def full(source, target):
+        Path(target).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_pretrained(run, tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_changed_number_in_a_published_checkpoint_is_found(run_of, tmp_path):
+    described = save_pretrained(run_of(), tmp_path / "out") / "checkpoint.json"
+    for file in (described, described.parent / "tokenizer" / "checkpoint.json"):
+        assert read_json(file) and '"seal": "' in file.read_text()
+    described.write_text(described.read_text().replace('"step": ', '"step": 9'))
+    with pytest.raises(UserError, match="its seal does not fit"):
+        load_checkpoint(described.parent)
 
 
 def test_what_was_published_can_be_published_again_from_the_model_that_was_read(hub, run_of, tmp_path):

@@ -72,6 +72,7 @@ def test_the_run_folder_is_the_configs_path_under_runs():
     ("optim.betas=[null,1]", "optim.betas is null"),
     ("optim.lr={a: {b: {c: 1}}}", "optim.lr is {'a'"),
     ("optim.lr={{{", "not valid YAML"),
+    ("optim.betas=[0.9,1]", "optim.betas is 1.0; give a value in [0.0, 0.999999]"),
     ("optim.lr=", "optim.lr is empty"),
     ("train.steps=1e3", "train.steps is '1e3'; give a whole number, as in 1000"),
     ("train.steps=2024-01-01", "give a whole number"),

@@ -107,6 +107,20 @@ def test_a_split_is_taken_by_its_name_or_as_the_end_of_the_path(names, files, tr
         list_folder(root / "test")
 
 
+def test_a_neighbour_that_cannot_be_listed_does_not_hide_that_nothing_is_there(tree, monkeypatch):
+    root, listdir = tree("private/0.png", "a/0.png", ".cache/val_0.png"), os.listdir
+
+    def closed(path):
+        if str(path).endswith("private"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", closed)
+    assert not means_split(root / "val")  # nor is a hidden folder looked into
+    with pytest.raises(UserError, match="d/imagnet: no such folder"):
+        list_folder(root / "imagnet")
+
+
 def test_a_class_is_no_split(tree):
     root = tree("cat/0.png", "dog/0.png")
     with pytest.raises(UserError, match="no split 'cat' in it; no names in it tell splits"):

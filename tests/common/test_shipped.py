@@ -45,6 +45,12 @@ def test_an_unknown_name_is_told_the_nearest(name, near, tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("path", [".", "./", "/", ".."])
+def test_a_path_without_a_name_is_a_folder(path):
+    with pytest.raises(UserError, match="a folder, not a config file; give --config the path of a YAML file"):
+        load_config(GeneratorConfig, path)
+
+
 def test_every_shipped_file_is_known_by_name():
     assert shipped.PACKAGED.is_dir() and "mnist/mutor2d" in shipped.shipped_names()
     assert len(shipped.shipped_names()) == len(list(shipped.PACKAGED.rglob("*.yaml")))

@@ -90,7 +90,7 @@ def test_only_fifty_thousand_samples_make_an_fid_50k(count, name):
     (["--samples", "x.npz", "--reference", "y.npz", "--features", "timm:test_vit"], "needs --features-weights"),
     (["--samples", "x.npz"], "--reference is missing"),
     (["--samples", "x.npz", "--reference", "y.npz", "--metrics", "fid,sfdi"], "did you mean 'sfid'"),
-    (["--samples", "x.npz", "--reference", "y.npz", "--metrics", ","], "--metrics is empty"),
+    (["--samples", "x.npz", "--reference", "y.npz", "--metrics", ","], "--metrics is ','; give names"),
     (["--samples", "x.npz", "--reference", "y.npz", "--features", "minst"], "did you mean 'mnist'"),
     (["--samples", "x.npz", "--reference", "y.npz", "--is-order", "shufle"], "did you mean 'shuffle'"),
     (["--samples", "x.npz", "--reference", "y.npz", "--role", "generate"], "did you mean 'generation'"),
@@ -103,6 +103,9 @@ def test_only_fifty_thousand_samples_make_an_fid_50k(count, name):
     (["--samples", "x.npz", "--reference", "y.npz", "--features", "mnist", "--inception-weights", "z"], "no use with"),
     (["--make-reference", "x", "--out", "z.npz"], "needs --role"),
     (["--make-reference", "x", "--role", "generation", "--out", "z.npz", "--json", "s.json"], "--json has no use"),
+    (["--make-reference", "x", "--role", "generation", "--out", "z.npz", "--is-order", "file"],
+     "--is-order has no use"),
+    (["--samples", "x.npz", "--reference", "y.npz", "--json", "."], ".: a folder; give the name of a file"),
     (["--samples", "x.npz", "--reference", "y.npz", "--inception-weights", "absent.pth"], "absent.pth: no such file"),
 ])
 def test_a_mistake_is_one_line_and_status_2(arguments, message, capsys):

@@ -10,9 +10,10 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from mutor_img.common.errors import UserError
 from mutor_img.metrics import evaluator
+from mutor_img.metrics.digits import load_digits
 from mutor_img.metrics.evaluator import evaluate, make_reference
 from mutor_img.metrics.frechet import Statistics, frechet_distance
-from mutor_img.metrics.image_sets import ArrayImages
+from mutor_img.metrics.image_sets import ArrayImages, FolderImages
 from mutor_img.metrics.inception import load_inception
 from mutor_img.metrics.inception_score import inception_score
 from mutor_img.metrics.precision_recall import precision_recall
@@ -261,3 +262,39 @@ def test_with_inception_all_scores_are_those_of_torch_fidelitys_own_calls(incept
     expected = (x.mean(0) - y.mean(0)).square().sum() + cx.square().sum() + cy.square().sum() - 2 * nuclear
     assert result["fid"] == pytest.approx(expected.item(), rel=1e-5)
     assert result["sfid"] > 0
+
+
+class Counted(ArrayImages):
+    """Images that know how many of them were read."""
+
+    read_so_far = 0
+
+    def read(self, start, stop):
+        self.read_so_far += stop - start
+        return super().read(start, stop)
+
+
+def test_a_second_evaluation_reads_no_image_of_the_reference(digit_folders, classifier, monkeypatch):
+    read, network, reference = [], load_digits(classifier), open_reference(str(digit_folders["train"]))
+    monkeypatch.setattr(reference.images, "read", lambda start, stop, real=reference.images.read: (
+        read.append(start), real(start, stop))[1])
+    first, second = (evaluate(FolderImages(digit_folders["val"]), reference, network) for _ in range(2))
+    seen = len(read)
+    assert seen and first["fd"] == second["fd"] and first["distinct"] == second["distinct"]
+    evaluate(FolderImages(digit_folders["val"]), reference, network)
+    assert len(read) == seen
+
+
+def test_precision_and_recall_look_at_no_more_of_the_reference_than_they_need(network, noise, monkeypatch):
+    monkeypatch.setattr(evaluator, "REFERENCE_ROWS", 20)
+    images = Counted(noise(50, 1), None)
+    result = evaluate(ArrayImages(noise(40)), as_reference(images, role="generation"), network, metrics=["pr"])
+    assert images.read_so_far == 20
+    chosen = network(noise(50, 1)[choose(50, 20, 0).numpy()])["pool"]
+    assert (result["precision"], result["recall"]) == precision_recall(network(noise(40))["pool"], chosen)
+    assert result["reference"]["statistics"] == "none needed"
+
+
+def test_a_score_without_a_reference_claims_no_statistics_of_one(network, noise, reference):
+    assert evaluate(ArrayImages(noise(40)), reference, network, metrics=["is"])["reference"]["statistics"] == (
+        "none needed")

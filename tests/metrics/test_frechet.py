@@ -68,14 +68,12 @@ def test_rotation_and_order_change_nothing():
     assert frechet_distance(statistics(y.flip(0)), statistics(x)) == pytest.approx(plain, rel=1e-9)
 
 
-def test_streamed_and_merged_moments_are_those_of_numpy():
+def test_streamed_moments_are_those_of_numpy():
     x = rows(101, 8).float()
-    first, second = Moments(8), Moments(8)
-    for part in x[:50].split(7):
-        first.update(part)
-    second.update(x[50:])
-    first.merge(second)
-    found = first.finish()
+    moments = Moments(8)
+    for part in (*x[:50].split(7), x[50:]):
+        moments.update(part)
+    found = moments.finish()
     np.testing.assert_allclose(found.mu.numpy(), x.double().numpy().mean(0), rtol=1e-12)
     np.testing.assert_allclose(found.sigma.numpy(), np.cov(x.double().numpy(), rowvar=False), rtol=1e-10)
     assert found.count == 101
@@ -103,8 +101,6 @@ def test_moments_refuse_another_width_and_a_single_image():
     moments = Moments(3)
     with pytest.raises(UserError):
         moments.update(torch.zeros(2, 4))
-    with pytest.raises(UserError):
-        moments.merge(Moments(4))
     moments.update(torch.zeros(1, 3))
     with pytest.raises(UserError, match="at least 2"):
         moments.finish()

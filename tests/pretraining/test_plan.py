@@ -1,5 +1,6 @@
 """The plan of a run: counted once more by hand, for every shipped config, without data or a GPU."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,20 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not():
     most = largest_micro_batch(config, 342_910_976, step, 40 * GIB, share=10**6)
     fits = [step_memory(config, 342_910_976, Step(n, 80)).total <= 40 * GIB for n in (most, most + 1)]
     assert fits == [True, False]
+
+
+@pytest.mark.parametrize("share", [1, 7, 24, 40])
+def test_the_largest_micro_batch_of_a_sharded_run_is_that_of_trying_all(share):
+    """Fewer sequences than a device's share accumulate gradients, and may need more memory than the whole share."""
+    config, step = ModelConfig.preset("L", register_offsets=()), Step(1, 80, shards=8)
+
+    def needed(sequences):
+        return step_memory(config, 342_910_976, replace(step, sequences=sequences,
+                                                        accumulate=sequences < share)).total
+
+    for room in (needed(share), needed(share) - 1, needed(share + 3), needed(2) * 1.01):
+        tried = max((n for n in range(1, 80) if needed(n) <= room), default=0)
+        assert largest_micro_batch(config, 342_910_976, step, room, share) == tried
 
 
 def test_a_run_that_does_not_fit_is_told_the_micro_batch_that_does():

@@ -237,6 +237,10 @@ def test_a_folder_holds_the_images_of_the_npz_and_says_what_made_them(run_of, tm
     (out / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"exists without its manifest manifest\.json"):
         main(["--checkpoint", run, "--out", f"{out}/", "--num-samples", "70"])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")  # no folder can take its name: said before anything is sampled
+    with pytest.raises(UserError, match="link: exists without its manifest"):
+        main(["--checkpoint", run, "--out", str(tmp_path / "link"), "--num-samples", "70"])
 
 
 def test_a_finished_run_is_not_made_again(run_of, tmp_path, capsys):

@@ -145,6 +145,13 @@ def test_no_two_of_thirty_rows_look_alike():
     assert len({look(number) for number in range(30)}) == 30
 
 
+def test_a_scale_whose_runs_were_all_timed_elsewhere_is_drawn_without_seconds(study, scored, tmp_path):
+    elsewhere = {place: {**line, "trained_on": "NVIDIA H200"} for place, line in scored.items()}
+    here = {(row, seed, 100, 2.0): {**line, "trained_on": "CPU"} for (row, seed, _, _), line in scored.items()
+            if row == "base"}
+    assert draw_curves(study, elsewhere | here, 2.0, tmp_path / "curves.png").is_file()
+
+
 def test_numbers_far_apart_are_drawn_on_a_logarithmic_scale():
     few, many = (Cell("row", 1, {0: {"flops": flops}}) for flops in (3e12, 6e13))
     assert wide([few, many], "flops", 19) and not wide([few, many], "flops", 20)

@@ -70,10 +70,10 @@ def test_schedules_are_points_too_and_an_older_file_is_gone_on_with(flags, run, 
 
 
 def test_the_command_for_50000_is_understood_and_of_another_seed(flags, monkeypatch):
-    result = main([*flags, "--cfg-scales", "1.5", "--labels", "balanced", "--metrics", "fid"])
+    result = main([*flags, "--cfg-scales", "1.5", "--labels", "balanced", "--metrics", " fid,", "--fallback"])
     words = shlex.split(result["command"])
     assert words[:2] == ["python", "evaluate_fid.py"]
-    assert {"balanced", "1.5", "50000"} <= set(words) and words[words.index("--seed") + 1] == "0"
+    assert {"balanced", "1.5", "50000", "--fallback"} <= set(words) and words[words.index("--seed") + 1] == "0"
     from mutor_img.evaluation.command import _check, _parser
 
     _check(_parser()[0].parse_args(words[2:]))

@@ -175,6 +175,7 @@ def test_unreadable_images_are_listed_and_refused_or_left_out(tokenizer_run, ima
     assert list(json.loads((tmp_path / "fewer" / "encode.json").read_text())["unreadable"]) == ["b/0002.png"]
     broken.write_bytes(content_before)
     assert np.array_equal(run_encode(run, images, out).codes, whole.codes)  # mended: the same command goes on
+    assert not (out / "unreadable.txt").exists()
 
 
 def test_links_that_lead_nowhere_and_pipes_are_unreadable_images(tokenizer_run, image_folder, tmp_path, refused):

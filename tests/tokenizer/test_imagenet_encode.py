@@ -13,6 +13,7 @@ from photographs import CMYK, GREY, PNG, TRUNCATED, WNIDS, write_photographs
 from PIL import Image
 
 from mutor_img.checkpoints.folder import write_checkpoint
+from mutor_img.common.files import read_json
 from mutor_img.data.store import Codes
 from mutor_img.training.runtime import Runtime
 from tokenizer import load_tokenizer, store
@@ -40,6 +41,20 @@ def rgb_run(tmp_path, tiny_vq):
 
 def words(run, tree, out, *more):
     return [str(w) for w in ("--tokenizer", run, "--images", tree, "--out", out, "--workers", 0, *more)]
+
+
+def test_names_that_are_not_utf_8_are_kept_as_they_are(rgb_run, tmp_path):
+    """Old archives hold them: here a class and a broken image."""
+    pixels = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+    cafe, broken = os.fsdecode(b"caf\xe9"), os.fsdecode(b"caf\xe9/\xff.png")
+    for name in (f"{cafe}/0.png", "tea/0.png"):
+        (tmp_path / "images" / name).parent.mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / "images" / name)
+    (tmp_path / "images" / broken).write_bytes(b"no image")
+    main(words(rgb_run, tmp_path / "images", tmp_path / "codes", "--max-unreadable", 1))
+    assert Codes(tmp_path / "codes").info.class_names == [cafe, "tea"]
+    assert list(read_json(tmp_path / "codes" / "encode.json")["unreadable"]) == [broken]
+    assert (tmp_path / "codes" / "unreadable.txt").read_bytes() == b"caf\xe9/\xff.png\n"
 
 
 def content(out):
@@ -72,11 +87,19 @@ def test_odd_files_are_read_and_a_broken_one_is_left_out_by_name(rgb_run, tree, 
 def test_any_number_of_processes_writes_the_same_bytes(world, rgb_run, tree, tmp_path, monkeypatch):
     monkeypatch.setattr(store, "SMALLEST", 10)  # 13 parts, the last one short
     vq, source = load_tokenizer(rgb_run), open_images(tree)
-    gate = threading.Barrier(world)
+    gate, told = threading.Barrier(world), []
 
     class Rank(Runtime):  # processes stand for threads: what they share is files and barriers
         def barrier(self):
             gate.wait(timeout=60)
+
+        def from_main(self, make):
+            if self.is_main:
+                told.append(make())
+            self.barrier()
+            found = told[-1]
+            self.barrier()
+            return found
 
     def encode(rank):
         encode_images(vq, source, tmp_path / "many", runtime=Rank(torch.device("cpu"), rank, world),
@@ -123,11 +146,12 @@ def test_a_kill_at_any_moment_changes_no_byte(rgb_run, tree, tmp_path, monkeypat
         _, status = os.waitpid(child, 0)
         if not os.WIFSIGNALED(status):
             break
-        assert (tmp_path / f"cut{moments}" / "codes.json").exists() == (moments == 7)
+        assert (tmp_path / f"cut{moments}" / "codes.json").exists() == (moments == 8)
         encode(tmp_path / f"cut{moments}")
         assert content(tmp_path / f"cut{moments}") == content(tmp_path / "whole"), moments
         moments += 1
-    assert moments == 8  # three parts, the three arrays and files of the store, codes.json, the parts' folder
+    # Three parts, the list of the unreadable, two arrays, two files that describe them, the folder of the parts.
+    assert moments == 9
 
 
 def test_ten_crops_and_random_crops_name_their_views(rgb_run, tree, tmp_path, refused):

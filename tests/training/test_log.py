@@ -33,3 +33,14 @@ def test_a_run_folder_with_dollar_signs_has_its_curve_drawn(tmp_path, curves):
     log.write(1, {"loss": 1.0})
     assert log.draw(("loss",)).stat().st_size > 1000
     log.close()
+
+
+def test_a_resumed_run_keeps_the_row_of_an_update_that_was_skipped(tmp_path, curves):
+    config = GeneratorConfig(run_dir=str(tmp_path / "run"))
+    log = RunLog(config, 0)
+    for step, values in ((1, {"samples": 4}), (2, {"skipped": 1}), (2, {"val_next_token": 3.0})):
+        log.write(step, values)
+    log.close()
+    again = RunLog(config, 2, evaluated=False)  # the evaluation after update 2 was cut short, and is done again
+    again.close()
+    assert again.rows == [{"step": 1, "samples": 4}, {"step": 2, "skipped": 1}]

@@ -84,7 +84,7 @@ class ComparisonConfig:
             check_range("budget_hours", self.budget_hours, 0.0, 1e6, low_open=True)
         if not self.reference:
             raise UserError("reference is empty; give what evaluate_fid.py --reference takes")
-        check_features(self.features, None if self.features == "inception" else self.features_weights)
+        check_features(self.features, self.features_weights)
         if self.metrics:
             check_names(self.metrics)
             if "fid" not in self.metrics:

@@ -7,11 +7,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
 from mutor_img.common.files import write_atomic
@@ -22,6 +19,7 @@ from mutor_img.study.comparison.ledger import Place
 from mutor_img.study.comparison.report import Cell, cells, frechet, timed_on
 from mutor_img.study.comparison.scoring import strip_path
 from mutor_img.study.comparison.statistics import standard_error
+from mutor_img.training.log import save_figure
 
 ACROSS = {"updates": "updates", "flops": "training FLOPs", "seconds": "training seconds"}
 LINES = ("o-", "s--", "^:")
@@ -49,7 +47,8 @@ def draw_curves(study: ComparisonConfig, scored: Mapping[Place, dict[str, Any]],
     key, everything = frechet(scored.values()), cells(study, scored, scale)
     devices, _ = timed_on(scored.values())
     timed = [cell for cell in (cell.on(devices) for cell in everything) if cell.lines]
-    figure, axes = plt.subplots(1, len(ACROSS), figsize=(4.6 * len(ACROSS) + 1.4, 4), layout="constrained", sharey=True)
+    figure = Figure(figsize=(4.6 * len(ACROSS) + 1.4, 4), layout="constrained")
+    axes = figure.subplots(1, len(ACROSS), sharey=True)
     for place, (name, label) in zip(axes, ACROSS.items()):
         found = timed if name == "seconds" else everything
         for number, row in enumerate(row.name for row in study.rows):
@@ -68,9 +67,7 @@ def draw_curves(study: ComparisonConfig, scored: Mapping[Place, dict[str, Any]],
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
     figure.suptitle(f"guidance {scale:g}; bands and bars are one standard error of the mean over seeds to both sides",
                     fontsize=10)
-    write_atomic(path, lambda aside: figure.savefig(aside, format="png", dpi=120))
-    plt.close(figure)
-    return path
+    return write_atomic(path, lambda aside: save_figure(figure, aside))
 
 
 def look(number: int) -> tuple[str, str]:
@@ -82,7 +79,7 @@ def look(number: int) -> tuple[str, str]:
 def wide(found: Sequence[Cell], name: str, times: float) -> bool:
     """Tell whether the largest is more than so many times the least: on a linear scale small ones would be one spot."""
     means = [cell.mean(name) for cell in found]
-    return max(means) > times * min(means)
+    return bool(means) and max(means) > times * min(means)
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -118,7 +115,8 @@ def draw_targets(study: ComparisonConfig, losses: Mapping[tuple[str, int, int], 
     low, high = np.nanmin(everything), np.nanmax(everything)
     columns = min(MAPS, len(maps))
     rows = -(-len(maps) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3.8 * rows), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(4 * columns, 3.8 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for place in axes.flat[len(maps):]:
         place.set_axis_off()
     for place, (name, values) in zip(axes.flat, maps.items()):
@@ -131,9 +129,7 @@ def draw_targets(study: ComparisonConfig, losses: Mapping[tuple[str, int, int], 
                   yticks=range(values.shape[0]))
     figure.colorbar(image, ax=axes.ravel().tolist(), label="held-out loss, nats per register")
     # The layout does not know that maps keep their shape, and would cut their titles off.
-    write_atomic(path, lambda aside: figure.savefig(aside, format="png", dpi=120, bbox_inches="tight"))
-    plt.close(figure)
-    return path
+    return write_atomic(path, lambda aside: save_figure(figure, aside, bbox_inches="tight"))
 
 
 def target_map(losses: Mapping[tuple[str, int, int], list[list[float]]], row: str, updates: int) -> np.ndarray | None:

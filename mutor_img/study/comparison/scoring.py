@@ -52,9 +52,8 @@ def score_job(study: ComparisonConfig, job: Job, runtime: Runtime) -> None:
                for step in job.steps}
     if not any(missing.values()):
         return
-    weights = (None, study.features_weights) if study.features == "inception" else (study.features_weights, None)
     with runtime.main_first():
-        network = load_features(study.features, *weights, runtime.device)
+        network = load_features(study.features, study.features_weights, runtime.device)
     reference, model = open_reference(study.reference), None
     for step, scales in missing.items():
         if scales:

@@ -40,14 +40,14 @@ def standard_error(values: Sequence[float]) -> float | None:
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
-def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval | None:
-    """Return the interval that contains the mean with probability ``level``, were the values drawn from a normal law.
+def t_interval(values: Sequence[float]) -> Interval | None:
+    """Return the interval that contains the mean with probability ``LEVEL``, were the values drawn from a normal law.
 
     Student's ``mean +- t(n - 1) s / sqrt(n)``; None for fewer than two values.
     """
     if len(values) < 2:
         return None
-    mean, reach = fmean(values), student.ppf((1 + level) / 2, len(values) - 1) * standard_error(values)
+    mean, reach = fmean(values), student.ppf((1 + LEVEL) / 2, len(values) - 1) * standard_error(values)
     return Interval(mean, mean - reach, mean + reach)
 
 
@@ -65,7 +65,7 @@ class Pooled(NamedTuple):
     differences: dict[str, Interval]
 
 
-def pooled(rows: Mapping[str, Mapping[int, float]], name: str, level: float = LEVEL) -> Pooled | None:
+def pooled(rows: Mapping[str, Mapping[int, float]], name: str) -> Pooled | None:
     """Hold all rows against one, the noise of all of them taken together (analysis of randomised blocks).
 
     The model is ``value = row + seed + noise``, fitted by least squares, and the noise has one spread in all rows. For
@@ -96,7 +96,7 @@ def pooled(rows: Mapping[str, Mapping[int, float]], name: str, level: float = LE
         weights = contrast @ solve  # (n,): the difference is this sum of values
         if row != name and np.allclose(weights @ design, contrast):  # else no chain of common seeds leads to it
             mean = float(weights @ values)
-            reach = float(student.ppf((1 + level) / 2, freedom) * noise * np.linalg.norm(weights))
+            reach = float(student.ppf((1 + LEVEL) / 2, freedom) * noise * np.linalg.norm(weights))
             differences[row] = Interval(mean, mean - reach, mean + reach)
     return Pooled(noise, freedom, differences)
 
