@@ -23,7 +23,16 @@ from safetensors import SafetensorError, safe_open
 from mutor_img.checkpoints.tensor_files import save_file
 from mutor_img.common.arrays import write_npy
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import clear, parse_json, read_record, remove, wait_until_seen, write_atomic, write_sealed
+from mutor_img.common.files import (
+    clear,
+    flush,
+    parse_json,
+    read_record,
+    remove,
+    wait_until_seen,
+    write_atomic,
+    write_sealed,
+)
 from mutor_img.data.store import BLOCK, Codes, CodesInfo, block_checksum, code_dtype
 from mutor_img.training.runtime import Runtime
 from tokenizer.images.source import Labelled
@@ -143,6 +152,7 @@ class StoreWriter:
         clear(aside)
         found: list[np.ndarray] = []
         _write_array(aside, code_dtype(vocabulary), shape, self._part_codes(found))
+        flush(aside)
         codes, labels = np.load(aside, mmap_mode="r"), np.concatenate(found)
         blocks = [slice(first, first + BLOCK) for first in range(0, count, BLOCK)]
         kept = [name for name in self.source.files if name not in unreadable]
@@ -276,5 +286,3 @@ def _digest(value: object) -> str:
 def _write_array(path: Path, dtype: type, shape: tuple[int, ...], parts: Iterable[np.ndarray]) -> None:
     with open(path, "wb") as file:
         write_npy(file, dtype, shape, parts)
-        file.flush()
-        os.fsync(file.fileno())

@@ -22,12 +22,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mutor_img.checkpoints.tensor_files import Files, Slice, TensorGroup, differs, flush, write_groups
+from mutor_img.checkpoints.tensor_files import Files, Slice, TensorGroup, differs, write_groups
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import (
     check_format,
     clear,
     discard,
+    flush,
     read_json,
     remove,
     wait_until_seen,

@@ -34,8 +34,7 @@ def write_atomic(path: str | os.PathLike, write: Callable[[Path], None]) -> Path
     aside = path.with_name(f".{path.name}.part")
     try:
         write(aside)
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
+        flush(aside)
         os.replace(aside, path)
     except OSError as error:
         error.filename = error.filename or str(path)  # a write that fails doesn't name its file
@@ -43,6 +42,15 @@ def write_atomic(path: str | os.PathLike, write: Callable[[Path], None]) -> Path
     finally:
         remove(aside)
     return path
+
+
+def flush(path: str | os.PathLike) -> None:
+    """Make a file or a folder's entries durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> Path:

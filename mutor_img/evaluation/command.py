@@ -13,7 +13,7 @@ from mutor_img.common.errors import UserError, check_choice, check_range
 from mutor_img.common.files import write_sealed
 from mutor_img.common.locks import file_lock
 from mutor_img.common.outputs import keep_apart, keep_unseen
-from mutor_img.evaluation.networks import add_network_flags, check_network_flags, load_network, network_files, start
+from mutor_img.evaluation.networks import add_network_flags, check_network_flags, load_network, network_files
 from mutor_img.metrics.evaluator import evaluate, make_reference
 from mutor_img.metrics.inception_score import ORDERS
 from mutor_img.metrics.references import ROLES, open_reference
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         taken = [name for name in sampling if name != "resize" or args.make_reference]
         _check_unused(args, {name: parser.get_default(name) for name in taken}, "has no use without --checkpoint")
     keep_apart(_outputs(args), _inputs(args))
-    runtime = start(args.device)
+    runtime = Runtime.on(args.device)
     with runtime.one_voice(), runtime.claim(file_lock(args.json), file_lock(args.out)):
         return _score(args, runtime)
 

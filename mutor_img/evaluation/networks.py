@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-import torch
-
 from mutor_img.common.cli import Parser
 from mutor_img.common.errors import UserError, check_range
 from mutor_img.metrics.digits import DEFAULT_FOLDER
 from mutor_img.metrics.features import FeatureNetwork
 from mutor_img.metrics.networks import FEATURES, PREFIX, check_features, load_features
-from mutor_img.training.runtime import Runtime
+from mutor_img.training.runtime import DEVICES, Runtime
 
 
 def add_network_flags(parser: Parser) -> None:
@@ -23,7 +21,7 @@ def add_network_flags(parser: Parser) -> None:
                                                    "or weights file of the timm model")
     add("--inception-weights", metavar="FILE", help="file of the Inception weights, if not in torch's hub folder")
     add("--batch-size", type=int, default=64, help="images at a time in each process")
-    add("--device", help="cpu, cuda or cuda:N (default: CUDA if available, else the CPU)")
+    add("--device", default="auto", metavar="NAME", help=DEVICES)
 
 
 def check_network_flags(args: argparse.Namespace) -> None:
@@ -51,26 +49,3 @@ def load_network(args: argparse.Namespace, runtime: Runtime) -> FeatureNetwork:
     """
     with runtime.main_first():
         return load_features(args.features, args.features_weights or args.inception_weights, runtime.device)
-
-
-def start(name: str | None) -> Runtime:
-    """Join the launch, if there is one, on ``--device``.
-
-    Raises:
-        UserError: no such device.
-    """
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise UserError(f"--device {name!r} is not a device; give cpu, cuda or cuda:N") from None
-    devices = {"cpu": 1, "cuda": torch.cuda.device_count()}
-    if (device.index or 0) >= devices.get(device.type, 0):
-        raise UserError(f"--device {name}: there is no such device here ({torch.cuda.device_count()} CUDA devices); "
-                        "give another or leave it out")
-    launched = Runtime.start()
-    if launched.world == 1:
-        return Runtime(device)
-    if name is not None and (device.index is not None or device.type != launched.device.type):
-        raise UserError(f"--device {name}: the {launched.world} processes use {launched.device.type}, one device "
-                        "each; leave it out, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to score on CPUs")
-    return launched

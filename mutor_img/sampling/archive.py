@@ -19,7 +19,16 @@ from tqdm import tqdm
 
 from mutor_img.common.arrays import write_array, write_npz
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import clear, read_json, remove, wait_until_seen, write_atomic, write_json, write_sealed
+from mutor_img.common.files import (
+    clear,
+    flush,
+    read_json,
+    remove,
+    wait_until_seen,
+    write_atomic,
+    write_json,
+    write_sealed,
+)
 from mutor_img.metrics.image_sets import npz_layout, read_npz_array
 from mutor_img.metrics.samples import LABELS_HASH, labels_hash
 
@@ -134,7 +143,7 @@ class SampleArchive:
         with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive:
             write_array(archive, "arr_0.npy", np.dtype(np.uint8), shape, self._images())
             write_array(archive, "arr_1.npy", labels.dtype, labels.shape, [labels])
-        _flush(aside)
+        flush(aside)
         os.replace(aside, self.out)
         write_sealed(self.manifest, manifest)
 
@@ -182,7 +191,7 @@ class SampleFolder(SampleArchive):
         for number, image in enumerate(tqdm(pixels, total=self.count, desc="write", unit="image", mininterval=1.0)):
             path = aside / f"{number:0{digits}d}.png"
             Image.fromarray(image).save(path)
-            _flush(path)
+            flush(path)
         write_json(aside / "labels.json", labels.tolist())
         write_sealed(aside / self.manifest.name, manifest)
         os.replace(aside, self.out)
@@ -205,11 +214,6 @@ def open_archive(out: str | Path, settings: dict[str, Any]) -> SampleArchive:
 
 def _is_ours(manifest: Any) -> bool:
     return isinstance(manifest, dict) and manifest.get("format") == FORMAT
-
-
-def _flush(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def _short(value: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mutor_img.common.cli import Parser
-from mutor_img.common.errors import UserError, check_choice, check_range
+from mutor_img.common.errors import UserError, check_range
 from mutor_img.common.images import check_png, write_png
 from mutor_img.common.locks import file_lock
 from mutor_img.common.outputs import keep_apart
@@ -26,7 +25,7 @@ from mutor_img.sampling.labels import parse_classes
 from mutor_img.sampling.options import add_sampling_flags, check_sampling_flags, open_source
 from mutor_img.sampling.pictures import class_grid, decode_images, steps_strip
 from mutor_img.sampling.source import SampleSource
-from mutor_img.training.runtime import Runtime
+from mutor_img.training.runtime import DEVICES, Runtime
 
 GRID_CLASSES = 10  # rows of a grid whose classes are not given
 GRID_COLUMNS = 8
@@ -58,7 +57,7 @@ def _parser() -> Parser:
     add("--mix-share", type=float, help="share of --mix-with in the mix, from 0 to 1 (default: 0.5)")
     add("--batch-size", type=int, default=64, help="images at a time on each device; changes memory use, not "
                                                          "results")
-    add("--device", default="auto", metavar="NAME", help="cpu, cuda, or auto: CUDA if available")
+    add("--device", default="auto", metavar="NAME", help=DEVICES)
     return parser
 
 
@@ -72,7 +71,7 @@ def main(argv: Sequence[str]) -> Path:
     args = parser.parse_args(argv)
     _check(args, _given(parser, argv))
     _keep_apart(args, {f"--{name}": getattr(args, name) for name in ("checkpoint", "tokenizer", "keep", "mask")})
-    runtime = _runtime(args.device)
+    runtime = Runtime.on(args.device)
     outputs = file_lock(args.out, keeps=True), file_lock(args.grid), file_lock(args.show_steps)
     with runtime.one_voice(), runtime.claim(*outputs):
         return _write(args, runtime)
@@ -122,12 +121,9 @@ def _check(args: argparse.Namespace, given: set[str]) -> None:
         raise UserError("--resize does nothing without --out: pictures show images as they are made; leave it out")
     check_sampling_flags(args)
     check_edit(args.keep, args.mask, args.mix_with, args.mix_share)
-    check_choice("--device", args.device, ("auto", "cpu", "cuda"))
     check_range("--batch-size", args.batch_size, 1, 100_000)
     if args.num_samples is not None:
         check_range("--num-samples", args.num_samples, 1, 10**9)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: there is no CUDA device here; leave --device out")
 
 
 def _edited(args: argparse.Namespace, source: SampleSource) -> SampleSource:
@@ -147,11 +143,6 @@ def _keep_apart(args: argparse.Namespace, inputs: dict[str, str | None]) -> None
         archive = open_archive(args.out, {"num_samples": 0})
         outputs["--out"], removed["--out"] = [archive.out, archive.manifest], archive.parts
     keep_apart(outputs, inputs, removed)
-
-
-def _runtime(device: str) -> Runtime:
-    runtime = Runtime.start()
-    return dataclasses.replace(runtime, device=torch.device("cpu")) if device == "cpu" else runtime
 
 
 def _write_grid(args: argparse.Namespace, source: SampleSource) -> None:

@@ -20,7 +20,7 @@ from mutor_img.common.hub import is_hub_name
 from mutor_img.common.locks import folder_lock
 from mutor_img.common.outputs import keep_apart
 from mutor_img.decoding.guidance import parse_schedule
-from mutor_img.evaluation.networks import add_network_flags, check_network_flags, load_network, network_files, start
+from mutor_img.evaluation.networks import add_network_flags, check_network_flags, load_network, network_files
 from mutor_img.metrics.features import FeatureNetwork
 from mutor_img.metrics.references import open_reference
 from mutor_img.metrics.requirements import METRICS, OPTIONAL, check_names, frechet_key
@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     out = Path(args.out) if args.out else _default_folder(args.checkpoint)
     keep_apart(_outputs(out), {"--checkpoint": args.checkpoint, "--tokenizer": args.tokenizer,
                                "--reference": args.reference, **network_files(args)})
-    runtime = start(args.device)
+    runtime = Runtime.on(args.device)
     with runtime.one_voice(), runtime.claim(folder_lock(out)):
         rows, network = _score(args, points, metrics, out, runtime)
         return _conclude(parser, args, rows, network, out) if runtime.is_main else {}

@@ -21,6 +21,8 @@ from mutor_img.common.errors import UserError
 from mutor_img.common.locks import Lock, claim
 from mutor_img.training.hardware import keep_freed_memory
 
+DEVICES = "auto (CUDA if available), cpu, cuda or cuda:N"  # what --device takes
+
 T = TypeVar("T")
 _FAILURES = "mutor_img/failures"  # a counter in the store
 _GONE = "Connection closed by peer", "Connection reset by peer", "Broken pipe"  # gloo's words
@@ -52,6 +54,29 @@ class Runtime:
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=timeout)
         die_with_torchrun(signal.SIGTERM)
         return cls(state.device, state.process_index, state.num_processes, timeout)
+
+    @classmethod
+    def on(cls, name: str) -> Runtime:
+        """Join the launch, if there is one, on what ``--device`` names.
+
+        Raises:
+            UserError: no such device, or another one than the launch has for this process.
+        """
+        try:
+            device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        except RuntimeError:
+            raise UserError(f"--device {name!r} is not a device; give auto, cpu, cuda or cuda:N") from None
+        devices = {"cpu": 1, "cuda": torch.cuda.device_count()}
+        if (device.index or 0) >= devices.get(device.type, 0):
+            raise UserError(f"--device {name}: there is no such device here ({devices['cuda']} CUDA devices); give "
+                            "another or leave it out")
+        launched = cls.start()
+        if launched.world == 1:
+            return cls(device)
+        if name != "auto" and (device.index is not None or device.type != launched.device.type):
+            raise UserError(f"--device {name}: the {launched.world} processes use {launched.device.type}, one device "
+                            "each; leave it out, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on CPUs")
+        return launched
 
     @property
     def devices(self) -> str:

@@ -2,12 +2,10 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 from mutor_img.common import cli
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import read_json
-from mutor_img.evaluation import networks
 from mutor_img.evaluation.command import main
 from mutor_img.metrics import inception
 from mutor_img.metrics.image_sets import FolderImages, read_all
@@ -137,11 +135,3 @@ def test_inception_is_the_default_network(monkeypatch):
     monkeypatch.setattr(inception, "load_inception", load)
     with pytest.raises(AskedFor, match="mine"):
         main(["--samples", "x.npz", "--reference", "y.npz", "--inception-weights", "mine.pth", "--device", "cpu"])
-
-
-def test_several_processes_have_a_device_each(monkeypatch):
-    launched = networks.Runtime(torch.device("cuda", 1), 1, 2)
-    monkeypatch.setattr(networks.Runtime, "start", lambda: launched)
-    with pytest.raises(UserError, match="the 2 processes use cuda"):
-        networks.start("cpu")
-    assert networks.start(None) is launched

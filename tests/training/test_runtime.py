@@ -14,7 +14,6 @@ from accelerate import PartialState
 
 from mutor_img.common import cli
 from mutor_img.common.errors import UserError
-from mutor_img.evaluation import networks
 from mutor_img.training import runtime
 from mutor_img.training.runtime import Runtime
 
@@ -22,7 +21,7 @@ SLURM = ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS"
          "WORLD_SIZE")
 
 
-@pytest.fixture(params=[Runtime.start, lambda: networks.start("cpu")])
+@pytest.fixture(params=[Runtime.start, lambda: Runtime.on("cpu")])
 def start(request, monkeypatch):
     """A function that starts a runtime, as a command does, among these variables alone."""
     def among(**variables):
@@ -99,3 +98,17 @@ def test_a_process_that_waits_for_a_torchrun_that_is_gone_ends_with_it():
         os.kill(launcher, signal.SIGKILL)
         os.waitpid(launcher, 0)
         assert select.select([ended], [], [], 20)[0] and os.read(ended, 1) == b""  # nobody holds the pipe any more
+
+
+def test_several_processes_have_a_device_each(monkeypatch):
+    launched = Runtime(torch.device("cuda", 1), 1, 2)
+    monkeypatch.setattr(Runtime, "start", lambda: launched)
+    with pytest.raises(UserError, match="--device cpu: the 2 processes use cuda, one device each"):
+        Runtime.on("cpu")
+    assert Runtime.on("auto") is launched
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:99", "cpu:1", "meta", ""])
+def test_a_device_that_is_not_there_is_named(name):
+    with pytest.raises(UserError, match=f"--device '?{name}'?.* (is not a device; give auto|no such device here)"):
+        Runtime.on(name)

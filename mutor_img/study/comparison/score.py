@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from mutor_img.common.cli import Parser, run
 from mutor_img.common.config import load_config
 from mutor_img.common.locks import folder_lock
-from mutor_img.evaluation.networks import start
 from mutor_img.study.comparison.config import ComparisonConfig
 from mutor_img.study.comparison.jobs import find_job
 from mutor_img.study.comparison.scoring import score_job
+from mutor_img.training.runtime import DEVICES, Runtime
 
 
 def main(argv: Sequence[str]) -> None:
@@ -32,13 +32,13 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML of the study")
     parser.add_argument("--row", required=True, metavar="NAME", help="name of the row")
     parser.add_argument("--seed", required=True, type=int, help="seed of the run")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: CUDA if available, else the CPU)")
+    parser.add_argument("--device", default="auto", metavar="NAME", help=DEVICES)
     parser.add_argument("overrides", nargs="*", metavar="key=value", default=[],
                         help="values that replace those of the study, such as samples=10000")
     args = parser.parse_intermixed_args(argv)
     study = load_config(ComparisonConfig, args.config, args.overrides)
     job = find_job(study, args.row, args.seed)
-    runtime = start(args.device)
+    runtime = Runtime.on(args.device)
     with runtime.one_voice(), runtime.claim(folder_lock(job.run_dir)):
         score_job(study, job, runtime)
 
