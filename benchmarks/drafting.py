@@ -1,6 +1,6 @@
 """What drafts save on a checkpoint: how good registers' drafts are, codes per pass, images per second, the best window.
 
-    python -m benchmarks.drafting --checkpoint runs/mnist/mutor2d --out drafting.png
+    python -m benchmarks.drafting --checkpoint runs/mnist/mutor2d
     python -m benchmarks.drafting --preset B --vocabulary 256 --entropy 4 --images 4     # drawn weights
     python -m benchmarks.drafting --preset B --entropy 7.3 --images 2 --batch-sizes 1    # LlamaGen's losses
 
@@ -20,13 +20,8 @@ import platform
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 
@@ -35,9 +30,6 @@ from mutor_img.blocks import ModelConfig
 from mutor_img.checkpoints.loading import load_run
 from mutor_img.common.cli import Parser, parse_numbers, run
 from mutor_img.common.errors import UserError, check_range
-from mutor_img.common.files import write_atomic
-from mutor_img.common.images import check_png
-from mutor_img.common.locks import claim, file_lock
 from mutor_img.common.streams import Stream, uniform
 from mutor_img.decoding.drafting import AUTO, SOURCES, TRIES, Draft
 from mutor_img.decoding.guidance import SCHEDULES, guidance_scales, guide, parse_schedule
@@ -124,31 +116,9 @@ def speeds(model: Transformer, settings: SamplingSettings, drafts: Sequence[Draf
     return [batch / statistics.median(taken[-rounds:]) for taken in times]
 
 
-def plot(path: str, offsets: Sequence[dict], drafted: Sequence[dict], title: str) -> None:
-    """Draw the overlap by offset, where there are registers, and codes per pass by rows."""
-    figure, axes = plt.subplots(1, 2 if offsets else 1, figsize=(8.4 if offsets else 4.6, 3.6), layout="constrained",
-                                squeeze=False)
-    for source in dict.fromkeys(row["source"] for row in drafted):
-        chosen = [row for row in drafted if row["source"] == source]
-        axes[0][0].plot([row["rows"] for row in chosen], [row["codes"] for row in chosen], "o-", label=source,
-                        markersize=4, linewidth=1)
-    axes[0][0].set(xlabel="rows of an image per pass", ylabel="codes per pass")
-    if offsets:
-        for key in ("overlap", "right"):
-            axes[0][1].plot([row["offset"] for row in offsets], [row[key] for row in offsets], "o-", label=key,
-                            markersize=4, linewidth=1)
-        axes[0][1].set(xlabel="offset of the register", ylabel="share", ylim=(0, 1))
-    for place in axes[0]:
-        place.grid(alpha=0.3)
-        place.legend(fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    write_atomic(path, lambda aside: figure.savefig(aside, format="png", dpi=120))
-    plt.close(figure)
-
-
 def _parser() -> Parser:
     parser = Parser(description="What drafts save on a checkpoint: codes per pass, images per second, the best window.",
-                    example="python -m benchmarks.drafting --checkpoint runs/mnist/mutor2d --out drafting.png")
+                    example="python -m benchmarks.drafting --checkpoint runs/mnist/mutor2d")
     add = parser.add_argument
     add("--checkpoint", metavar="PATH", help="run folder, checkpoint folder, or LlamaGen .pt")
     add("--preset", metavar="NAME", help="in place of it, a model of drawn weights of this size")
@@ -163,7 +133,6 @@ def _parser() -> Parser:
     add("--cfg-schedule", default="constant", metavar="NAME", help=f"{', '.join(SCHEDULES)}, as in power-cosine:2")
     add("--top-p", type=float, default=1.0, help="sample only from the most likely codes with this total probability")
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    add("--out", metavar="FILE", help="png to draw")
     return parser
 
 
@@ -179,7 +148,6 @@ def _open(parser: Parser, argv: Sequence[str]) -> tuple[Any, SamplingSettings, T
     args = parser.parse_args(argv)
     if (args.checkpoint is None) == (args.preset is None):
         raise UserError("give --checkpoint or --preset, one of them")
-    check_png(args.out)
     for flag, low in (("images", 1), ("rounds", 0), ("threads", 1), ("grid", 2), ("vocabulary", 2)):
         check_range(f"--{flag}", getattr(args, flag), low, 100_000)
     args.batch_sizes = _numbers(args.batch_sizes, "--batch-sizes", 4096)
@@ -198,12 +166,6 @@ def _open(parser: Parser, argv: Sequence[str]) -> tuple[Any, SamplingSettings, T
 def main(argv: Sequence[str]) -> None:
     """The command; see ``--help``."""
     args, settings, model = _open(_parser(), argv)
-    with claim(file_lock(args.out)):
-        _measure(args, settings, model)
-
-
-def _measure(args: Any, settings: SamplingSettings, model: Transformer) -> None:
-    """Print what a checkpoint's drafts are worth, and draw it."""
     labels = torch.arange(args.images) % model.config.classes
     registers = model.config.register_offsets is not None
     sources = [source for source in SOURCES if registers or source != "registers"]
@@ -222,8 +184,6 @@ def _measure(args: Any, settings: SamplingSettings, model: Transformer) -> None:
     lines += [[row["source"], str(row["window"]), str(row["rows"]), f"{row['passes']:.2f}", f"{row['codes']:.2f}",
                str(row["differ"])] for row in drafted]
     print(*aligned(lines), sep="\n", flush=True)
-    if args.out:
-        plot(args.out, good, drafted, Path(name).name)
     _time(model, settings, drafted, args.batch_sizes if args.rounds else [], args.rounds)
 
 

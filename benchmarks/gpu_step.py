@@ -21,8 +21,7 @@ import torch
 
 from mutor_img.blocks import PRESETS
 from mutor_img.common.cli import Parser, parse_numbers, run
-from mutor_img.common.config import check_choice
-from mutor_img.common.errors import check_range
+from mutor_img.common.errors import check_choice, check_range
 from mutor_img.pretraining.speed import Speed, forget_all, measure_speed, require_gpu
 from mutor_img.registers import RegisterLaw
 from mutor_img.training.runtime import Runtime

@@ -28,8 +28,7 @@ from benchmarks.turns import forward_flops, in_turn, median_of, per_second, proc
 from mutor_img import generate
 from mutor_img.blocks import ModelConfig, model_flops
 from mutor_img.common.cli import Parser, parse_numbers, run
-from mutor_img.common.config import check_choice
-from mutor_img.common.errors import check_range
+from mutor_img.common.errors import check_choice, check_range
 from mutor_img.decoding.cpu import PackedTransformer, pack
 from mutor_img.training.hardware import keep_freed_memory
 from mutor_img.transformer import Transformer

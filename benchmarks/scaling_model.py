@@ -30,8 +30,8 @@ from dataclasses import dataclass, replace
 from benchmarks.gpu_step import law_of
 from mutor_img.blocks import LLAMAGEN_PRESETS, ModelConfig
 from mutor_img.common.cli import Parser, parse_numbers, run
-from mutor_img.common.config import TrainConfig, check_choice
-from mutor_img.common.errors import UserError, check_range
+from mutor_img.common.config import TrainConfig
+from mutor_img.common.errors import UserError, check_choice, check_range
 from mutor_img.metrics.report import aligned
 from mutor_img.pretraining.config import GeneratorConfig, ModelSection, PlanConfig, RegistersConfig
 from mutor_img.pretraining.cost import REST

@@ -32,8 +32,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.utils import get_featuresdict_from_dataset
 
 from mutor_img.common.cli import Parser, run
-from mutor_img.common.config import check_choice
-from mutor_img.common.errors import check_range
+from mutor_img.common.errors import check_choice, check_range
 from mutor_img.metrics.evaluator import evaluate
 from mutor_img.metrics.extraction import extract
 from mutor_img.metrics.frechet import Moments, Statistics, frechet_distance

@@ -33,8 +33,8 @@ from benchmarks.public import PublicTransformer, training_step
 from benchmarks.turns import forward_flops, in_turn, median_of, per_second, processor, product_peak
 from mutor_img.blocks import LLAMAGEN_PRESETS, ModelConfig
 from mutor_img.common.cli import Parser, run
-from mutor_img.common.config import TrainConfig, check_choice
-from mutor_img.common.errors import UserError, check_range
+from mutor_img.common.config import TrainConfig
+from mutor_img.common.errors import UserError, check_choice, check_range
 from mutor_img.pretraining.rehearsal import random_run, random_task
 from mutor_img.registers import RegisterLaw
 from mutor_img.training.hardware import keep_freed_memory

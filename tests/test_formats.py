@@ -60,7 +60,7 @@ def test_a_config_of_0_1_0_is_read(tmp_path):
     assert (config.seed, config.registers.count, config.train.ema) == (3, 20, 0.995)
 
 
-def test_a_run_writes_down_the_format_of_its_config_and_goes_on_from_it(run_training, tmp_path):
+def test_a_run_writes_down_the_format_of_its_config(run_training):
     trainer = run_training("train.steps=1")
     record = trainer.run_dir / "config.yaml"
     assert record.read_text().startswith("format: mutor_img config 1\n")

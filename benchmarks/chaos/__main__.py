@@ -23,8 +23,7 @@ from tqdm import tqdm
 
 from benchmarks.chaos.case import Fault, Place
 from mutor_img.common.cli import Parser, run
-from mutor_img.common.config import check_choice
-from mutor_img.common.errors import check_range
+from mutor_img.common.errors import check_choice, check_range
 from mutor_img.common.files import append_line
 from mutor_img.common.locks import claim, file_lock
 

@@ -92,9 +92,9 @@ def _npy(descr: str, shape: tuple[int, ...], data: bytes = b"", header: bytes | 
     return b"\x93NUMPY\2\0" + struct.pack("<I", len(text)) + text + data
 
 
-def _zip(members: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
+def _zip(members: dict[str, bytes]) -> bytes:
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", method) as archive:
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name, content in members.items():
             archive.writestr(name, content)
     return buffer.getvalue()
@@ -189,8 +189,8 @@ def _stretched(*shape: int) -> torch.Tensor:
     return torch.zeros(1).expand(*shape)
 
 
-def _laughs(levels: int, width: int = 10) -> str:
-    lines = ["a0: &a0 [x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * width)}]" for i in range(1, levels)]
+def _laughs(levels: int) -> str:
+    lines = ["a0: &a0 [x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, levels)]
     return "\n".join(lines)
 
 

@@ -70,6 +70,7 @@ _STUDY = {
 _FEATURES = " --features classifier --features-weights FOLDER/classifier --device cpu"
 _TWO = ("-m torch.distributed.run --standalone --nproc-per-node 2 train.py --config FOLDER/registers.yaml "
         "run_dir=FOLDER/out/run train.picture_every=0")
+SHUTDOWN = 20  # seconds that torchrun leaves its processes to end
 COMMANDS = {  # as they are typed, after "python"
     **{name: f"{'-m tokenizer.train' if name == 'tokenizer' else 'train.py'} --config FOLDER/{name}.yaml "
              "run_dir=FOLDER/out/run" for name in _CONFIGS},
@@ -116,18 +117,17 @@ def work(command: str, folder: str, kill: list[Any] | None = None) -> int:
     return library.disk_calls() if hasattr(library, "disk_calls") else 0
 
 
-def type_in(command: str, folder: str, *more: str, shutdown: int = 20) -> None:
+def type_in(command: str, folder: str, *more: str) -> None:
     """Be a command whose models are small, and that starts others as forks.
 
     Args:
         command: of ``COMMANDS``.
         folder: with its inputs.
         more: further words.
-        shutdown: the seconds that torchrun leaves its processes to end.
     """
     torch.set_num_threads(1)
     blocks.PRESETS["mnist"] = (2, 2, 16)
-    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(shutdown)
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SHUTDOWN)
     Step.log = Path(folder) / "steps.log"
     subprocess.Popen = subprocess_handler.Popen = Step
     be([*COMMANDS[command].replace("FOLDER", folder).split(), *more])

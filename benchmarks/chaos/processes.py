@@ -25,7 +25,7 @@ from mutor_img.common.errors import UserError
 from mutor_img.pretraining.task import GeneratorTask
 from mutor_img.training.trainer import Trainer
 
-TIMEOUT, SHUTDOWN, SLACK = 4.0, 30.0, 20.0  # seconds: of the run, of torchrun after a failure, of a busy machine
+TIMEOUT, SLACK = 4.0, 20.0  # seconds: of the run, of a busy machine
 COMMAND = "launcher of two"
 _PROGRESS = re.compile(r"(run: .*\]|step \d.*)")
 
@@ -108,7 +108,7 @@ def _try(what: str, when: str, rank: int, whole: dict[str, Any], place: Place) -
     lines = [line for line in log.read_text().splitlines() if line.strip() and not _PROGRESS.fullmatch(line.strip())]
     if answer["outcome"] == "returned":
         raise Fault("torchrun ended as if all was well")
-    if seconds > TIMEOUT + SHUTDOWN + SLACK:
+    if seconds > TIMEOUT + kills.SHUTDOWN + SLACK:
         raise Fault(f"the others ended after {seconds:.0f} s")
     if FAULTS[what][1] not in lines[-1]:
         raise Fault(f"the last line is {lines[-1][:300]!r}")

@@ -59,8 +59,11 @@ def write_json(path: str | os.PathLike, value: Any) -> Path:
 
 
 def json_text(value: Any) -> bytes:
-    """Return JSON that a person can read, in UTF-8; names of files that are not in UTF-8 come back as they were."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+    """Return JSON that a person can read, in UTF-8; names of files that are not in UTF-8 come back as they were.
+
+    What UTF-8 cannot hold becomes an escape of JSON.
+    """
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def write_sealed(path: str | os.PathLike, value: dict[str, Any]) -> Path:

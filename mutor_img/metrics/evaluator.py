@@ -106,7 +106,8 @@ def evaluate(
     real = None if held_out is None else extract(held_out, network, title="held-out", **options)
     if found is None:
         return {}
-    doubts += _too_few(count, reference.pool.count if reference.pool else known.count, network)
+    if moment_outputs(metrics):
+        doubts += _too_few(count, reference.pool.count if reference.pool else known.count, network)
     judge.know(known, real)
     labels = getattr(samples, "labels", None)
     result = judge.scores(found, labels)

@@ -65,14 +65,16 @@ class Subset(_View):
         return np.concatenate([self.images.read(int(run[0]), int(run[-1]) + 1) for run in runs])
 
     def _stream(self) -> Iterator[np.ndarray]:
-        seen = 0
+        seen, last = 0, None
         for batch in self.images:
             low, high = np.searchsorted(self.chosen, (seen, seen + len(batch)))
             if low < high:
-                yield np.asarray(batch)[self.chosen[low:high] - seen]
+                if last is not None:
+                    yield last
+                last = np.asarray(batch)[self.chosen[low:high] - seen]
             seen += len(batch)
-            if high == len(self.chosen):
-                return
+        if last is not None:
+            yield last  # only now: a file's end is where its damage is found
 
 
 class Resized(_View):

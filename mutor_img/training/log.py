@@ -117,13 +117,17 @@ def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> Sequence[Point]
 def save_figure(figure: Figure, target: Path | BinaryIO, **options: Any) -> None:
     """Write a figure as PNG, every text as it is: to matplotlib, what stands between two $ would be a formula.
 
+    So it is in the numbers of a logarithmic axis, which stay formulas.
+
     Args:
         figure, target: what, and where to.
         options: further ones of ``Figure.savefig``.
     """
     from matplotlib.text import Text
 
-    for text in figure.findobj(Text):
+    numbers = {text for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for minor in (True, False)
+               for text in axis.get_ticklabels(minor=minor)}
+    for text in set(figure.findobj(Text)) - numbers:
         text.set_parse_math(False)
     figure.savefig(target, format="png", dpi=120, **options)
 

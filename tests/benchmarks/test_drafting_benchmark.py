@@ -42,15 +42,14 @@ def test_a_drawn_model_has_the_entropy_that_is_asked_for():
     assert torch.distributions.Categorical(logits=logits).entropy().mean().item() == pytest.approx(3.0, abs=0.3)
 
 
-def test_the_command_counts_passes_times_images_and_draws(run_of, tmp_path, capsys):
-    picture = tmp_path / "drafting.png"
-    main(["--checkpoint", run_of(), "--images", "3", "--windows", "4,1", "--batch-sizes", "1", "--rounds", "1", "--out",
-          str(picture), "--threads", "1"])
+def test_the_command_counts_passes_and_times_images(run_of, capsys):
+    main(["--checkpoint", run_of(), "--images", "3", "--windows", "4,1", "--batch-sizes", "1", "--rounds", "1",
+          "--threads", "1"])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     counted = [line for line in lines if len(line) == 6 and line[0] in ("window", "frequency", "registers")]
     assert [line[:2] for line in counted] == [[s, w] for s in ("window", "frequency", "registers") for w in "14"]
     assert all(line[3] == "16.00" for line in counted[::2]) and all(line[5] == "0" for line in counted)
-    assert any(line[0] == "best:" for line in lines) and picture.read_bytes().startswith(b"\x89PNG")
+    assert any(line[0] == "best:" for line in lines)
 
 
 @pytest.mark.parametrize(("argv", "words"), [

@@ -278,11 +278,11 @@ def test_a_second_evaluation_reads_no_image_of_the_reference(digit_folders, clas
     read, network, reference = [], load_digits(classifier), open_reference(str(digit_folders["train"]))
     monkeypatch.setattr(reference.images, "read", lambda start, stop, real=reference.images.read: (
         read.append(start), real(start, stop))[1])
-    first, second = (evaluate(FolderImages(digit_folders["val"]), reference, network) for _ in range(2))
+    first = evaluate(FolderImages(digit_folders["val"]), reference, network)
     seen = len(read)
-    assert seen and first["fd"] == second["fd"] and first["distinct"] == second["distinct"]
-    evaluate(FolderImages(digit_folders["val"]), reference, network)
-    assert len(read) == seen
+    second = evaluate(FolderImages(digit_folders["val"]), reference, network)
+    assert seen and len(read) == seen
+    assert first["fd"] == second["fd"] and first["distinct"] == second["distinct"]
 
 
 def test_precision_and_recall_look_at_no_more_of_the_reference_than_they_need(network, noise, monkeypatch):
@@ -293,6 +293,22 @@ def test_precision_and_recall_look_at_no_more_of_the_reference_than_they_need(ne
     chosen = network(noise(50, 1)[choose(50, 20, 0).numpy()])["pool"]
     assert (result["precision"], result["recall"]) == precision_recall(network(noise(40))["pool"], chosen)
     assert result["reference"]["statistics"] == "none needed"
+    assert not [line for line in result["warnings"] if "covariance" in line]  # 40 of 64: there is none
+
+
+def test_damage_behind_the_images_that_are_drawn_is_found(network, noise, monkeypatch, tmp_path):
+    """Zip tells of it at its end: the rest of a file is read, too."""
+    monkeypatch.setattr(evaluator, "REFERENCE_ROWS", 20)
+    path = tmp_path / "reference.npz"
+    np.savez(path, arr_0=noise(600, 1))
+    damaged = bytearray(path.read_bytes())
+    damaged[2000] ^= 1  # in an image
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"reference\.npz"):
+        evaluate(ArrayImages(noise(40)), open_reference(str(path)), network, metrics=["pr"])
+    with pytest.raises(UserError, match=r"reference\.npz"):
+        evaluate(open_samples(str(path)), as_reference(ArrayImages(noise(40)), role="generation"), network,
+                 metrics=["fid"], num_samples=100)
 
 
 def test_a_score_without_a_reference_claims_no_statistics_of_one(network, noise, reference):

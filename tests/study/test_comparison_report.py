@@ -15,9 +15,10 @@ from mutor_img.study.comparison.plots import (
     target_map,
     wide,
 )
-from mutor_img.study.comparison.report import Cell, cells, difference, listed, markdown, words
+from mutor_img.study.comparison.report import Cell, cells, difference, listed, markdown, relative, words
 from mutor_img.study.comparison.scoring import strip_path
-from mutor_img.study.comparison.statistics import Interval
+from mutor_img.study.comparison.statistics import Interval, pooled
+from mutor_img.training.log import save_figure
 
 FID = {"base": (10.0, 11.0, 9.0), "better": (8.0, 9.1, 6.9), "alike": (10.5, 9.5, 9.7), "single": (5.0,)}
 
@@ -49,9 +50,10 @@ def test_the_table_has_the_four_equalities_mean_error_and_paired_difference(stud
     # Differences -2.0, -1.9, -2.1: mean -2, standard deviation 0.1, Student's t of 2 degrees of freedom 4.303.
     assert rows["better"][5:9] == ["1,050", "3", "8.00 ± 0.64", "-2.00 [-2.25, -1.75]"]
     assert rows["single"][7:9] == ["5.00", "-5.00 (one seed)"]
-    # Squares that neither rows nor seeds explain: 2.133, 4 degrees of freedom; 0.730 sqrt(2 / 3) 2.776 is 1.66.
-    assert [rows[name][9] for name in ("base", "better", "alike")] == [
-        "", "-2.00 [-3.66, -0.34]", "-0.10 [-1.76, +1.56]"]
+    ours, theirs = (np.log(FID[name]).mean() for name in ("better", "base"))  # three seeds each
+    wanted = pooled({name: dict(enumerate(np.log(values).tolist())) for name, values in FID.items()}, "base")
+    assert rows["better"][9] == relative(wanted.differences["better"]) == "-20.2 % [-33.8, -3.9]"
+    assert rows["base"][9] == "" and rows["better"][9].startswith(f"{100 * np.exp(ours - theirs) - 100:+.1f} % [")
     assert "**14 of 24 scores are still to come.**" in page and "## Guidance 2" not in page
 
 
@@ -83,8 +85,9 @@ def test_the_words_say_what_is_separated_and_what_is_not(study, scored):
     assert found == ["- After 100 updates: better has a lower FID than base; no interval separates alike from base; "
                      "the lowest mean is that of better, which no interval separates from alike; single has fewer than "
                      "two seeds in common with base, and so no interval.",
-                     "- After 100 updates, by the noise of all rows (0.73, 4 degrees of freedom): better and single "
-                     "have a lower FID than base; no interval separates alike from base."]
+                     "- After 100 updates, with the noise of all rows pooled (a standard deviation of 8.2% with 4 "
+                     "degrees of freedom): better and single have a lower FID than base; no interval separates alike "
+                     "from base."]
 
 
 def test_a_row_is_compared_with_the_baseline_after_as_many_updates(study, scored):
@@ -150,6 +153,24 @@ def test_a_scale_whose_runs_were_all_timed_elsewhere_is_drawn_without_seconds(st
     here = {(row, seed, 100, 2.0): {**line, "trained_on": "CPU"} for (row, seed, _, _), line in scored.items()
             if row == "base"}
     assert draw_curves(study, elsewhere | here, 2.0, tmp_path / "curves.png").is_file()
+
+
+def test_no_pooled_noise_without_seeds_in_common_or_of_a_distance_of_none(study, scored):
+    apart = {place: line for place, line in scored.items() if (place[0] == "base") == (place[1] == 2)}
+    nothing = scored | {("base", 0, 100, 1.0): {**scored["base", 0, 100, 1.0], "fid": 0.0}}
+    for lines in (apart, nothing):
+        assert "noise pooled |" not in markdown(study, lines, missing=0)
+
+
+def test_numbers_of_a_logarithmic_axis_stay_formulas(study, scored, monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr("mutor_img.study.comparison.plots.save_figure", lambda figure, aside: (
+        figures.append(figure), save_figure(figure, aside)))
+    dear = {place: {**line, "flops": 2e18 if place[0] == "better" else 2e15} for place, line in scored.items()}
+    draw_curves(study, dear, 1.0, tmp_path / "c.png")
+    axes = figures[0].axes[1]  # over FLOPs
+    assert axes.get_xscale() == "log" and all(text.get_parse_math() for text in axes.get_xticklabels())
+    assert not axes.xaxis.label.get_parse_math()
 
 
 def test_numbers_far_apart_are_drawn_on_a_logarithmic_scale():

@@ -9,7 +9,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from photographs import CMYK, GREY, PNG, TRUNCATED, WNIDS, write_photographs
+from photographs import CMYK, GREY, PNG, TRUNCATED, WNIDS
 from PIL import Image
 
 from mutor_img.checkpoints.folder import write_checkpoint
@@ -23,11 +23,6 @@ from tokenizer.images.layouts import open_images
 from tokenizer.images.source import imagenet_words
 
 SIZE = 16
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    return write_photographs(tmp_path_factory.mktemp("imagenet") / "train")
 
 
 @pytest.fixture

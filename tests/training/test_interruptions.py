@@ -2,9 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -25,20 +22,6 @@ from mutor_img.training import command
 from mutor_img.training.log import read_metrics
 from mutor_img.training.loop import train
 from mutor_img.training.runtime import Runtime
-
-ROOT = Path(__file__).parents[2]
-
-
-def test_sigterm_saves_and_the_same_command_goes_on(run_file, tmp_path):
-    words = [sys.executable, "train.py", "--config", str(run_file), "train.steps=100000", "train.checkpoint_every=0"]
-    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        metrics = tmp_path / "runs" / "run" / "metrics.jsonl"
-        while not (metrics.is_file() and metrics.read_text().count("\n") > 3):
-            assert process.poll() is None and time.sleep(0.1) is None
-        process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and "run the same command again" in out, err
-    assert read_meta(find_checkpoint(tmp_path / "runs" / "run"))["step"] >= 3
 
 
 def signal_in(monkeypatch, owner, name, call, number=signal.SIGTERM) -> None:

@@ -83,12 +83,17 @@ def difference(cell: Cell, baseline: Cell | None, key: str) -> Interval | float 
 
 
 def pooled_at(study: ComparisonConfig, found: Sequence[Cell], updates: int, key: str) -> Pooled | None:
-    """Return all differences from the baseline after so many updates by the noise of all rows; None if that is no more.
+    """Return how far all rows are from the baseline after so many updates, as differences of logarithms, noise pooled.
 
-    Two rows have no more noise than their own differences show.
+    The noise of a Frechet distance is nearly proportional to it, so that on this scale it is alike in all rows. None
+    where two rows alone are scored, which say no more together than each pair of their values, or nothing is left.
     """
     values = {cell.row: cell.values(key) for cell in found if cell.updates == updates}
-    return pooled(values, study.baseline_name) if len(values) > 2 and study.baseline_name in values else None
+    if len(values) < 3 or study.baseline_name not in values or min(map(min, map(dict.values, values.values()))) <= 0:
+        return None
+    logs = {row: {seed: math.log(v) for seed, v in of_row.items()} for row, of_row in values.items()}
+    by_noise = pooled(logs, study.baseline_name)
+    return by_noise if by_noise and by_noise.differences else None
 
 
 def of_equal_flops(study: ComparisonConfig, found: Sequence[Cell], cell: Cell) -> Cell | None:
@@ -111,11 +116,11 @@ def markdown(study: ComparisonConfig, scored: Mapping[Place, dict[str, Any]], mi
     whose = "" if all_of_them else f", of the runs on {devices or 'devices that their lines do not name'}"
     lines = [f"# {study.run_dir}", "",
              f"Mean ± standard error over the seeds {seeds}. A difference is the row's score minus that of "
-             f"{study.baseline_name} after as many updates, seed by seed, with its 95 % t interval. \"Noise "
-             "pooled\" is the same by the noise of all rows together, as far as it is alike in all. Intervals are not "
-             "widened for there being several. FLOPs and seconds are those of training, forward and backward; seconds "
-             f"are a mean over seeds{whose}. Sampled parameters are what sampling uses, trained ones include what is "
-             "dropped after training."]
+             f"{study.baseline_name} after as many updates, seed by seed, with its 95 % t interval. \"Noise pooled\" "
+             "is how many per cent a row lies above the baseline, estimated from all rows and seeds at once, with one "
+             "relative noise for all rows. Intervals are not widened for there being several. FLOPs and seconds are "
+             f"those of training, forward and backward; seconds are a mean over seeds{whose}. Sampled parameters are "
+             "what sampling uses, trained ones include what is dropped after training."]
     if missing:
         lines.append(f"\n**{missing} of {missing + len(scored)} scores are still to come.**")
     for scale in study.guidance:
@@ -152,7 +157,7 @@ def _table(study: ComparisonConfig, found: Sequence[Cell], key: str, devices: st
                      f"{first['sampled_parameters']:,}", f"{first['trained_parameters']:,}", str(len(cell.lines)),
                      _with_error(cell, key, digits),
                      "" if cell is same else _shown(difference(cell, same, key), digits),
-                     *[_shown(by_noise.differences.get(cell.row), digits) if by_noise and cell is not same else ""]
+                     *[relative(by_noise.differences.get(cell.row)) if by_noise and cell is not same else ""]
                      * told_by_all,
                      *[_shown(difference(cell, costly, key), digits) if costly else ""] * told,
                      *(_with_error(cell, name, SCORES[name][1]) for name in extra)])
@@ -182,6 +187,14 @@ def _shown(found: Interval | float | None, digits: int) -> str:
     return f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
 
 
+def relative(found: Interval | None) -> str:
+    """Return a difference of logarithms and its interval in per cent, as in "-7.8 % [-13.3, -1.8]"."""
+    if found is None:
+        return "-"
+    mean, low, high = (f"{100 * math.expm1(value):+.1f}" for value in found)
+    return f"{mean} % [{low}, {high}]"
+
+
 def words(study: ComparisonConfig, found: Sequence[Cell], key: str) -> list[str]:
     """Return sentences: which rows the intervals separate from the baseline, and which not from the lowest mean."""
     lines, name, distance = [], study.baseline_name, key.upper()
@@ -206,8 +219,8 @@ def words(study: ComparisonConfig, found: Sequence[Cell], key: str) -> list[str]
             parts.append(f"{having(few)} fewer than two seeds in common with {name}, and so no interval")
         lines.append(f"- After {updates:,} updates: {'; '.join(parts)}.")
         if by_noise := pooled_at(study, found, updates, key):
-            lines.append(f"- After {updates:,} updates, by the noise of all rows ({by_noise.noise:.3g}, "
-                         f"{by_noise.freedom} degrees of freedom): "
+            lines.append(f"- After {updates:,} updates, with the noise of all rows pooled (a standard deviation of "
+                         f"{by_noise.noise:.1%} with {by_noise.freedom} degrees of freedom): "
                          f"{'; '.join(_verdicts(by_noise.differences, name, distance))}.")
     return lines + _words_of_equal_flops(study, found, key)
 

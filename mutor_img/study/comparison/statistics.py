@@ -69,8 +69,9 @@ def pooled(rows: Mapping[str, Mapping[int, float]], name: str) -> Pooled | None:
     """Hold all rows against one, the noise of all of them taken together (analysis of randomised blocks).
 
     The model is ``value = row + seed + noise``, fitted by least squares, and the noise has one spread in all rows. For
-    two rows that have the same seeds this is the paired t-test. More rows give more degrees of freedom, and so narrower
-    intervals; these are wrong for a row whose noise is unlike that of the others.
+    two rows that have the same seeds this is the paired t-test. More rows give more degrees of freedom, and so mostly
+    narrower intervals; these are wrong for a row whose noise is unlike that of the others. Where a row lacks seeds, the
+    other rows tell what these were like, so that its difference is not the mean of its pairs.
 
     Args:
         rows: values by seed, by row.
