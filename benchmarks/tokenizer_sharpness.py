@@ -99,7 +99,7 @@ def compare(folder: Path, runs: dict[str, Path]) -> Image.Image:
         ratio = sharpness(after) / sharpness(before)
         print(f"{name:<18} {psnr(before, after):>9.2f} {ssim(before, after):>7.3f} {ratio:>10.2f}")
         rows.append(after[shown])
-    return grid_picture(np.concatenate(rows), COLUMNS, row_names=["photograph", *runs], scale=3)
+    return grid_picture(np.concatenate(rows), COLUMNS, row_names=["photograph", *runs])
 
 
 def main(argv: Sequence[str]) -> None:

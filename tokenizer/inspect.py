@@ -24,7 +24,6 @@ from tokenizer.images.source import spread
 from tokenizer.loading import load_tokenizer
 from tokenizer.measures import CodeUse
 from tokenizer.network.interface import ImageTokenizer
-from tokenizer.pictures import magnification
 
 _COLUMNS = 10
 
@@ -45,7 +44,7 @@ def decoded_grid(codes: Codes, vq: ImageTokenizer, count: int) -> Image.Image:
     rows, labels = codes.batch(numbers, np.zeros_like(numbers))  # (n, N), (n,)
     images = to_nhwc(vq.decode(rows, codes.info.grid))
     captions = [codes.info.class_names[label] for label in labels]
-    return grid_picture(images, min(_COLUMNS, len(numbers)), captions=captions, scale=magnification(images.shape[1]))
+    return grid_picture(images, min(_COLUMNS, len(numbers)), captions=captions)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import re
 import select
@@ -138,8 +139,11 @@ def run(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = No
     A full disk is a user's mistake too, and so is a path that may not be read or written. Under a launcher with several
     processes the mistake is the same in each, so that only rank 0 prints it, unless the error says of itself who
     ``speaks``. SIGTERM, and a reader of the output that is gone, unwind as Ctrl-C does, so that locks and half-written
-    files go; training saves first.
+    files go; training saves first. What the output's encoding cannot hold, as names of files that are not UTF-8, is
+    printed as escapes.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     die_with_torchrun()  # before the imports that follow: who is not yet tied to torchrun would wait for it in vain
     try:
         with _sigterm_unwinds(), _bars_vanish():

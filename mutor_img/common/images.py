@@ -26,6 +26,7 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".ti
 _FORMATS = ("PNG", "JPEG", "BMP", "DIB", "WEBP", "PPM", "TIFF", "GIF", "AVIF", "JPEG2000")
 MOST_BYTES = 2**30  # of one image file
 MOST_PIXELS = 2**26  # of one image, 8192 x 8192: a file of kilobytes can say that it holds billions
+LEGIBLE = 96  # pixels per side: smaller images are magnified in pictures
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # it warns of more than are refused here
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 _WHITE_IS_ZERO, _SIGNED = 0, 2  # values of the second and the third
@@ -158,17 +159,18 @@ def grid_picture(
     columns: int,
     captions: Sequence[str] | None = None,
     row_names: Sequence[str] | None = None,
-    scale: int = 1,
 ) -> Image.Image:
     """Lay (B, H, W, 3) uint8 images out in rows of ``columns``, with a caption below each image.
+
+    Images of fewer than ``LEGIBLE`` pixels are magnified by a whole number to at most that, without interpolation.
 
     Args:
         images: uint8, any count; the last row may be short.
         columns: images per row.
         captions: one text per image, or None for none.
         row_names: one text per row, drawn to its left, or None.
-        scale: whole-number magnification without interpolation, for small images.
     """
+    scale = max(1, LEGIBLE // images.shape[1])
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     count, height, width, _ = images.shape
     font = ImageFont.load_default(size=11)

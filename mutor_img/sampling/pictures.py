@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 DECODE = 64  # images the tokenizer decodes at a time; at full resolution they take far more memory than the codes
-PIXELS = 96  # smaller images are magnified to about this in grids
 TRAINING_BATCH = 16  # images at a time of a picture amid training, on GPUs
 FRAMES = 8  # moments of an image that a strip shows
 GREY = 128  # cells whose codes are still to come
@@ -118,7 +117,7 @@ def class_grid(model: Transformer, tokenizer: ImageTokenizer, classes: Sequence[
     sampler = Sampler(model, settings, min(batch, len(labels)), keep, draft)
     images = np.concatenate([decode_images(tokenizer, sampler.generate(labels[part], part), model.config.grid)
                              for part in torch.arange(len(labels)).split(batch)])
-    return grid_picture(images, columns, row_names=[names[label] for label in classes], scale=_magnified(images))
+    return grid_picture(images, columns, row_names=[names[label] for label in classes])
 
 
 def steps_strip(model: Transformer, tokenizer: ImageTokenizer, label: int, name: str, settings: SamplingSettings,
@@ -138,12 +137,7 @@ def steps_strip(model: Transformer, tokenizer: ImageTokenizer, label: int, name:
     cells = arrived.view(-1, rows, columns).cpu().numpy()
     height, width = images.shape[1] // rows, images.shape[2] // columns
     images[~cells.repeat(height, 1).repeat(width, 2)] = GREY  # (frames, H, W)
-    return grid_picture(images, len(known), [f"{count}/{length}" for count in known.tolist()], [name],
-                        _magnified(images))
-
-
-def _magnified(images: np.ndarray) -> int:
-    return max(1, PIXELS // images.shape[1])
+    return grid_picture(images, len(known), [f"{count}/{length}" for count in known.tolist()], [name])
 
 
 def draw_training_grid(model: Transformer, codes: dict[str, Any], pictures: Any, seed: int, path: str | Path) -> None:

@@ -1,6 +1,7 @@
 """Options: the home folder, and paths that no system takes."""
 
 import errno
+import io
 import os
 import signal
 import subprocess
@@ -126,3 +127,12 @@ def test_what_was_wrong_is_the_last_line_though_a_progress_bar_is_drawn(capsys):
         run(refuse, [])
     drawn = capsys.readouterr().err.replace("\r", "\n").split("\n")
     assert "0/3" in "".join(drawn) and drawn[-2:] == ["error: no such file", ""]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_names_that_the_output_cannot_hold_are_printed_as_escapes(encoding, monkeypatch):
+    output = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr("sys.stdout", output)
+    run(lambda argv: print("caf\udce9", "±"), [])
+    output.flush()
+    assert output.buffer.getvalue() == {"ascii": b"caf\\udce9 \\xb1\n", "utf-8": b"caf\\udce9 \xc2\xb1\n"}[encoding]

@@ -24,7 +24,6 @@ from mutor_img.training.log import save_figure
 ACROSS = {"updates": "updates", "flops": "training FLOPs", "seconds": "training seconds"}
 LINES = ("o-", "s--", "^:")
 MAPS = 4  # side by side
-PIXELS = 96  # smaller images are magnified to about this in the grid of samples
 
 
 def draw_all(study: ComparisonConfig, jobs: Sequence[Job], scored: Mapping[Place, dict[str, Any]],
@@ -100,8 +99,7 @@ def draw_samples(study: ComparisonConfig, jobs: Sequence[Job], scale: float, pat
     if not there:
         return None
     images = np.concatenate(list(there.values()))
-    return write_png(path, grid_picture(images, study.grid_images, row_names=list(there),
-                                        scale=max(1, PIXELS // images.shape[1])))
+    return write_png(path, grid_picture(images, study.grid_images, row_names=list(there)))
 
 
 def draw_targets(study: ComparisonConfig, losses: Mapping[tuple[str, int, int], list[list[float]]],
