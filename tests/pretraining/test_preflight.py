@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import socket
 import sys
 from datetime import timedelta
 from functools import partial
@@ -11,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from launching import join, launch
 
 from mutor_img import transformer
 from mutor_img.attention import FlexAttention
@@ -276,10 +275,9 @@ def test_flex_attention_refuses_to_run_uncompiled():
         flex(*torch.zeros(3, 1, 1, 84, 16))
 
 
-def one_of_two(rank, port, root):
+def one_of_two(rank, world, port, root):
     """A process of a launch whose second one's examining process crashes."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))
+    join(rank, world, port)
     right = Findings([("update 0", Difference("output", 0.1, 1.0))]).to_json()
     answer = f"assert 'RANK' not in os.environ; {says(json.dumps(right).encode() + bytes([10]))}"
     runtime = Runtime.start(2)
@@ -290,15 +288,7 @@ def one_of_two(rank, port, root):
 
 
 def test_a_crash_beside_one_process_is_the_verdict_of_all(processes, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [processes.Process(target=one_of_two, args=(rank, port, tmp_path)) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(300)
-        rank.kill()
+    assert launch(processes, 2, one_of_two, tmp_path) == [0, 0]
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert [one["attention"] for one in found] == ["sdpa", "sdpa"] and [one["failed_ranks"] for one in found] == [1, 1]
     assert found[0]["failures"] == [] and "status 139" in found[1]["failures"][0]
