@@ -62,8 +62,10 @@ class Runtime:
         Raises:
             UserError: no such device, or another one than the launch has for this process.
         """
+        if name == "auto":
+            return cls.start()
         try:
-            device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+            device = torch.device(name)
         except RuntimeError:
             raise UserError(f"--device {name!r} is not a device; give auto, cpu, cuda or cuda:N") from None
         devices = {"cpu": 1, "cuda": torch.cuda.device_count()}
@@ -73,7 +75,7 @@ class Runtime:
         launched = cls.start()
         if launched.world == 1:
             return cls(device)
-        if name != "auto" and (device.index is not None or device.type != launched.device.type):
+        if device.index is not None or device.type != launched.device.type:
             raise UserError(f"--device {name}: the {launched.world} processes use {launched.device.type}, one device "
                             "each; leave it out, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on CPUs")
         return launched

@@ -77,7 +77,7 @@ def test_the_store_is_the_one_that_encoding_the_images_makes(encoded, tmp_path, 
     main(words)
     assert "nothing to do" in capsys.readouterr().out
     inspect(["--codes", str(found.folder), "--out", str(tmp_path / "grid.png"), "--num", "6"])
-    assert Image.open(tmp_path / "grid.png").size == (6 * 66 + 2, 82)
+    assert Image.open(tmp_path / "grid.png").size == (6 * 98 + 2, 114)
 
 
 def test_files_that_repeat_the_first_images_are_left_out_with_a_note(encoded, tmp_path, capsys):

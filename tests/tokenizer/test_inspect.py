@@ -18,7 +18,7 @@ def test_the_picture_shows_decoded_codes_and_the_facts_are_printed(tokenizer_run
     main(["--codes", str(codes), "--out", str(tmp_path / "grid.png"), "--num", "6", "--verify"])
     out = capsys.readouterr().out
     assert "12 in 3 classes (a, b, c)" in out and "plain, mirror" in out and "is right (blocks: 1)" in out
-    assert Image.open(tmp_path / "grid.png").size == (6 * 66 + 2, 82)  # 8 pixels magnified 8 times, with captions
+    assert Image.open(tmp_path / "grid.png").size == (6 * 98 + 2, 114)  # 8 pixels magnified 12 times, with captions
 
 
 def test_another_tokenizer_is_refused_naming_both(tokenizer_run, image_folder, tmp_path, refused):
