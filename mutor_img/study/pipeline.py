@@ -182,15 +182,21 @@ def score_generator(config: StudyConfig, generator: Generator, reference: Refere
                 clear(generator.run_dir / name)
         scores = _kept(kept, key, lambda: _score_samples(config, generator, loaded, settings))
         shown = settings if config.grid_top_p is None else settings | {"top_p": config.grid_top_p}
-        _kept(generator.run_dir / "grid.json", {**key, "shown": shown}, lambda: _draw_grid(config, generator, shown))
+        _kept(generator.run_dir / "grid.json", {**key, "shown": shown}, lambda: _draw_grid(config, generator, shown),
+              generator.run_dir / "samples.png")
     meta = read_meta(find_checkpoint(generator.run_dir))
     return {**scores, "updates": meta["step"], "training_seconds": meta["seconds"], **settings, "selection": selection}
 
 
-def _kept(path: Path, key: dict[str, Any], work: Callable[[], Any]) -> Any:
-    """Return what ``work()`` gave when it was done under the same key, else do it and keep it."""
-    if path.is_file() and (kept := read_record(path, "key", "value"))["key"] == key:
-        return kept["value"]
+def _kept(path: Path, key: dict[str, Any], work: Callable[[], Any], picture: Path | None = None) -> Any:
+    """Return what ``work()`` gave when it was done under the same key, else do it and keep it.
+
+    A ``picture`` that it drew must be there, too.
+    """
+    if path.is_file() and (picture is None or picture.is_file()):
+        kept = read_record(path, "key", "value")
+        if kept["key"] == key:
+            return kept["value"]
     value = work()
     write_sealed(path, {"key": key, "value": value})
     return value

@@ -145,10 +145,13 @@ def test_a_small_study_runs_from_images_to_scores_and_reuses_what_is_done(digits
     assert [a for a in asked if "train" not in a and "encode" not in a and "digits" not in a] == []
     assert json.loads((tmp_path / "runs" / "study" / "scores.json").read_text())["generators"] == scores
     run_dir = tmp_path / "runs" / "mutor2d"
+    (run_dir / "samples.png").unlink()
+    study.main(["--config", str(configs / "study.yaml")])
+    assert asked.count("('sample.py', '--checkpoint')") == 1  # a picture that is gone is drawn again
     (run_dir / "scores.json").unlink()
     with pytest.raises(UserError, match=r"scores\.json"):  # other settings: drawn and scored anew
         study.main(["--config", str(configs / "study.yaml"), "samples=120"])
-    assert "('sample.py', '--checkpoint')" in asked
+    assert asked.count("('sample.py', '--checkpoint')") == 2
     assert not (run_dir / "samples.npz").exists()  # those of other settings, which sample.py would not go on with
 
 
@@ -177,7 +180,7 @@ def shown(config: StudyConfig, monkeypatch) -> None:
                "score_guidance": [dict.fromkeys(pipeline.CHOSEN)], "_score_samples": {}}
     for name, value in settled.items():
         monkeypatch.setattr(pipeline, name, lambda *_, value=value: value)
-    monkeypatch.setattr(pipeline, "_kept", lambda path, key, work: work())
+    monkeypatch.setattr(pipeline, "_kept", lambda path, key, work, picture=None: work())
     pipeline.score_generator(config, Generator("g", "g.yaml", Path("nowhere")), None)
 
 
@@ -242,7 +245,8 @@ def test_the_grid_has_a_top_p_of_its_own_and_another_one_scores_nothing_again(mo
     scored, drawn = [], []
     monkeypatch.setattr(pipeline, "_score_samples",
                         lambda config, generator, loaded, settings: scored.append(settings["top_p"]) or {})
-    monkeypatch.setattr(pipeline, "command", lambda *words: drawn.append(words[words.index("--top-p") + 1]))
+    monkeypatch.setattr(pipeline, "command", lambda *words: (
+        drawn.append(words[words.index("--top-p") + 1]), (tmp_path / "samples.png").touch()))
     for grid_top_p in (0.8, 0.8, None, 0.7):
         config = StudyConfig(cfg_scales=[2.0], top_p=0.9, grid_top_p=grid_top_p)
         pipeline.score_generator(config, Generator("g", "g.yaml", tmp_path), None)
