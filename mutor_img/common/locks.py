@@ -60,9 +60,12 @@ def file_lock(file: str | os.PathLike | None, keeps: bool = False) -> Lock | Non
     Raises:
         UserError: the path has no name, as "." has none.
     """
-    if file and not Path(file).name:
+    if not file:
+        return None
+    path = Path(file)
+    if not path.name:
         raise UserError(f"{file}: a folder; give the name of a file")
-    return Lock(Path(file), Path(file).with_name(f".{Path(file).name}.lock"), keeps) if file else None
+    return Lock(path, path.with_name(f".{path.name}.lock"), keeps)
 
 
 def owner_of(lock: Lock) -> str | None:

@@ -10,7 +10,6 @@ from mutor_img.common.errors import UserError
 
 PACKAGED = Path(str(files("mutor_img"))) / "configs"  # in a clone, and where it is installed editable, a link
 _ENDINGS = (".yaml", ".yml")
-_FOLDER = "{}: a folder, not a config file; give --config the path of a YAML file"
 
 
 def find_config(given: str | Path) -> Path:
@@ -24,9 +23,8 @@ def find_config(given: str | Path) -> Path:
         UserError: there is no such file; the nearest names that there are stand in the message.
     """
     path = Path(given)
-    if not path.name:
-        raise UserError(_FOLDER.format(path))
-    names = [path] if path.suffix in _ENDINGS else [path, path.with_name(path.name + _ENDINGS[0])]
+    whole = path.suffix in _ENDINGS or not path.name  # "." has no name to add an ending to
+    names = [path] if whole else [path, path.with_name(path.name + _ENDINGS[0])]
     places = [Path(), *(() if path.is_absolute() else (Path("configs"), PACKAGED))]
     for place in places:
         for name in names:
@@ -35,7 +33,7 @@ def find_config(given: str | Path) -> Path:
             if (place / name).is_file():
                 return place / name
     if path.is_dir():
-        raise UserError(_FOLDER.format(path))
+        raise UserError(f"{path}: a folder, not a config file; give --config the path of a YAML file")
     raise UserError(f"{path}: no such config file; give --config the path of a YAML file, or the name of one that is "
                     f"shipped{_nearest(path)}")
 

@@ -8,17 +8,22 @@ from collections.abc import Sequence
 from typing import Any
 
 from mutor_img.common import cli
-from mutor_img.common.cli import parse_words
 from mutor_img.common.errors import UserError, check_choice, check_range
 from mutor_img.common.files import write_sealed
 from mutor_img.common.locks import file_lock
 from mutor_img.common.outputs import keep_apart, keep_unseen
-from mutor_img.evaluation.networks import add_network_flags, check_network_flags, load_network, network_files
+from mutor_img.evaluation.networks import (
+    add_network_flags,
+    check_network_flags,
+    load_network,
+    network_files,
+    parse_metrics,
+)
 from mutor_img.metrics.evaluator import evaluate, make_reference
 from mutor_img.metrics.inception_score import ORDERS
 from mutor_img.metrics.references import ROLES, open_reference
 from mutor_img.metrics.report import table
-from mutor_img.metrics.requirements import METRICS, OPTIONAL, check_names
+from mutor_img.metrics.requirements import METRICS, OPTIONAL
 from mutor_img.metrics.samples import manifest_of, open_samples
 from mutor_img.metrics.views import Resized
 from mutor_img.sampling.options import add_sampling_flags, check_sampling_flags, open_source
@@ -98,7 +103,7 @@ def _score(args: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
         samples = open_samples(args.samples)
         samples = samples if args.resize is None else Resized(samples, args.resize)
     result = evaluate(
-        samples, open_reference(args.reference, args.split), network, metrics=_metrics(args.metrics),
+        samples, open_reference(args.reference, args.split), network, metrics=parse_metrics(args.metrics),
         num_samples=args.num_samples,
         held_out=None if args.held_out is None else open_samples(args.held_out), role=args.role or "generation",
         force_role=args.force_role, is_order=args.is_order, **options)
@@ -118,7 +123,7 @@ def _check(args: argparse.Namespace) -> None:
             check_choice(name, value, known)
     check_network_flags(args)
     check_sampling_flags(args)
-    _metrics(args.metrics)
+    parse_metrics(args.metrics)
     if args.num_samples is not None:
         check_range("--num-samples", args.num_samples, 2, 10**9)
     if args.make_reference:
@@ -160,11 +165,3 @@ def _check_unused(args: argparse.Namespace, defaults: dict[str, Any], reason: st
     for name, default in defaults.items():
         if getattr(args, name) != default:
             raise UserError(f"--{name.replace('_', '-')} {reason}")
-
-
-def _metrics(text: str | None) -> list[str] | None:
-    if text is None:
-        return None
-    names = parse_words(text, "--metrics")
-    check_names(names)
-    return names

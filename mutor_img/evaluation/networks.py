@@ -1,14 +1,15 @@
-"""The flags of every command that scores: which feature network, and where it runs."""
+"""The flags of every command that scores: which metrics and feature network, and where it runs."""
 
 from __future__ import annotations
 
 import argparse
 
-from mutor_img.common.cli import Parser
+from mutor_img.common.cli import Parser, parse_words
 from mutor_img.common.errors import UserError, check_range
 from mutor_img.metrics.digits import DEFAULT_FOLDER
 from mutor_img.metrics.features import FeatureNetwork
 from mutor_img.metrics.networks import FEATURES, PREFIX, check_features, load_features
+from mutor_img.metrics.requirements import check_names
 from mutor_img.training.runtime import DEVICES, Runtime
 
 
@@ -33,6 +34,19 @@ def check_network_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--inception-weights has no use with --features {args.features}")
     check_features(args.features, args.features_weights)
     check_range("--batch-size", args.batch_size, 1, 100_000)
+
+
+def parse_metrics(text: str | None) -> list[str] | None:
+    """Return the metrics that ``--metrics`` names; None where it is not given.
+
+    Raises:
+        UserError: it is empty, or names one that does not exist.
+    """
+    if text is None:
+        return None
+    names = parse_words(text, "--metrics")
+    check_names(names)
+    return names
 
 
 def network_files(args: argparse.Namespace) -> dict[str, str | None]:

@@ -20,10 +20,16 @@ from mutor_img.common.hub import is_hub_name
 from mutor_img.common.locks import folder_lock
 from mutor_img.common.outputs import keep_apart
 from mutor_img.decoding.guidance import parse_schedule
-from mutor_img.evaluation.networks import add_network_flags, check_network_flags, load_network, network_files
+from mutor_img.evaluation.networks import (
+    add_network_flags,
+    check_network_flags,
+    load_network,
+    network_files,
+    parse_metrics,
+)
 from mutor_img.metrics.features import FeatureNetwork
 from mutor_img.metrics.references import open_reference
-from mutor_img.metrics.requirements import METRICS, OPTIONAL, check_names, frechet_key
+from mutor_img.metrics.requirements import METRICS, OPTIONAL, frechet_key
 from mutor_img.sampling.options import add_sampling_flags, check_sampling_flags, open_source
 from mutor_img.sweep.points import SweepPoint, best_point, grid, sweep
 from mutor_img.sweep.report import advice, draw, schedule_note, table
@@ -71,9 +77,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     check_sampling_flags(args)
     points = grid(parse_numbers(args.cfg_scales, "--cfg-scales", float),
                   parse_numbers(args.temperatures, "--temperatures", float), _schedules(parser, args))
-    metrics = None if args.metrics is None else parse_words(args.metrics, "--metrics")
-    if metrics is not None:
-        check_names(metrics)
+    metrics = parse_metrics(args.metrics)
     out = Path(args.out) if args.out else _default_folder(args.checkpoint)
     keep_apart(_outputs(out), {"--checkpoint": args.checkpoint, "--tokenizer": args.tokenizer,
                                "--reference": args.reference, **network_files(args)})

@@ -112,7 +112,7 @@ def squares(rows: dict[str, dict[int, float]], name: str | None = None, apart: f
     names = list(rows)
 
     def cost(effects: np.ndarray) -> float:
-        of_rows = dict(zip(names, effects, strict=False))
+        of_rows = dict(zip(names, effects[: len(names)], strict=True))
         if name is not None:
             of_rows[name] = of_rows[names[0]] + apart
         return sum((value - of_rows[row] - effects[len(names) + seed]) ** 2

@@ -89,7 +89,9 @@ def pooled_at(study: ComparisonConfig, found: Sequence[Cell], updates: int, key:
     where two rows alone are scored, which say no more together than each pair of their values, or nothing is left.
     """
     values = {cell.row: cell.values(key) for cell in found if cell.updates == updates}
-    if len(values) < 3 or study.baseline_name not in values or min(map(min, map(dict.values, values.values()))) <= 0:
+    if len(values) < 3 or study.baseline_name not in values:
+        return None
+    if any(value <= 0 for of_row in values.values() for value in of_row.values()):  # a copy of the reference
         return None
     logs = {row: {seed: math.log(v) for seed, v in of_row.items()} for row, of_row in values.items()}
     by_noise = pooled(logs, study.baseline_name)
@@ -143,7 +145,7 @@ def _table(study: ComparisonConfig, found: Sequence[Cell], key: str, devices: st
     told = any(equal.values())
     if told:
         head.insert(9, f"against {study.baseline_name} of equal FLOPs")
-    by_all = {cell.updates: pooled_at(study, found, cell.updates, key) for cell in found}
+    by_all = {updates: pooled_at(study, found, updates, key) for updates in {cell.updates for cell in found}}
     told_by_all = any(by_all.values())
     if told_by_all:
         head.insert(9, f"against {study.baseline_name}, noise pooled")
