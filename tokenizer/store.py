@@ -33,6 +33,7 @@ from mutor_img.common.files import (
     write_atomic,
     write_sealed,
 )
+from mutor_img.common.processes import check_shared
 from mutor_img.data.store import BLOCK, Codes, CodesInfo, block_checksum, code_dtype
 from mutor_img.training.runtime import Runtime
 from tokenizer.images.source import Labelled
@@ -222,6 +223,7 @@ def write_store(writer: StoreWriter, rows: Callable[[Sequence[int]], Iterator[tu
         if runtime.is_main:
             print(f"{writer.out}: these {len(writer.source)} images are there already; nothing to do")
         return Codes(writer.out)
+    check_shared(writer.out, "--out")
     mine = todo[runtime.rank:: runtime.world]
     numbers = [number for part in mine for number in writer.range(part)]
     with closing(rows(numbers)) as made:  # its progress bar ends before an error is said

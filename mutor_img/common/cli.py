@@ -205,7 +205,8 @@ def _bars_vanish() -> Iterator[None]:
 
 
 def _fail(message: str, error: Exception) -> None:
-    if getattr(error, "speaks", os.environ.get("RANK", "0") == "0"):
+    first_here = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"  # each machine may have its own fault
+    if getattr(error, "speaks", first_here):
         print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
     sys.exit(2)
 

@@ -112,6 +112,27 @@ class TrainConfig:
         check_choice("train.precision", self.precision, ("bf16", "fp32", "auto"))
         check_choice("train.parallel", self.parallel, ("ddp", "fsdp"))
 
+    def shares(self, parts: int, of: str) -> tuple[int, int]:
+        """Return the samples of an update on one of ``parts`` processes, and those of one forward pass.
+
+        Args:
+            parts: how many share the global batch.
+            of: what they are, for the error.
+
+        Raises:
+            UserError: the global batch does not divide by them, or a process's share by the micro batch.
+        """
+        if self.global_batch % parts:
+            lower = self.global_batch // parts * parts
+            raise UserError(f"train.global_batch is {self.global_batch}, not divisible by {of}; use "
+                            f"{lower or parts} or {lower + parts}")
+        share = self.global_batch // parts
+        micro_batch = min(self.micro_batch or share, share)
+        if share % micro_batch:
+            raise UserError(f"train.micro_batch is {micro_batch}, but each of {of} has {share} of the global batch; "
+                            f"give a divisor of {share}")
+        return share, micro_batch
+
 
 def load_config(schema: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
     """Read ``path`` and what it extends, apply ``key.sub=value`` overrides, and check every value.

@@ -9,13 +9,17 @@ everywhere is compared before it is used.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 
 from mutor_img.common.errors import UserError
+from mutor_img.common.files import remove, wait_until_seen
 
 T = TypeVar("T")
 SAME = "start every process with the same command, and let all of them see the same files"
@@ -99,11 +103,51 @@ def agree(values: Mapping[str, Any], fix: str = SAME) -> None:
     rank, world = place()
     if world == 1:
         return
-    mine = dict(_leaves(json.loads(json.dumps(values))))
-    others = dict(_leaves(broadcast(values)))
+    mine, others = dict(leaves(json.loads(json.dumps(values)))), dict(leaves(broadcast(values)))
     name = next((name for name in {**others, **mine} if mine.get(name) != others.get(name)), None)
     share_mistake(None if name is None else f"{name} is {_short(mine.get(name))} on rank {rank}, but "
                                             f"{_short(others.get(name))} on rank 0; {fix}")
+
+
+def check_shared(folder: str | os.PathLike, name: str) -> None:
+    """Check that all processes see one folder, before work begins that they are to write there; all call this.
+
+    Args:
+        folder: rank 0 makes it where it is not there.
+        name: the setting that says where it is.
+
+    Raises:
+        UserError: on every process; one of them does not see what rank 0 wrote.
+    """
+    if place()[1] == 1:
+        return
+    mark, mistake = Path(folder) / from_main(lambda: _mark(folder)), None
+    try:
+        wait_until_seen(lambda: None if mark.is_file() else mark, name)
+    except UserError as error:
+        mistake = str(error)
+    try:
+        share_mistake(mistake)
+    finally:
+        if place()[0] == 0:
+            remove(mark)
+
+
+def _mark(folder: str | os.PathLike) -> str:
+    """Write an empty file under a name that nobody has asked for before; returns the name."""
+    mark = Path(folder) / f".seen_{uuid4().hex}.part"
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    return mark.name
+
+
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted name of every value in sections of sections, and the value as JSON gives it back."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, list(value) if isinstance(value, tuple) else value
 
 
 def _device() -> torch.device:
@@ -118,14 +162,6 @@ def _as_json(error: Exception) -> dict[str, Any]:
     if isinstance(error, OSError) and error.errno is not None:
         return {"system": [error.errno, error.strerror, None if error.filename is None else str(error.filename)]}
     return {"failure": True}
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _short(value: Any) -> str:

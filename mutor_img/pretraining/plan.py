@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from mutor_img.blocks import ModelConfig, block_weights
-from mutor_img.common.errors import UserError
 from mutor_img.objectives.objective import Objective
 from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.pretraining.cost import H100_MEMORY, Cost, Device, attention_cells, update_cost
@@ -47,20 +46,8 @@ def shapes(config: GeneratorConfig) -> tuple[Transformer, Objective]:
 
 
 def device_share(config: GeneratorConfig) -> tuple[int, int]:
-    """Return the sequences of an update on one of ``plan.devices``, and those of one forward pass.
-
-    Raises:
-        UserError: the batch does not divide over the devices, or a device's share over ``train.micro_batch``.
-    """
-    batch, devices = config.train.global_batch, config.plan.devices
-    if batch % devices:
-        raise UserError(f"train.global_batch is {batch}, not divisible by plan.devices={devices}")
-    share = batch // devices
-    micro_batch = min(config.train.micro_batch or share, share)
-    if share % micro_batch:
-        raise UserError(f"train.micro_batch is {micro_batch}, but each of plan.devices={devices} has "
-                        f"{share} of the global batch; give a divisor of {share}")
-    return share, micro_batch
+    """Return the sequences of an update on one of ``plan.devices``, and those of one forward pass."""
+    return config.train.shares(config.plan.devices, f"plan.devices={config.plan.devices}")
 
 
 def trunk_flops(model: Transformer, law: RegisterLaw, seed: int) -> float:

@@ -18,6 +18,7 @@ from mutor_img.common.errors import UserError, check_range
 from mutor_img.common.images import check_png, write_png
 from mutor_img.common.locks import file_lock
 from mutor_img.common.outputs import keep_apart
+from mutor_img.common.processes import check_shared
 from mutor_img.decoding.sampler import Sampler
 from mutor_img.sampling.archive import FORMAT, SampleArchive, open_archive
 from mutor_img.sampling.editing import check_edit, edit
@@ -184,6 +185,7 @@ def write_samples(archive: SampleArchive, source: SampleSource, about: dict[str,
         if runtime.is_main:
             print(f"{archive.out}: holds these {archive.count} samples already; nothing to do")
         return
+    check_shared(archive.parts, "--out")
     labels, mine = source.labels(archive.count), todo[runtime.rank:: runtime.world]
     with tqdm(total=archive.count, initial=archive.done(), desc="sample", unit="image", mininterval=1.0,
               disable=not runtime.is_main) as bar:

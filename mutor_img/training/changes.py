@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from mutor_img.checkpoints.tensor_files import has_group
 from mutor_img.common.errors import UserError
+from mutor_img.common.processes import leaves
 
 # Other ones make another run.
 IDENTITY = ("seed", "model.", "objective.", "registers.", "train.global_batch", "data.image_size")
@@ -33,7 +34,7 @@ def check_changes(recorded: Mapping[str, Any], current: Mapping[str, Any], folde
     Raises:
         UserError: it would be another run: other codes, image size, seed, model, registers or global batch.
     """
-    before, now = {**EARLIER, **dict(_leaves(recorded["config"]))}, dict(_leaves(current["config"]))
+    before, now = {**EARLIER, **dict(leaves(recorded["config"]))}, dict(leaves(current["config"]))
     changed = [key for key in now if key in before and before[key] != now[key] and not key.startswith(SILENT)]
     other = [key for key in changed if key.startswith(IDENTITY)]
     if other:
@@ -56,9 +57,9 @@ def decisive(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str
         config: the run's, as sections.
         defaults: those of its schema.
     """
-    known = dict(_leaves(defaults))
+    known = dict(leaves(defaults))
     counted = ("init_from", "data.codes", *(() if config["optim"]["schedule"] == "constant" else ("train.steps",)))
-    return {key: value for key, value in _leaves(config)
+    return {key: value for key, value in leaves(config)
             if (key in counted or not key.startswith(SILENT)) and value != known.get(key)}
 
 
@@ -80,11 +81,3 @@ def require_group(recorded: Mapping[str, Any], group: str, folder: str | os.Path
 
 def _hashes(metadata: Mapping[str, Any]) -> list[str]:
     return [store["hash"] for store in metadata.get("codes", {}).get("stores", [])]
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, list(value) if isinstance(value, tuple) else value  # as JSON gives it back

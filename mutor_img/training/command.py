@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -14,6 +16,7 @@ import torch
 from mutor_img.checkpoints.folder import leave_damaged
 from mutor_img.common.cli import Parser
 from mutor_img.common.config import config_files, load_config, record, to_yaml
+from mutor_img.common.errors import UserError
 from mutor_img.common.locks import folder_lock
 from mutor_img.common.outputs import RUN_SIGNS, keep_apart, refuse_strange_folder
 from mutor_img.training.hardware import computes_in_bf16, precision_on
@@ -85,8 +88,15 @@ def read_training(arguments: argparse.Namespace, schema: type, plan: Callable[[A
 
 def written_by_hand(schema: type, config: str) -> list[Path]:
     """Return those files of a config that a run did not write itself: its own record it may write again."""
-    own = {path: load_config(schema, path) for path, _ in config_files(config)}
-    return [path for path, found in own.items() if path.read_text() not in (record(found), to_yaml(found))]
+    return [path for path, _ in config_files(config) if not _is_record(schema, path)]
+
+
+def _is_record(schema: type, path: Path) -> bool:
+    try:
+        found = load_config(schema, path)
+    except UserError:  # a file that is whole only with what extends it, or with the command line
+        return False
+    return path.read_text() in (record(found), to_yaml(found))
 
 
 def _readable(value: Any) -> str:
@@ -100,7 +110,7 @@ def run_task(task: type[Task], config: Any, fallback: bool = False) -> Trainer:
 
     With ``fallback`` the damaged newest checkpoints of the run are left behind first.
 
-    SIGTERM or SIGINT before there is anything to save ends the process here, with status 0.
+    SIGTERM or SIGINT before there is anything to save ends the process here, with status 0 where it is alone.
 
     Raises:
         UserError: another process trains in the same ``run_dir``, or what ``task`` and :func:`train` raise.
@@ -125,4 +135,5 @@ def run_task(task: type[Task], config: Any, fallback: bool = False) -> Trainer:
         except Stopped:
             if runtime is None or (runtime.is_main and not runtime.failed()):
                 print("stopped before the first update was done; to resume, run the same command again")
-            end_now()
+            # Peers may be in a collective for this process: a launcher ends them where a process has failed.
+            end_now(0 if os.environ.get("WORLD_SIZE", "1") == "1" else 128 + signal.SIGTERM)

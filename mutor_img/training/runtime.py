@@ -44,11 +44,13 @@ class Runtime:
         If torchrun itself is gone, nobody ends the other processes when one fails: so each gets SIGTERM then.
 
         Raises:
-            UserError: Slurm started several tasks and no launcher told them of each other.
+            UserError: Slurm started several tasks and no launcher told them of each other, or torchrun more processes
+                than there are GPUs.
         """
         check_launcher(os.environ)
         if not torch.cuda.is_available():
             keep_freed_memory()
+        _check_devices()
         timeout = timedelta(minutes=timeout_minutes)
         die_with_torchrun()  # a process that waits in its rendezvous hears no SIGTERM, and has nothing to save
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=timeout)
@@ -190,33 +192,31 @@ class Runtime:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def share(self, total: int, name: str) -> int:
-        """Return this process's part of ``total``.
-
-        Raises:
-            UserError: ``total`` is not divisible by the number of processes.
-        """
-        if total % self.world:
-            lower = total // self.world * self.world
-            raise UserError(f"{name} is {total}, not divisible by {self.world} processes; "
-                            f"use {lower or self.world} or {lower + self.world}")
-        return total // self.world
-
 
 def check_launcher(environment: Mapping[str, str]) -> None:
     """Raise :class:`UserError` where each of several Slurm tasks would take itself for the only process of a run.
 
-    ``srun python train.py`` starts as many whole runs as there are tasks. The batch script itself is one process,
-    however many tasks the job has: Slurm marks it as BATCH and gives it no step.
+    ``srun python train.py`` starts as many whole runs as there are tasks. A batch script and a shell of ``salloc`` are
+    one process each, however many tasks the job may have: only srun counts those of a step.
     """
-    tasks = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS", "1")
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     launched = "RANK" in environment and "WORLD_SIZE" in environment
-    script = environment.get("ENVIRONMENT") == "BATCH" and "SLURM_STEP_ID" not in environment
-    if tasks.isdecimal() and int(tasks) > 1 and not launched and not script:
-        raise UserError(f"Slurm runs {tasks} tasks (SLURM_NTASKS) and no launcher has told this one its rank: each "
-                        "would behave as the whole run; start one torchrun per node: srun --ntasks-per-node=1 "
+    if tasks.isdecimal() and int(tasks) > 1 and not launched:
+        raise UserError(f"Slurm runs {tasks} tasks (SLURM_STEP_NUM_TASKS) and no launcher has told this one its rank: "
+                        "each would behave as the whole run; start one torchrun per node: srun --ntasks-per-node=1 "
                         "torchrun --nnodes $SLURM_NNODES --nproc-per-node GPUS ... (docs/distributed.md); for one "
                         "process: srun --ntasks=1")
+
+
+def _check_devices() -> None:
+    """Raise :class:`UserError` where this process has no GPU of its own; the first of several such ones says so."""
+    rank, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if 0 < found <= rank:
+        error = UserError(f"this machine has {found} CUDA devices, and {os.environ.get('LOCAL_WORLD_SIZE', 'more')} "
+                          f"processes were started on it; give --nproc-per-node {found}, or hide the GPUs "
+                          "(CUDA_VISIBLE_DEVICES=) to run on CPUs")
+        error.speaks = rank == found
+        raise error
 
 
 def _store() -> dist.Store:

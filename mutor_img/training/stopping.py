@@ -48,8 +48,8 @@ class StopRequest:
             self._raising = False
 
 
-def end_now() -> None:
-    """End this process with status 0 without waiting for compilers that work in the background."""
+def end_now(status: int) -> None:
+    """End this process without waiting for compilers that work in the background."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)

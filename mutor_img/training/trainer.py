@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mutor_img.checkpoints.folder import newest_checkpoint, open_group, read_meta, tidy, write_checkpoint
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import file_hash
-from mutor_img.common.processes import share_mistake
+from mutor_img.common.processes import check_shared, share_mistake
 from mutor_img.training import parallel
 from mutor_img.training.changes import check_changes, require_group
 from mutor_img.training.numbers import read_numbers
@@ -64,11 +64,7 @@ class Trainer:
         self.task, self.config, self.runtime = task, config, runtime
         self.run_dir = Path(config.run_dir)
         folder = self._common_checkpoint()
-        self.local_batch = runtime.share(config.train.global_batch, "train.global_batch")
-        self.micro_batch = min(config.train.micro_batch or self.local_batch, self.local_batch)
-        if self.local_batch % self.micro_batch:
-            raise UserError(f"train.micro_batch is {self.micro_batch}, but each of {runtime.world} processes has "
-                            f"{self.local_batch} of the global batch; give a divisor of {self.local_batch}")
+        self.local_batch, self.micro_batch = config.train.shares(runtime.world, f"{runtime.world} processes")
         if config.train.parallel == "fsdp" and not task.shardable:
             raise UserError("train.parallel is 'fsdp', which is for generators; give train.parallel=ddp")
         self.sharded = parallel.is_sharded(config.train, runtime)
@@ -105,6 +101,8 @@ class Trainer:
         self.runtime.agree({"the step of the checkpoint to go on from": read_meta(folder)["step"] if seen else None,
                             "the hash of its checkpoint.json": file_hash(folder / "checkpoint.json") if seen else None},
                            f"run_dir={self.run_dir} must be one folder, on a disk that all nodes see")
+        if not seen:  # else it is
+            check_shared(self.run_dir, "run_dir")
         return folder
 
     def _resume(self, folder: Path) -> None:

@@ -118,6 +118,15 @@ def test_a_message_is_one_short_line_whatever_it_quotes(capsys):
     assert len(error) < 1020 and "\x1b" not in error and error.count("\n") == 1 and error.endswith("999\n")
 
 
+@pytest.mark.parametrize("rank, local_rank, speaks", [("0", "0", True), ("8", "0", True), ("9", "1", False)])
+def test_one_process_of_each_machine_says_what_is_wrong_there(capsys, monkeypatch, rank, local_rank, speaks):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    with pytest.raises(SystemExit):
+        run(lambda argv: (_ for _ in ()).throw(UserError("no such config")), [])
+    assert capsys.readouterr().err == ("error: no such config\n" if speaks else "")
+
+
 def test_what_was_wrong_is_the_last_line_though_a_progress_bar_is_drawn(capsys):
     def refuse(words):
         for _ in tqdm(range(3), mininterval=0):

@@ -95,9 +95,9 @@ def test_a_kill_after_a_checkpoint_loses_no_validation_and_no_picture_of_its_ste
 def test_a_signal_before_there_is_anything_to_save_ends_at_once(run_file, tiny, monkeypatch, capsys, tmp_path, owner,
                                                                name):
     signal_in(monkeypatch, owner, name, 1)
-    monkeypatch.setattr(command, "end_now", lambda: print("ended"))
+    monkeypatch.setattr(command, "end_now", lambda status: print("ended", status))
     command.run_task(GeneratorTask, load_config(GeneratorConfig, run_file))
-    assert capsys.readouterr().out.endswith("run the same command again\nended\n")
+    assert capsys.readouterr().out.endswith("run the same command again\nended 0\n")
     assert newest_checkpoint(tmp_path / "runs" / "run") is None
 
 

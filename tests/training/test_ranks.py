@@ -16,6 +16,7 @@ from tiny_runs import NAMES, write_generator, write_tokenizer
 
 from mutor_img import blocks
 from mutor_img.checkpoints.folder import write_checkpoint
+from mutor_img.common import files
 from mutor_img.common.config import load_config
 from mutor_img.common.errors import UserError
 from mutor_img.common.locks import claim, folder_lock
@@ -88,7 +89,7 @@ def draw(root: Path, out: str) -> None:
 
 def score(root: Path, stale: bool) -> None:
     """Sweep over three points, the first of which rank 0 finds kept; notes what was scored."""
-    rows = [{"cfg_scale": scale, "temperature": 1.0} for scale in (1.0, 2.0, 3.0)]
+    rows = [SweepPoint(scale, 1.0)._asdict() for scale in (1.0, 2.0, 3.0)]
     scored = []
 
     def evaluate(images, *arguments, **options):
@@ -120,7 +121,7 @@ def look(error: Exception | None = None) -> int:
 def work(rank: int, world: int, port: int, root: Path) -> None:
     """What each of the two processes tries; what it is told is noted."""
     join(rank, world, port)
-    blocks.PRESETS["mnist"] = (2, 2, 16)
+    blocks.PRESETS["mnist"], files.PATIENCE = (2, 2, 16), 2.0
     os.chdir(root / f"disk{rank}")  # relative paths are on a disk of one's own
     runtime, told, stale = Runtime.start(3), {}, rank == 1
     write = {"checkpoint on rank 0 alone": lambda: run(root, "run_dir=first", "train.steps=4"),
@@ -134,6 +135,9 @@ def work(rank: int, world: int, port: int, root: Path) -> None:
              "another init_from": lambda: run(root, "run_dir=new", "init_from=third"),
              "an owned run_dir": lambda: run_task(GeneratorTask, load_config(
                  GeneratorConfig, root / "run.yaml", [f"run_dir={root}/owned"])),
+             "a run_dir on a disk of one's own": lambda: run(root, "run_dir=apart"),
+             "codes on a disk of one's own": lambda: encode(root, os.path.abspath("new codes")),
+             "samples on a disk of one's own": lambda: draw(root, os.path.abspath("new.npz")),
              "another number of samples": lambda: sample([
                  "--checkpoint", str(root / "generator"), "--out", str(root / "s.npz"), "--num-samples",
                  str(10 + rank)]),
@@ -218,6 +222,9 @@ def told(root: Path) -> dict[str, str]:
     ("other codes", "the content of codes is "),
     ("other held-out codes", "the content of codes is "),
     ("another init_from", "the content of init_from=third is "),
+    ("a run_dir on a disk of one's own", "does not see what another one wrote; run_dir must be on a file system that"),
+    ("codes on a disk of one's own", "does not see what another one wrote; --out must be on a file system that all"),
+    ("samples on a disk of one's own", "does not see what another one wrote; --out must be on a file system that all"),
     ("another number of samples", "num_samples is 11 on rank 1, but 10 on rank 0"),
     ("other images to encode", " on rank 1, but "),
     ("a tokenizer's other images", "the list of images in many is "),

@@ -35,20 +35,20 @@ def start(request, monkeypatch):
 
 
 @pytest.mark.parametrize("variables", [
-    {"SLURM_NTASKS": "2"}, {"SLURM_NTASKS": "8", "SLURM_PROCID": "3"},
-    {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8"},
-    {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "ENVIRONMENT": "BATCH"},
+    {"SLURM_NTASKS": "8", "SLURM_PROCID": "3", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8"},
+    {"SLURM_STEP_NUM_TASKS": "2", "ENVIRONMENT": "BATCH"},  # srun in a batch script, whose environment tasks have, too
 ])
 def test_several_slurm_tasks_without_a_launcher_are_told_which_to_use(start, variables):
     with pytest.raises(UserError, match="srun --ntasks-per-node=1 torchrun") as caught:
         start(**variables)
-    assert "SLURM_NTASKS" in str(caught.value) and "\n" not in str(caught.value)
+    assert "SLURM_STEP_NUM_TASKS" in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("variables", [
     {}, {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"},
     {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_STEP_ID": "2"},
     {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7", "ENVIRONMENT": "BATCH"},  # the batch script itself
+    {"SLURM_NTASKS": "8", "SLURM_JOB_ID": "7"},  # a shell of salloc -n 8
 ])
 def test_one_task_is_one_process(start, variables):
     assert start(**variables).world == 1
@@ -98,6 +98,18 @@ def test_a_process_that_waits_for_a_torchrun_that_is_gone_ends_with_it():
         os.kill(launcher, signal.SIGKILL)
         os.waitpid(launcher, 0)
         assert select.select([ended], [], [], 20)[0] and os.read(ended, 1) == b""  # nobody holds the pipe any more
+
+
+@pytest.mark.parametrize("rank, speaks", [("1", None), ("2", True), ("3", False)])
+def test_more_processes_than_gpus_are_one_line(start, monkeypatch, rank, speaks):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    if speaks is None:
+        assert start(LOCAL_RANK=rank).world == 1
+        return
+    with pytest.raises(UserError, match=r"has 2 CUDA devices, and 4 processes .* --nproc-per-node 2") as caught:
+        start(LOCAL_RANK=rank)
+    assert caught.value.speaks == speaks
 
 
 def test_several_processes_have_a_device_each(monkeypatch):

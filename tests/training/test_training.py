@@ -234,6 +234,19 @@ def test_a_dry_run_prints_the_config_and_a_plan_and_writes_nothing(run_file, tmp
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("parent, child, words", [
+    ("", "eval: {every: 2}", ["eval.reference=r.npz"]),
+    ("objective: {kind: rear}", "registers: {kind: none}\nobjective: {noise_until: 2}", []),
+    ("", "objective: {kind: mirai}\nregisters: {kind: none}", ["train.ema=0.9"]),
+])
+def test_a_config_may_be_whole_only_with_what_extends_it_or_the_command_line(run_file, tmp_path, capsys, parent, child,
+                                                                             words):
+    (tmp_path / "parent.yaml").write_text(f"extends: {run_file}\n{parent}\n")
+    (tmp_path / "child.yaml").write_text(f"extends: parent.yaml\n{child}\n")
+    main(["--config", str(tmp_path / "child.yaml"), "--dry-run", *words])
+    assert "FLOPs per update" in capsys.readouterr().out
+
+
 def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(run_training, monkeypatch, capsys):
     run_training("train.steps=1")
 
