@@ -14,6 +14,7 @@ from types import ModuleType
 
 from mutor_img.app.limits import Readers
 from mutor_img.app.session import Side, check_comparable
+from mutor_img.checkpoints.folder import newest_of
 from mutor_img.common.cli import Parser
 from mutor_img.common.errors import UserError, check_range
 from mutor_img.sampling.options import add_sampling_flags, check_sampling_flags, open_source
@@ -85,8 +86,9 @@ def open_sides(args: argparse.Namespace) -> list[Side]:
     runtime = Runtime.start()
     sides = []
     for path in filter(None, (args.checkpoint, args.compare)):
-        source = open_source(argparse.Namespace(**{**vars(args), "checkpoint": path}), runtime)
-        sides.append(Side(path, args.tokenizer, source))
+        checkpoint = newest_of(path, args.fallback)
+        source = open_source(argparse.Namespace(**{**vars(args), "checkpoint": checkpoint}), runtime)
+        sides.append(Side(path, checkpoint, args.tokenizer, source))
     check_comparable(sides)
     return sides
 

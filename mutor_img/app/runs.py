@@ -257,14 +257,26 @@ def _held_out(curves: dict[str, list[Point]]) -> str:
 
 def _judged(scores: dict[str, Any]) -> str:
     """Return the scores of evaluate_fid.py, or of each generator of a study."""
-    return "".join(markup.text(name, report.table(result))
+    return "".join(markup.text(name, _listed(result) if _is_of_tokenizer(result) else report.table(result))
                    for name, result in scores.get("generators", {"scores.json": scores}).items())
+
+
+def _is_of_tokenizer(scores: dict[str, Any]) -> bool:
+    return "sharpness" in scores and "reference" not in scores  # of reconstruct, without those of evaluate_fid.py
+
+
+def _listed(scores: dict[str, Any]) -> str:
+    """Return the numbers of a tokenizer's scores, a line each."""
+    return "\n".join(report.aligned([[name, f"{value:.5g}"] for name, value in scores.items()
+                                     if isinstance(value, (int, float))]))
 
 
 def _columns(rows: Sequence[dict[str, Any]], names: Iterable[str]) -> str:
     """Return the last rows of a table, with those of the columns that any of them has."""
     rows = rows[-MOST_ROWS:]
     names = [name for name in names if any(row.get(name) is not None for row in rows)]
+    if not names:
+        return "No rows yet."
     cells = [[f"{row[name]:.5g}" if isinstance(row.get(name), float) else str(row.get(name, "-")) for name in names]
              for row in rows]
     return "\n".join(report.aligned([names, *cells]))

@@ -28,11 +28,13 @@ class Side:
 
     Attributes:
         path: as the user gave it.
+        checkpoint: what that meant when the page began: the same weights still, where a run trains on.
         tokenizer: as the user gave it; None: the run's own.
         source: what is loaded, with the settings of the command line.
     """
 
     path: str
+    checkpoint: str
     tokenizer: str | None
     source: SampleSource
 
@@ -148,7 +150,7 @@ def command_line(side: Side, source: SampleSource, count: int, out: str) -> str:
     keep, mask = source.kept_from or (None, None)
     mix_with = settings.pop("mix_with")
     del settings["kept"]  # the codes; the flags name the files
-    flags = {"checkpoint": side.path, "tokenizer": side.tokenizer, "weights": source.loaded.which,
+    flags = {"checkpoint": side.checkpoint, "tokenizer": side.tokenizer, "weights": source.loaded.which,
              "dtype": source.dtype,
              "classes": class_words(source.classes, source.names, source.run_names) if source.classes else None,
              **({} if source.loaded.meta else {"grid-size": "x".join(map(str, source.loaded.model.config.grid))}),

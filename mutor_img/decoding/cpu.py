@@ -226,15 +226,16 @@ class PackedTransformer:
         return CHUNK * max(any_model, min(most, CACHE // (CHUNK * image)))
 
     def rows_are_independent(self, rows: int) -> bool:
-        """Tell whether each row of a pass over so many, a multiple of ``CHUNK``, gets the bits that it gets in a chunk.
+        """Tell whether each row of a pass over so many gets the bits that it gets in one over ``CHUNK`` rows.
 
         How kernels sum may depend on the machine, on shapes and on threads. So a layer and the head are tried.
         """
         tried = torch.get_num_threads(), rows
         if tried not in self._independent:
             config, place, draw = self.config, self.config.length // 2, torch.Generator().manual_seed(0)
-            x = torch.randn(rows, config.dim, generator=draw).to(self.codes)
-            cache = PrefixCache(1, rows, config.heads, place + 1, config.dim // config.heads, self.codes)
+            whole = -(-rows // CHUNK) * CHUNK
+            x = torch.randn(whole, config.dim, generator=draw).to(self.codes)
+            cache = PrefixCache(1, whole, config.heads, place + 1, config.dim // config.heads, self.codes)
             cache.store.copy_(torch.randn(cache.store[:, :, :1].shape, generator=draw))  # the same for every row
 
             def logits(part: Tensor) -> Tensor:
@@ -242,7 +243,7 @@ class PackedTransformer:
                 return self.logits(y)
 
             alone = torch.cat([logits(part) for part in x.split(CHUNK)])
-            self._independent[tried] = torch.equal(logits(x), alone)
+            self._independent[tried] = torch.equal(logits(x[:rows]), alone[:rows])
         return self._independent[tried]
 
 

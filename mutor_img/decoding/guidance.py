@@ -36,7 +36,7 @@ def parse_schedule(text: str) -> tuple[str, float | None]:
 
 def schedule_text(name: str, parameter: float | None) -> str:
     """Return what :func:`parse_schedule` reads."""
-    return name if parameter is None else f"{name}:{parameter:g}"
+    return name if parameter is None else f"{name}:{parameter}"
 
 
 def guidance_scales(schedule: str, scale: float, parameter: float | None, length: int) -> list[float]:

@@ -223,11 +223,18 @@ class Sampler:
     def _window(self, images: int) -> int:
         """Return W for so many images at a time; 0: no drafts."""
         if self.draft.window != AUTO:
-            return self.draft.window if images else 0
-        widths = self.draft.widths(images) if self.fixed else []
+            return self.draft.window if images and self._keeps_bits(self.draft.window) else 0
+        widths = [w for w in self.draft.widths(images) if self._keeps_bits(w)] if self.fixed else []
         if widths and images not in self.trials:
             self.trials[images] = Trial(widths, self.config.length, self._step_seconds())
         return self.trials[images].width if widths else 0
+
+    def _keeps_bits(self, window: int) -> bool:
+        """Tell whether passes over a window W give the bits of single steps, as far as that is promised."""
+        if not self.fixed or not window:
+            return True
+        rows = self.halves * self.images(window) * self.draft.rows(window)
+        return all(self.packed.rows_are_independent(count) for count in (self.halves * CHUNK, rows))
 
     def _step_seconds(self) -> float:
         """Return how long a step of sequential decoding takes, half-way through an image: the second of two."""

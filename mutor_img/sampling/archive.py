@@ -99,6 +99,8 @@ class SampleArchive:
         if self.is_finished():
             self.remove_parts()
             return None
+        if not (self.parts / "settings.json").is_file():
+            clear(self.parts)  # parts of unknown settings, such as a removal that was cut short leaves
         write_sealed(self.parts / "settings.json", self.settings)
         return [unit for unit in self.units() if not self.is_done(unit)]
 
@@ -116,7 +118,8 @@ class SampleArchive:
 
     def done(self) -> int:
         """Return how many samples are written, by any process."""
-        return sum(len(self.samples(unit)) for unit in self.units() if self.is_done(unit))
+        written = set(os.listdir(self.parts))  # one look, not one for each of hundreds of parts
+        return sum(len(self.samples(unit)) for unit in self.units() if self._part(unit).name in written)
 
     def write(self, unit: int, images: np.ndarray) -> None:
         """Write a part: (its samples, H, W, 3) uint8."""

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mutor_img.checkpoints.folder import newest_of
 from mutor_img.common.cli import Parser, parse_numbers, parse_words, run
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import read_record, write_sealed
@@ -94,6 +95,8 @@ def _outputs(out: Path) -> dict[str, list[Path]]:
 def _score(args: argparse.Namespace, points: list[SweepPoint], metrics: list[str] | None, out: Path,
            runtime: Runtime) -> tuple[list[dict[str, Any]], FeatureNetwork]:
     """Return the rows of all points, said as they come, and the feature network."""
+    # What is advised at the end is of these weights, also where the run has trained on.
+    args.checkpoint = runtime.from_main(lambda: newest_of(args.checkpoint, args.fallback))
     network = load_network(args, runtime)
     args.cfg_scale, args.temperature, args.cfg_schedule, args.cfg_parameter = points[0]
     source, reference = open_source(args, runtime), open_reference(args.reference)
@@ -128,11 +131,10 @@ def full_command(parser: argparse.ArgumentParser, args: argparse.Namespace, best
         value = getattr(args, name)
         if value != parser.get_default(name):
             words += [f"--{name.replace('_', '-')}", str(value)]
-    words += ["--fallback"] * args.fallback
     for name in ("cfg_schedule", "cfg_parameter"):
         if best[name] != parser.get_default(name):
-            words += [f"--{name.replace('_', '-')}", f"{best[name]:g}" if name == "cfg_parameter" else best[name]]
-    words += ["--cfg-scale", f"{best['cfg_scale']:g}", "--temperature", f"{best['temperature']:g}",
+            words += [f"--{name.replace('_', '-')}", str(best[name])]
+    words += ["--cfg-scale", str(best["cfg_scale"]), "--temperature", str(best["temperature"]),
               "--seed", str(0 if args.seed else SEED), "--num-samples", "50000", "--json", "scores.json"]
     return shlex.join(words)
 

@@ -107,7 +107,8 @@ def sweep_key(source: SampleSource, count: int, reference: Reference, network: F
     for name in SweepPoint._fields:
         del identity[name]
     return {"format": FORMAT, **identity, "metrics": list(metrics), "features": network.name,
-            "features_hash": network.weights_hash, "reference": reference.name, "reference_hash": reference.sha256}
+            "features_hash": network.weights_hash, "reference": reference.name,
+            "reference_hash": from_main(lambda: reference.sha256)}
 
 
 def _at(source: SampleSource, point: SweepPoint) -> SampleSource:
@@ -116,7 +117,7 @@ def _at(source: SampleSource, point: SweepPoint) -> SampleSource:
 
 
 def _point(row: dict[str, Any]) -> SweepPoint:
-    return SweepPoint(**{name: row[name] for name in SweepPoint._fields if name in row})
+    return SweepPoint(*(row[name] for name in SweepPoint._fields))
 
 
 def _read(out: str | os.PathLike | None, key: dict[str, Any]) -> list[dict[str, Any]]:
@@ -129,8 +130,6 @@ def _read(out: str | os.PathLike | None, key: dict[str, Any]) -> list[dict[str, 
             if found["key"].get(name) != wanted:
                 raise UserError(f"{out}: its points were scored with {name} {found['key'].get(name)}, now it is "
                                 f"{wanted}; remove the file, or choose another --out")
-        shared = {name: found["key"][name] for name in SweepPoint._fields if name in found["key"]}  # of older files
-        rows = [shared | row for row in found["points"]]
-        return list({_point(row): row for row in rows}.values())
+        return list({_point(row): row for row in found["points"]}.values())
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{out}: was not made by this program; remove it, or choose another --out") from None

@@ -129,13 +129,15 @@ def test_pictures_come_in_the_order_of_their_updates(tmp_path):
 @pytest.mark.parametrize("files", [
     {"scores.json": json.dumps(RESULT)}, {"scores.json": json.dumps({"generators": {"mutor2d": RESULT}})},
     {"rows.jsonl": json.dumps({"row": "mutor2d", "seed": 0, "updates": 4, "cfg_scale": 1.0, "fd": 9.2957}) + "\n"},
-    {"rows.jsonl": "", "table.md": "| mutor2d | 9.2957 |"}], ids=str)
+    {"rows.jsonl": "", "table.md": "| mutor2d | 9.2957 |"},
+    {"scores.json": json.dumps({"psnr": 9.2957, "sharpness": 0.9, "not_computed": {"rfid": "no weights"}})}], ids=str)
 def test_a_study_is_shown_as_far_as_it_has_come(tmp_path, files):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     write_png(tmp_path / "curves_guidance_1.png", Image.new("RGB", (2, 2)))
     html = whole(tmp_path, ".")
     assert "<td>.</td><td>study</td>" in html and "9.2957" in html and html.count("<img") == 1
+    assert "not a readable file" not in html
 
 
 def test_a_sweep_is_shown_with_its_run(tmp_path):

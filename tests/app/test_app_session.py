@@ -3,6 +3,8 @@
 import dataclasses
 import re
 import shlex
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from tiny_runs import edit_flags
 from mutor_img import sampling
 from mutor_img.app.limits import Readers
 from mutor_img.app.session import MAX_IMAGES, Controls, answer, command_line, sample_in_turn
+from mutor_img.checkpoints.folder import newest_checkpoint
 
 PLAIN = Controls(classes=[2, 0], labels="balanced", count=19, cfg_scale=2.0, temperature=1.0, top_k=0, top_p=1.0,
                  seed=5)
@@ -59,6 +62,15 @@ def test_the_command_names_what_the_command_line_chose(served, two_runs, tmp_pat
                         ("--cfg-schedule", "interval"), ("--cfg-parameter", "3.0"), ("--classes", "2,0"),
                         ("--out", "my samples.npz")):
         assert words[words.index(flag) + 1] == value
+
+
+def test_the_command_means_the_weights_that_were_loaded_though_the_run_trains_on(served, two_runs):
+    run = Path(two_runs[0])
+    [side] = served("--checkpoint", str(run), "--fallback").sides
+    newest = newest_checkpoint(run)
+    shutil.copytree(newest, newest.with_name("step_00000009"))
+    words = shlex.split(command_line(side, PLAIN.apply(side.source), 4, "s.npz"))
+    assert words[words.index("--checkpoint") + 1] == str(newest) and side.title.startswith(str(run))
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=str)

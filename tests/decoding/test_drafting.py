@@ -69,6 +69,18 @@ def test_a_row_of_a_product_in_fp32_does_not_depend_on_the_other_rows(inputs, ou
         assert torch.equal(packed(x[-rows:]), whole[-rows:]), rows
 
 
+@pytest.mark.parametrize("wrong", [6, 16])  # rows of two images with three each, and of a chunk with guidance
+def test_where_rows_are_not_independent_nothing_is_drafted(random_model, monkeypatch, wrong):
+    model, real = random_model(), Packed.__call__
+    monkeypatch.setattr(Packed, "__call__", lambda self, x: real(self, x) + 0.5 * (len(x) == wrong) * torch.randn(()))
+    settings = {"cfg_scale": 2.0 if wrong == 16 else 1.0}
+    sampler, codes = sampled(model, settings, 3, labels=LABELS[:2])
+    assert not hasattr(sampler.drafter, "passes")
+    if wrong == 6:
+        assert torch.equal(codes, sampled(model, settings, 0, labels=LABELS[:2])[1])
+    assert hasattr(sampled(model, settings, 4, labels=LABELS[:2])[0].drafter, "passes") == (wrong == 6)
+
+
 @pytest.mark.parametrize(("seed", "source", "window"), [
     (seed, *draft) for seed, draft in enumerate(itertools.product(SOURCES, (2, 4)))])
 def test_no_code_of_ten_thousand_images_of_six_random_models_changes(random_model, seed, source, window):

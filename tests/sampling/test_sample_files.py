@@ -20,6 +20,8 @@ from tiny_runs import NAMES, edit_flags, sample
 from mutor_img.common import files
 from mutor_img.common.errors import UserError
 from mutor_img.decoding.sampler import Sampler, generate
+from mutor_img.metrics.image_sets import read_all
+from mutor_img.metrics.samples import open_samples
 from mutor_img.sampling import archive as archive_module
 from mutor_img.sampling import main
 from tokenizer import load_tokenizer
@@ -135,6 +137,16 @@ def test_parts_that_cannot_be_removed_end_no_sampling(run_of, tmp_path, monkeypa
     assert f"{parts} cannot be removed (busy)" in capsys.readouterr().err and parts.is_dir()
     sample(run, out, count=20)
     assert "nothing to do" in capsys.readouterr().out and not parts.exists()
+
+
+@pytest.mark.parametrize("name", ["s.npz", "s"])
+def test_parts_of_unknown_settings_are_made_anew(run_of, tmp_path, name):
+    run, parts = run_of(), tmp_path / f"{name}.parts"
+    parts.mkdir()  # as a removal leaves them that took the settings first and was killed
+    np.savez(parts / "part_000000.npz", images=np.zeros((64, 8, 8, 3), np.uint8))
+    sample(run, tmp_path / "whole.npz", count=70)
+    made = read_all(open_samples(sample(run, tmp_path / name, count=70)))
+    assert np.array_equal(made, np.load(tmp_path / "whole.npz")["arr_0"]) and not parts.exists()
 
 
 def test_a_part_that_another_process_wrote_is_waited_for_and_then_missed(run_of, tmp_path, monkeypatch):
