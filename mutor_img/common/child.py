@@ -47,6 +47,11 @@ def module_command(name: str) -> list[str]:
     return [sys.executable, "-P", "-m", name]
 
 
+def door_command(name: str) -> list[str]:
+    """Return the command that runs ``train``, ``sample`` or ``evaluate_fid``, also where they are no scripts."""
+    return [sys.executable, "-P", "-c", f"from mutor_img.common.doors import {name}; {name}()"]
+
+
 class Child:
     """A child process; leaving the context kills it."""
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mutor_img.checkpoints.folder import find_checkpoint, newest_checkpoint, read_meta
 from mutor_img.checkpoints.loading import Loaded, load_run
-from mutor_img.common.child import die_with_parent
+from mutor_img.common.child import die_with_parent, door_command
 from mutor_img.common.config import load_config
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import clear, read_record, remove, write_sealed
@@ -47,14 +47,16 @@ class Generator:
 
 
 def command(*arguments: str | Path) -> None:
-    """Print one of the project's commands as a user would type it, and run it.
+    """Print one of the project's commands as a user would type it in a clone, and run it from any folder.
 
     Raises:
         UserError: the command failed; it has said why.
     """
     words = [str(a) for a in arguments]
     print(f"\n$ python {' '.join(words)}", flush=True)
-    with subprocess.Popen([sys.executable, *words], preexec_fn=die_with_parent) as process:
+    script, *flags = words
+    begin = door_command(script.removesuffix(".py")) if script.endswith(".py") else [sys.executable, script]
+    with subprocess.Popen([*begin, *flags], preexec_fn=die_with_parent) as process:
         try:
             status = process.wait()
         except BaseException:  # the study was stopped: training saves when it is told so

@@ -80,6 +80,12 @@ def test_a_failure_is_said_and_stops_no_other_run(pool_of, capsys):
     assert "0: stage 0 failed: no codes here" in capsys.readouterr().out
 
 
+def test_a_reason_that_an_earlier_sitting_had_is_not_said_again(pool_of):
+    assert pool_of([["import sys; sys.exit('error: no space left')"]])[0].failed["0"].startswith("no space left")
+    killed = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    assert pool_of([[killed]])[0].failed["0"].startswith("stage 0 ended with status -9")
+
+
 def test_the_reason_of_a_failure_is_the_last_line_that_says_one(tmp_path):
     log = tmp_path / "log"
     log.write_text("error: an old one\nstep 3\nTraceback (most recent call last):\nRuntimeError: broken\n\nbye\n")

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Iterable, Sequence
 
-from mutor_img.common.child import module_command
+from mutor_img.common.child import door_command, module_command
 from mutor_img.study.comparison.jobs import Job
 
 SCORE = "mutor_img.study.comparison.score"
 LAUNCHERS = ("torchrun", "sbatch")
-_TRAIN = [sys.executable, "-P", "-c", "from mutor_img.common.doors import train; train()"]  # also where installed
 PER_NODE = 8  # devices of a node, for runs that plan more of them
 
 # As in docs/distributed.md: one launcher per node, which finds the first node by its name.
@@ -27,7 +25,7 @@ def stages(job: Job, study: Sequence[str], trained: bool) -> list[tuple[str, lis
         study: ``--config`` and the overrides of the study.
         trained: leave out the training.
     """
-    train = [] if trained else [("training", [*_TRAIN, *job.words])]
+    train = [] if trained else [("training", [*door_command("train"), *job.words])]
     return [*train, ("scoring", [*module_command(SCORE), *score_words(job, study)])]
 
 

@@ -89,7 +89,8 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 def draw_samples(study: ComparisonConfig, jobs: Sequence[Job], scale: float, path: Path) -> Path | None:
     """Lay out samples of the first seed, a line per row, after the last updates that all rows share.
 
-    Labels and random streams are the same in every row. Where no checkpoint is shared, each row shows its last.
+    Labels and random streams are the same in every row. Where no checkpoint is shared, each row shows its last. Rows
+    whose images are not of the first one's size are left out.
     """
     first = [job for job in jobs if job.seed == study.seeds[0]]
     shared = set.intersection(*(set(job.steps) for job in first)) if first else set()
@@ -98,8 +99,9 @@ def draw_samples(study: ComparisonConfig, jobs: Sequence[Job], scale: float, pat
     there = {name: np.load(strip) for name, strip in strips.items() if strip.is_file()}  # (K, H, W, 3) uint8 each
     if not there:
         return None
-    images = np.concatenate(list(there.values()))
-    return write_png(path, grid_picture(images, study.grid_images, row_names=list(there)))
+    size = next(iter(there.values())).shape
+    there = {name: strip for name, strip in there.items() if strip.shape == size}
+    return write_png(path, grid_picture(np.concatenate(list(there.values())), study.grid_images, row_names=list(there)))
 
 
 def draw_targets(study: ComparisonConfig, losses: Mapping[tuple[str, int, int], list[list[float]]],

@@ -60,6 +60,7 @@ class Work:
         left: the stages to come.
         log: where everything goes that they print.
         stage, process: what is running.
+        former: bytes of the log that earlier stages and sittings have written.
         begun: when, on :func:`time.monotonic`'s clock.
     """
 
@@ -69,6 +70,7 @@ class Work:
     begun: float = field(default_factory=time.monotonic)
     stage: str = ""
     process: subprocess.Popen | None = field(default=None, repr=False)
+    former: int = 0
 
     def start(self, threads: Mapping[str, str]) -> None:
         """Start the next stage.
@@ -78,6 +80,7 @@ class Work:
         """
         self.stage, command = self.left.popleft()
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.former = self.log.stat().st_size if self.log.is_file() else 0
         with open(self.log, "ab") as output:  # what went on unseen after a kill would own what the next one writes
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                                             env=child_environment(threads), preexec_fn=die_with_parent)
@@ -187,7 +190,7 @@ def _ended(work: Work, outcome: Outcome) -> bool:
         return False
     reason = None
     if status:
-        reason = last_error(work.log) or f"{work.stage} ended with status {status}"
+        reason = last_error(work.log, work.former) or f"{work.stage} ended with status {status}"
     elif work.stage == "training" and not work.job.trained:
         reason = "training was stopped before its end; run the same command again to go on"
     if reason:
@@ -196,10 +199,10 @@ def _ended(work: Work, outcome: Outcome) -> bool:
     return True
 
 
-def last_error(log: Path) -> str | None:
-    """Return the last line of a log that says what was wrong; None: there is no such line."""
-    found = re.findall(r"^(?:error: (.*)|([\w.]*(?:Error|Exception)\b.*))$", log.read_text(errors="replace"),
-                       re.MULTILINE)
+def last_error(log: Path, former: int = 0) -> str | None:
+    """Return the last line that says what was wrong, of what a log holds behind ``former`` bytes; None: none does."""
+    found = re.findall(r"^(?:error: (.*)|([\w.]*(?:Error|Exception)\b.*))$",
+                       log.read_bytes()[former:].decode(errors="replace"), re.MULTILINE)
     return next((one or other for one, other in reversed(found)), None)
 
 
