@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mutor_img.common.cli import Parser, parse_words, run
-from mutor_img.common.errors import UserError, check_range, suggest
+from mutor_img.common.errors import UserError, check_choice, check_range
 from mutor_img.common.locks import folder_lock
 from mutor_img.common.outputs import keep_apart
 from mutor_img.data.store import Codes, code_dtype
@@ -50,8 +50,7 @@ def parse_views(text: str | None, rule: CropRule) -> list[str]:
         return ["plain"]
     views = list(VIEWS) if text is None else parse_words(text, "--views")
     for view in views:
-        if view not in VIEWS:
-            raise UserError(f"view {view!r} is unknown{suggest(view, VIEWS)}")
+        check_choice("a view", view, VIEWS)
     if len(set(views)) < len(views):
         raise UserError(f"--views {text} names a view twice")
     return views

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from mutor_img.common.cli import Parser, run
 from mutor_img.common.errors import UserError, check_range
@@ -38,13 +39,27 @@ def check_tokenizer(codes: Codes, vq: ImageTokenizer) -> None:
 
 def decoded_grid(codes: Codes, vq: ImageTokenizer, count: int) -> Image.Image:
     """Return ``count`` images spread evenly over the store, first view, decoded, with class names below."""
+    rows, labels = _some(codes, count)
+    images = to_nhwc(vq.decode(rows, codes.info.grid))
+    captions = [codes.info.class_names[label] for label in labels]
+    return grid_picture(images, min(_COLUMNS, len(images)), captions=captions)
+
+
+def _some(codes: Codes, count: int) -> tuple[Tensor, Tensor]:
+    """Return codes (n, N) and labels (n,) of up to ``count`` images spread evenly over the store, first view.
+
+    Raises:
+        UserError: there are none, or one of them is damaged as far as their range tells; checksums are not compared.
+    """
     numbers = spread(len(codes), count)
     if not len(numbers):
         raise UserError(f"{codes.folder}: holds no images")
-    rows, labels = codes.batch(numbers, np.zeros_like(numbers))  # (n, N), (n,)
-    images = to_nhwc(vq.decode(rows, codes.info.grid))
-    captions = [codes.info.class_names[label] for label in labels]
-    return grid_picture(images, min(_COLUMNS, len(numbers)), captions=captions)
+    rows, labels = codes.batch(numbers, np.zeros_like(numbers))
+    for what, found, bound in (("code", rows, codes.info.vocabulary), ("label", labels, len(codes.info.class_names))):
+        if wrong := found[(found < 0) | (found >= bound)].tolist():
+            raise UserError(f"{codes.folder}: is damaged: it holds the {what} {wrong[0]}, but {what}s go up to "
+                            f"{bound - 1}; --verify names the block")
+    return rows, labels
 
 
 def main(argv: Sequence[str]) -> None:
@@ -80,12 +95,12 @@ def _show(options: Namespace) -> None:
         print(f"verified     every checksum, code and label is right (blocks: {len(info.checksums)})")
     vq = load_tokenizer(options.tokenizer or info.tokenizer, "cuda" if torch.cuda.is_available() else "cpu")
     check_tokenizer(codes, vq)
-    numbers = spread(len(codes), 10_000)
+    rows, _ = _some(codes, 10_000)
     use = CodeUse(info.vocabulary)
-    use.add(codes.batch(numbers, np.zeros_like(numbers))[0])
+    use.add(rows)
     scores = use.scores()
     print(f"codes used   {scores['codes_used']:.1%}, perplexity {scores['perplexity']:.1f} "
-          f"(over {len(numbers)} images)")
+          f"(over {len(rows)} images)")
     print(f"picture      {write_png(options.out, decoded_grid(codes, vq, options.num))}")
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tokenizer.network.quantizer import code_use, count_codes
 
+WINDOW = 7  # pixels per side that SSIM compares
 _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, PIL's
 
 
@@ -29,7 +30,7 @@ def ssim(images: np.ndarray, reconstructions: np.ndarray) -> float:
 
     Some published figures use a data range of 2 on such pixels, which reads higher.
     """
-    return float(np.mean([structural_similarity(a / 255.0, b / 255.0, channel_axis=-1, data_range=1.0)
+    return float(np.mean([structural_similarity(a / 255.0, b / 255.0, win_size=WINDOW, channel_axis=-1, data_range=1.0)
                           for a, b in zip(images, reconstructions)]))
 
 

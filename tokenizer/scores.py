@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mutor_img.common.errors import UserError, suggest
+from mutor_img.common.errors import UserError, check_choice
 from mutor_img.metrics.features import FeatureNetwork
 from mutor_img.metrics.frechet import Moments, frechet_distance
 from tokenizer.images.crops import to_float
-from tokenizer.measures import CodeUse, psnr, sharpness, ssim
+from tokenizer.measures import WINDOW, CodeUse, psnr, sharpness, ssim
 from tokenizer.training.perceptual import LPIPS, SMALLEST, load_lpips
 
 T = TypeVar("T")
@@ -45,8 +45,7 @@ class ReconstructionScores:
                  inception_weights: str | None = None, lpips_weights: str | None = None,
                  device: torch.device | str = "cpu"):
         for name in metrics or ():
-            if name not in METRICS:
-                raise UserError(f"unknown metric {name!r}{suggest(name, METRICS)}")
+            check_choice("a metric", name, METRICS)
         self.metrics = [name for name in METRICS if metrics is None or name in metrics]
         self.asked = set(metrics or ())
         self.asked |= {name for name, given in (("rfid", inception_weights), ("lpips", lpips_weights)) if given}
@@ -54,6 +53,7 @@ class ReconstructionScores:
             raise UserError(f"weights for {name} are given, but --metrics leaves {name} out")
         self.not_computed: dict[str, str] = {}
         self.use, self.sums, self.count, self.edges = CodeUse(vocabulary), dict.fromkeys(METRICS, 0.0), 0, np.zeros(2)
+        self._try("ssim", lambda: _check_windows(image_size))
         self.inception = self._try("rfid", lambda: _inception(inception_weights, count, "rfid" in self.asked, device))
         self.lpips = self._try("lpips", lambda: _lpips(lpips_weights, image_size, device))
         self.device = device
@@ -119,6 +119,11 @@ def _inception(weights: str | None, count: int, asked: bool, device: torch.devic
     if count < 2:
         raise UserError(f"rFID needs 2 images or more, not {count}")
     return load_inception(weights, device)
+
+
+def _check_windows(image_size: int) -> None:
+    if image_size < WINDOW:
+        raise UserError(f"SSIM compares windows of {WINDOW} pixels per side, and images have {image_size}")
 
 
 def _lpips(weights: str | None, image_size: int, device: torch.device | str) -> LPIPS:

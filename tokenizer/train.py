@@ -153,7 +153,8 @@ class TokenizerTask(Task):
         device, world = self.runtime.device, self.runtime.world
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         counts = torch.zeros(model.vocabulary, dtype=torch.int64, device=device)
-        for images in self.val_images[self.runtime.rank:: world].split(_VALIDATION_BATCH):
+        mine = self.val_images[self.runtime.rank :: world]  # none, where there are more processes than images
+        for images in mine.split(_VALIDATION_BATCH) if len(mine) else ():
             images = to_float(images.to(device))
             reconstruction, quantised = model(images)
             sums[0] += psnr(to_nhwc(images), to_nhwc(reconstruction)) * len(images)

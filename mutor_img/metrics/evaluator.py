@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mutor_img.common.errors import UserError, check_range, suggest
+from mutor_img.common.errors import UserError, check_choice, check_range
 from mutor_img.metrics.extraction import Features, extract
 from mutor_img.metrics.features import FeatureNetwork
 from mutor_img.metrics.frechet import frechet_distance
@@ -26,12 +26,10 @@ from mutor_img.metrics.precision_recall import precision_recall
 from mutor_img.metrics.provenance import provenance
 from mutor_img.metrics.references import Reference, as_reference, check_role, save_reference
 from mutor_img.metrics.requirements import (
-    METRICS,
     check_size,
     class_doubts,
     frechet_key,
     kernel_key,
-    lack,
     moment_outputs,
     resolve,
     row_outputs,
@@ -86,8 +84,7 @@ def evaluate(
     doubts = [*network.warnings, *check_role(reference, role, force_role)]
     notes = list(getattr(samples, "warnings", []))
     metrics = resolve(metrics, reference, network)
-    if is_order not in ORDERS:
-        raise UserError(f"unknown Inception Score order {is_order!r}{suggest(is_order, ORDERS)}")
+    check_choice("the Inception Score's order", is_order, ORDERS)
     check_size(samples, reference)
     held, samples = len(samples), _draw(samples, num_samples, seed, notes)
     count = len(samples)
@@ -135,8 +132,7 @@ def make_reference(source: Reference, network: FeatureNetwork, role: str, out, *
     """
     if source.images is None:
         raise UserError(f"{source.name} holds no images; a reference for all metrics is made from images")
-    metrics = [name for name in METRICS if lack(name, source, network) is None]
-    known = _reference_features(source, network, metrics, 0, batch_size, progress)
+    known = _reference_features(source, network, resolve(None, source, network), 0, batch_size, progress)
     if known is None:
         return None
     save_reference(out, role=role, name=source.name, source_hash=source.sha256, network=network.name,

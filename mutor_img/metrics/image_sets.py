@@ -179,12 +179,7 @@ def npz_layout(path: str | os.PathLike, name: str) -> tuple[tuple[int, ...], np.
         UserError: it cannot be read, holds Python objects, is cut off, or would take more memory than any array that
             is read whole should.
     """
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as stream:
-            shape, _, dtype = read_header(stream)
-            held = archive.getinfo(f"{name}.npy").file_size - stream.tell()
-    except Exception as error:
-        raise UserError(f"{path}: the array {name} cannot be read ({_reason(error)})") from None
+    shape, _, dtype, held = _header(path, name)
     wanted = math.prod(shape) * dtype.itemsize
     if dtype.hasobject:
         raise UserError(f"{path}: {name} holds Python objects, which are not read because they can run code")
@@ -196,27 +191,29 @@ def npz_layout(path: str | os.PathLike, name: str) -> tuple[tuple[int, ...], np.
     return shape, dtype
 
 
+def _header(path: str | os.PathLike, name: str) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """Return what an array in an npz file says of itself: shape, Fortran order, dtype; and the bytes that it holds."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as stream:
+            return *read_header(stream), archive.getinfo(f"{name}.npy").file_size - stream.tell()
+    except Exception as error:
+        raise UserError(f"{path}: the array {name} cannot be read ({_reason(error)})") from None
+
+
 def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
 def _image_shape(path: Path, name: str) -> tuple[int, ...]:
     """Return the shape of an image array from its header, after checking it."""
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as stream:
-            shape, fortran, dtype = read_header(stream)
-            _check_layout(f"{path}: {name}", dtype, shape)
-            if fortran:
-                raise UserError(f"{path}: {name} is in Fortran order; save it C-contiguous")
-            held = archive.getinfo(f"{name}.npy").file_size - stream.tell()
-            if held != math.prod(shape):
-                raise UserError(f"{path}: {name} should hold {shape[0]} images of {math.prod(shape)} bytes, but "
-                                f"holds {held} bytes; it is damaged or cut off")
-            return shape
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{path}: {name} cannot be read ({_reason(error)})") from None
+    shape, fortran, dtype, held = _header(path, name)
+    _check_layout(f"{path}: {name}", dtype, shape)
+    if fortran:
+        raise UserError(f"{path}: {name} is in Fortran order; save it C-contiguous")
+    if held != math.prod(shape):
+        raise UserError(f"{path}: {name} should hold {shape[0]} images of {math.prod(shape[1:])} bytes, but holds "
+                        f"{held} bytes; it is damaged or cut off")
+    return shape
 
 
 def _check_layout(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:

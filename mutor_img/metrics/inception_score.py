@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mutor_img.common.errors import UserError, suggest
+from mutor_img.common.errors import UserError, check_choice
 from mutor_img.common.streams import Stream, bits
 
 CHUNK = 5000
@@ -31,8 +31,7 @@ def inception_score(logits: Tensor, *, order: str = "shuffle", seed: int = 0, ch
     Raises:
         UserError: no images, an unknown order, or NaN logits.
     """
-    if order not in ORDERS:
-        raise UserError(f"unknown Inception Score order {order!r}{suggest(order, ORDERS)}")
+    check_choice("the Inception Score's order", order, ORDERS)
     count = logits.shape[0]
     if count == 0:
         raise UserError("the Inception Score needs at least 1 image")

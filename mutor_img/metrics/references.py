@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mutor_img.common.arrays import write_npz
-from mutor_img.common.errors import UserError, suggest
+from mutor_img.common.errors import UserError, check_choice
 from mutor_img.common.files import file_hash, parse_json, write_atomic
 from mutor_img.common.folders import means_split
 from mutor_img.metrics.frechet import Statistics
@@ -136,8 +136,7 @@ def check_role(reference: Reference, role: str, force: bool) -> list[str]:
     Raises:
         UserError: an unknown role, or the reference is made for the other one and ``force`` is not set.
     """
-    if role not in ROLES:
-        raise UserError(f"unknown role {role!r}{suggest(role, ROLES)}")
+    check_choice("the role", role, ROLES)
     if reference.role is None:
         return [f"the reference {reference.name} does not declare its role (generation or reconstruction): scores are "
                 "not comparable with published ones; evaluate_fid.py --make-reference --role writes one that does"]
@@ -157,8 +156,7 @@ def save_reference(path: str | os.PathLike, *, role: str, name: str, source_hash
     Arrays: ``mu`` (D,) and ``sigma`` (D, D) float64, the same with ``_s`` if there are spatial statistics, and
     ``pool`` (M, D) float32, the features for precision and recall. ``size`` is (H, W) of the images in pixels.
     """
-    if role not in ROLES:
-        raise UserError(f"unknown role {role!r}{suggest(role, ROLES)}")
+    check_choice("the role", role, ROLES)
     about = {"format": 1, "role": role, "name": name, "count": pool.count, "features": network,
              "weights_sha256": weights_hash, "source_sha256": source_hash,
              "image_size": None if size is None else list(size)}
@@ -180,7 +178,8 @@ def _open_own(path: Path, digest: str, members: set[str]) -> Reference:
             raise
         raise UserError(f"{path}: its description cannot be read ({error}); make the reference again") from None
     texts = all(isinstance(text, str) for text in (role, name, network, weights_hash))
-    if not texts or role not in ROLES or type(count) is not int or not {"mu", "sigma", "pool"} <= members:
+    # The count is null where the statistics were those of a file that does not say it.
+    if not texts or role not in ROLES or type(count) not in (int, type(None)) or not {"mu", "sigma", "pool"} <= members:
         raise UserError(f"{path}: not a whole statistics file; make the reference again")
     rows = torch.from_numpy(read_npz_array(path, "pool"))
     if rows.dtype != torch.float32 or rows.ndim != 2 or not torch.isfinite(rows).all():

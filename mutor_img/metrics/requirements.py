@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from mutor_img.common.errors import UserError, suggest
+from mutor_img.common.errors import UserError, check_choice
 from mutor_img.metrics.features import FeatureNetwork
 from mutor_img.metrics.references import Reference
 
@@ -32,8 +32,7 @@ def kernel_key(network: FeatureNetwork) -> str:
 def check_names(names: Sequence[str]) -> None:
     """Raise :class:`UserError` for a metric that does not exist, or for none at all."""
     for name in names:
-        if name not in KNOWN:
-            raise UserError(f"unknown metric {name!r}{suggest(name, KNOWN)}")
+        check_choice("a metric", name, KNOWN)
     if not names:
         raise UserError(f"no metric is given; choose from {', '.join(KNOWN)}")
 

@@ -69,6 +69,18 @@ def test_statistics_in_the_file_win_over_its_images(tmp_path, network, noise):
     assert result["comparable"]
 
 
+def test_statistics_of_a_file_are_taken_over_into_a_made_reference(tmp_path, network, noise):
+    arrays = {"mu": np.zeros(6), "sigma": np.eye(6), "mu_s": np.ones(5), "sigma_s": np.eye(5)}
+    np.savez(tmp_path / "adm.npz", arr_0=noise(50, 1), **arrays)
+    adm = open_reference(tmp_path / "adm.npz")
+    make_reference(adm, network, "generation", tmp_path / "r.npz")
+    direct, through = (evaluate(ArrayImages(noise(40)), r, network) for r in (adm, open_reference(tmp_path / "r.npz")))
+    for key in ("fd", "sfid", "is", "precision", "recall"):
+        assert through[key] == pytest.approx(direct[key], rel=1e-9)
+    with pytest.raises(UserError, match="statistics of 6 features, the network projection has 7"):
+        make_reference(adm, Projection(7), "generation", tmp_path / "other.npz")
+
+
 def test_a_reference_of_images_says_that_it_was_computed(network, noise, reference):
     about = evaluate(ArrayImages(noise(40)), reference, network)["reference"]
     assert about["statistics"] == "computed from all 50 images"

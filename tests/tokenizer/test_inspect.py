@@ -1,6 +1,7 @@
 """Looking at a code store, and refusing to look through another tokenizer."""
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from tokenizer import load_tokenizer
@@ -35,6 +36,19 @@ def test_a_changed_code_is_found(tokenizer_run, image_folder, tmp_path, refused)
     array[7, 1, 3] ^= 1
     array.flush()
     assert "block 0" in refused(main, "--codes", codes, "--verify", "--out", tmp_path / "grid.png")
+
+
+@pytest.mark.parametrize("name, place, value, words", [
+    ("codes.npy", (7, 0, 3), 16, "holds the code 16, but codes go up to 15"),
+    ("labels.npy", 5, 3, "holds the label 3, but labels go up to 2"), ("labels.npy", 5, -1, "holds the label -1")])
+def test_what_is_out_of_range_is_one_line_without_checksums_too(tokenizer_run, image_folder, tmp_path, refused, name,
+                                                                place, value, words):
+    codes = build(tokenizer_run(), image_folder(), tmp_path / "codes")
+    array = np.load(codes / name, mmap_mode="r+")
+    array[place] = value
+    array.flush()
+    line = refused(main, "--codes", codes, "--out", tmp_path / "grid.png")
+    assert words in line and "--verify names the block" in line and not (tmp_path / "grid.png").exists()
 
 
 def test_a_folder_without_codes_is_refused(tmp_path, refused):

@@ -117,6 +117,16 @@ def test_metrics_without_weights_are_left_out_and_named_unless_asked_for(tokeniz
     assert "leaves lpips out" in refused(main, *command, "--metrics", "ssim", "--lpips-weights", tmp_path / "x")
 
 
+def test_images_smaller_than_ssims_windows_have_no_ssim(tokenizer_run, image_folder, tmp_path, refused):
+    command = ["--tokenizer", str(tokenizer_run()), "--images", str(image_folder()), "--image-size", "4",
+               "--workers", "0"]
+    main([*command, "--json", str(tmp_path / "scores.json")])
+    found = json.loads((tmp_path / "scores.json").read_text())
+    assert "ssim" not in found and found["psnr"] > 0
+    assert found["not_computed"]["ssim"] == "SSIM compares windows of 7 pixels per side, and images have 4"
+    assert "SSIM compares windows" in refused(main, *command, "--metrics", "ssim")
+
+
 def test_one_of_several_splits_is_reconstructed(tokenizer_run, image_folder, tmp_path, refused):
     images = image_folder(classes=("x",))
     for number, path in enumerate(sorted((images / "x").iterdir())):

@@ -68,6 +68,21 @@ def test_activations_of_grey_and_colour_images_have_the_layout_of_fast_convoluti
     assert torch.equal(channels_last(images), images)
 
 
+def test_fewer_held_out_images_than_processes_are_validated_as_by_one(command, monkeypatch):
+    task = task_of(command, Runtime(torch.device("cpu")), **{"data.val_count": 2})
+    model, alone, found, sums = task.model.eval(), task.validate(task.model.eval()), {}, []
+    monkeypatch.setattr(Runtime, "sum", lambda self, values: sums.append(values) or values)
+    for rank in range(3):
+        task.runtime = Runtime(torch.device("cpu"), rank, 3)
+        task.validate(model)
+    for place, rank in enumerate(range(3)):
+        found[rank] = sums[2 * place : 2 * place + 2]  # of PSNRs and images, and of codes
+    assert not found[2][0].any() and not found[2][1].any()
+    total, count = sum(found[rank][0] for rank in range(3))
+    assert count == 2 and float(total / count) == pytest.approx(alone["val_psnr"])
+    assert sum(found[rank][1] for rank in range(3)).sum() == 2 * 16
+
+
 def test_unused_codes_are_brought_back(command, tmp_path):
     runtime = Runtime(torch.device("cpu"))
     used = {}

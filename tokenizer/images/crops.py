@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mutor_img.common.errors import UserError, check_range, reading, suggest
+from mutor_img.common.errors import check_choice, check_range, reading
 from mutor_img.common.streams import Stream, uniform
 from tokenizer.images.source import ImageSource
 
@@ -133,8 +133,7 @@ def crop_rule(name: str, **options: float) -> CropRule:
     Raises:
         UserError: the name is unknown (the nearest is named), or an option is out of range.
     """
-    if name not in CROPS:
-        raise UserError(f"crop rule {name!r} is unknown{suggest(name, CROPS)}")
+    check_choice("the crop rule", name, CROPS)
     return CROPS[name](**options)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mutor_img.common.errors import UserError, suggest
+from mutor_img.common.errors import UserError, check_choice
 from tokenizer.network.interface import ImageTokenizer
 from tokenizer.network.layers import Decoder, Encoder
 from tokenizer.network.quantizer import Quantised, Quantizer
@@ -100,8 +100,7 @@ def preset(name: str) -> dict[str, Any]:
     Raises:
         UserError: the name is unknown; the nearest is named.
     """
-    if name not in PRESETS:
-        raise UserError(f"tokenizer preset {name!r} is unknown{suggest(name, PRESETS)}")
+    check_choice("the tokenizer's preset", name, PRESETS)
     return dict(PRESETS[name])
 
 
