@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mutor_img.common.dropout import dropout
-from mutor_img.common.errors import UserError, check_range, suggest
+from mutor_img.common.errors import UserError, check_choice, check_range
 from mutor_img.common.linear import Linear
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -66,8 +66,7 @@ class ModelConfig:
     @classmethod
     def preset(cls, name: str, **others: Any) -> ModelConfig:
         """Return a named size with the other fields given."""
-        if name not in PRESETS:
-            raise UserError(f"model.preset is {name!r}{suggest(name, PRESETS)}")
+        check_choice("model.preset", name, PRESETS)
         return cls(*PRESETS[name], **others)
 
     @property

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mutor_img.common.errors import UserError, check_range, suggest
+from mutor_img.common.errors import UserError, check_choice, check_range
 from mutor_img.common.streams import Stream, bits, integers
 
 IGNORE = -100  # the target of a register that predicts nothing
@@ -54,8 +54,7 @@ class RegisterLaw:
     chosen: tuple[int, ...] = ()
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise UserError(f"registers.kind is {self.kind!r}{suggest(self.kind, KINDS)}")
+        check_choice("registers.kind", self.kind, KINDS)
         rows, columns = self.grid
         if rows < 1 or columns < 1:
             raise UserError(f"grid {rows} x {columns}: both sides must be at least 1")

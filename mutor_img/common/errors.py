@@ -8,7 +8,7 @@ may catch it as a ``ValueError``.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -21,7 +21,7 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def check_choice(name: str, value: str, known: Sequence[str]) -> None:
+def check_choice(name: str, value: str, known: Collection[str]) -> None:
     """Raise :class:`UserError` naming the nearest known value unless ``value`` is one of them."""
     if value not in known:
         raise UserError(f"{name} is {value!r}{suggest(value, known)}")

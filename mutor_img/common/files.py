@@ -280,6 +280,7 @@ def filling(folder: str | os.PathLike) -> Iterator[Path]:
     try:
         aside.mkdir(parents=True)
         yield aside
+        os.sync()  # once for all files: after a power cut, a folder that has its name is whole
         os.replace(aside, folder)
     finally:
         remove(aside)

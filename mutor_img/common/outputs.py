@@ -125,9 +125,12 @@ def _is_free(folder: Path, out: Path) -> bool:
 
 def _links(folder: Path) -> Iterator[Path]:
     """Yield where the links below a folder lead."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_symlink():
-                yield Path(os.path.realpath(entry))
-            elif entry.is_dir():
-                yield from _links(Path(entry))
+    try:
+        entries = list(os.scandir(folder))
+    except PermissionError:  # nor is anything in it read, such as of a disk's lost+found
+        return
+    for entry in entries:
+        if entry.is_symlink():
+            yield Path(os.path.realpath(entry))
+        elif entry.is_dir():
+            yield from _links(Path(entry))

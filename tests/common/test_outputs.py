@@ -46,6 +46,22 @@ def test_what_stands_beside_is_free(out, source):
     keep_apart({"--out": out}, {"--in": source})
 
 
+def test_a_folder_that_may_not_be_listed_is_passed_over(monkeypatch):
+    Path("images/lost+found").mkdir()
+    real = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "lost+found":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", scandir)
+        keep_apart({"--out": "y.npz"}, {"--in": "images"})
+        with pytest.raises(UserError, match="--in"):
+            keep_apart({"--out": "photo.png"}, {"--in": "images"})
+
+
 def test_two_outputs_are_two_paths_and_none_lies_in_another():
     keep_apart({"--out": ["digits", "digits/manifest.json"], "--grid": "digits.png"}, {})
     with pytest.raises(UserError, match=r"--\w+ and --\w+ are both"):
