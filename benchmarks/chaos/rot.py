@@ -137,7 +137,7 @@ READERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "scores.json": (read_json, ""),
     "study.json": (_kept, ""),
     "sweep.json": (lambda path: points._read(path, _KEY), ""),
-    "budget.json": (lambda path: Budget(path, None, now=lambda: 0.0).seconds, ""),
+    "spent.json": (lambda path: Budget(path, None, now=lambda: 0.0).seconds, ""),
     "trackers.json": (trackers._run_id, ""),
     LINES: (read_lines, ""),
 }
@@ -191,8 +191,9 @@ def write(folder: Path) -> None:
     write_png(folder / "image.png", Image.fromarray(_pixels(1)[0]))
     write_sealed(folder / "scores.json", {"fid": 2.5, "recall": 0.625, "num_samples": 1000})
     write_sealed(folder / "study.json", {"key": _KEY, "value": {"fd": 2.5, "recognised": 0.5}})
-    write_sealed(folder / "sweep.json", {"key": _KEY, "points": [{"cfg_scale": 1.5, "temperature": 1.0, "fd": 2.5}]})
-    Budget(folder / "budget.json", None, now=lambda: 0.0).note(force=True)
+    point = points.SweepPoint(1.5, 1.0)._asdict()
+    write_sealed(folder / "sweep.json", {"key": _KEY, "points": [{**point, "fd": 2.5}]})
+    Budget(folder / "spent.json", None, now=lambda: 0.0).note(force=True)
     trackers._run_id(folder / "trackers.json")
     for step in range(20):
         append_line(folder / "lines.jsonl", json.dumps(sealed({"step": step, "loss": step / 3})))

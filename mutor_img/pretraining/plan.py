@@ -90,6 +90,18 @@ def run_parameters(config: GeneratorConfig) -> tuple[int, int]:
     return whole - registers, whole + objective.extra_parameters()
 
 
+def run_summary(config: GeneratorConfig) -> dict[str, float]:
+    """Return what a run costs in a few lines, by the names that they are printed under."""
+    model, objective = shapes(config)
+    law, (share, micro_batch), (sampled, trained) = config.law(), device_share(config), run_parameters(config)
+    step = replace(gpu_step(config), sequences=micro_batch, accumulate=micro_batch < share)
+    flops = config.train.global_batch * _mean_flops(trunk_flops(model, law, config.seed), objective, config.train.steps)
+    return {"updates": config.train.steps, "sampled parameters": sampled, "trained parameters": trained,
+            "tokens through the network per update": config.train.global_batch * (law.length + law.registers),
+            "FLOPs per update": flops, "FLOPs of the run": flops * config.train.steps,
+            "memory per device, GiB (computed)": step_memory(model.config, trained, step).total / GIB}
+
+
 def planned_device(config: GeneratorConfig) -> Device:
     """Return the peaks of one of ``plan.devices``: an H100's, where the plan does not say otherwise."""
     plan, precision = config.plan, "fp32" if config.train.precision == "fp32" else "bf16"

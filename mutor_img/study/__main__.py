@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from mutor_img.common.cli import run
+from mutor_img.common.config import load_config
 from mutor_img.common.files import read_record, write_sealed
 from mutor_img.common.locks import claim, folder_lock
+from mutor_img.pretraining.config import GeneratorConfig
+from mutor_img.pretraining.plan import run_summary
 from mutor_img.study.comparison.command import add_flags, compare, is_comparison, refuse_flags
 from mutor_img.study.config import StudyConfig
 from mutor_img.study.pipeline import (
+    check_folders,
     classifier_dir,
     equal_seconds,
     generators,
@@ -35,12 +39,12 @@ from mutor_img.training.command import read_training, training_parser
 
 
 def plan(config: StudyConfig) -> dict[str, Any]:
-    """Return what ``--dry-run`` prints: the runs, in order."""
-    names = [f"{g.config} {' '.join(g.overrides)}".strip() for g in generators(config)]
+    """Return what ``--dry-run`` prints: the runs, in order, and what those of generators cost."""
+    runs = {" ".join(["generator", g.config, *g.overrides]):
+            run_summary(load_config(GeneratorConfig, g.config, g.overrides)) for g in generators(config)}
     choices = len(config.cfg_scales) * len(config.cfg_schedules)
     judged = {"samples per choice of guidance": config.selection_samples} if choices > 1 else {}
-    return {"tokenizer": config.tokenizer, **{f"generator {i + 1}": name for i, name in enumerate(names)},
-            **judged, "samples scored": config.samples}
+    return {"tokenizer": config.tokenizer, **judged, "samples scored": config.samples, **runs}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -61,6 +65,7 @@ def main(argv: Sequence[str]) -> None:
     refuse_flags(arguments)
     config = read_training(arguments, StudyConfig, plan)
     if config is not None:
+        check_folders(config)
         with claim(folder_lock(config.run_dir)):
             _study(config)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mutor_img.common.errors import UserError
 from mutor_img.common.files import filling
 from mutor_img.common.locks import claim, file_lock
 
@@ -18,12 +19,14 @@ def prepare_folder(folder: str | Path, write: Callable[[Path], None]) -> bool:
     """Have ``write`` fill a folder aside, which then takes its name, unless that is there; returns whether it did.
 
     Raises:
-        UserError: another process is writing there.
+        UserError: another process is writing there, or the folder holds other things than ``train`` and ``val``.
     """
     folder = Path(folder)
     with claim(file_lock(folder, keeps=True)):
-        if folder.is_dir():
+        if (folder / "train").is_dir() and (folder / "val").is_dir():
             return False
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"{folder}: holds other things than the folders train and val; give another folder")
         with filling(folder) as aside:
             write(aside)
     return True

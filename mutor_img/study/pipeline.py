@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from mutor_img.checkpoints.folder import find_checkpoint, newest_checkpoint, read_meta
@@ -65,6 +67,29 @@ def command(*arguments: str | Path) -> None:
             raise
     if status:
         raise UserError(f"the command above ended with status {status}; fix what it says and run the study again")
+
+
+def check_folders(config: StudyConfig) -> None:
+    """Check that tokenizer and generators are trained on the folders that the study prepares and scores by.
+
+    Raises:
+        UserError: one of their configs names another folder.
+    """
+    from tokenizer.train import TokenizerConfig
+
+    data = load_config(TokenizerConfig, config.tokenizer).data
+    wanted = [("images", config.tokenizer, "data.images", f"{config.images}/train", [data.images])]
+    if data.val_images:
+        wanted.append(("images", config.tokenizer, "data.val_images", f"{config.images}/val", [data.val_images]))
+    for generator in generators(config):
+        data = load_config(GeneratorConfig, generator.config, generator.overrides).data
+        wanted.append(("codes", generator.config, "data.codes", config.codes, data.folders()))
+        if data.val_codes:
+            wanted.append(("codes", generator.config, "data.val_codes", f"{config.codes}_val", [data.val_codes]))
+    for key, file, name, ours, theirs in wanted:
+        if not any(os.path.abspath(ours) == os.path.abspath(folder) for folder in theirs):
+            raise UserError(f"{key} is {getattr(config, key)}, but {file} has {name}={theirs[0]} and not {ours}; give "
+                            "both the same, in a config of your own")
 
 
 def prepare(config: StudyConfig) -> None:
@@ -214,9 +239,10 @@ def _score_samples(config: StudyConfig, generator: Generator, loaded: Loaded, se
             "--features-weights", classifier_dir(config), "--held-out", f"{config.images}/val", "--json", scores)
     result = read_record(scores)
     training, held_out = (codes_of(Codes(folder)) for folder in (config.codes, f"{config.codes}_val"))
-    # The npz that others read holds no codes. Decoding the training set's is cheaper than drawing the samples' again,
-    # and on CPUs equal codes are decoded to equal bytes.
-    decoded = decode_images(load_tokenizer(loaded.codes["tokenizer"]), training, loaded.model.config.grid)
+    # The npz that others read holds no codes. Decoding the training set's is cheaper than drawing the samples' again.
+    # On CPUs equal codes are decoded to equal bytes; on a GPU, where sample.py used it, up to the rounding of kernels.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    decoded = decode_images(load_tokenizer(loaded.codes["tokenizer"], device), training, loaded.model.config.grid)
     result["same_codes"] = repeated(np.load(samples)["arr_0"], decoded)
     result["real_against_real"]["same_codes"] = repeated(held_out.numpy(), training.numpy())
     return result

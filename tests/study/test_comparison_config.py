@@ -190,6 +190,9 @@ def test_printed_lines_train_and_score_each_run_that_is_not_done_and_begin_nothi
     jobs = all_jobs(load_config(ComparisonConfig, study_file))
     assert len(lines) == len(jobs) + 1
     assert lines[-1] == f"python -m mutor_img.study --config {study_file} samples=50"
+    command.main(["--config", str(study_file), "samples=50", "--print-commands", "sbatch"])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"# when all jobs are done: {lines[-1]}"  # a shell passes it over
     for job, line in zip(jobs, lines):
         train, score = line.split(" && ")
         assert train.startswith("torchrun --nproc-per-node 1 train.py --config ") and str(job.run_dir) in train

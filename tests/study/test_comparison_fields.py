@@ -36,7 +36,7 @@ def measured(study, monkeypatch):
     asked, job = [], all_jobs(study)[1]
     for name in ("next_token_loss", "target_losses"):
         monkeypatch.setattr(scoring, name, lambda *arguments: asked.append(arguments[2:5]) or [])
-    monkeypatch.setattr(scoring, "open_codes", lambda *arguments: "codes")
+    monkeypatch.setattr(scoring, "open_codes", lambda *arguments: SimpleNamespace(content_hash=lambda: "codes"))
     monkeypatch.setattr(scoring, "add", lambda *arguments: None)
     scorer = object.__new__(scoring._Scorer)
     scorer.study, scorer.job, scorer.step, scorer.meta = study, job, 20, {}

@@ -11,7 +11,18 @@ from mutor_img.common.errors import UserError
 from mutor_img.common.files import append_line, read_lines
 from mutor_img.study.comparison.config import ComparisonConfig, RowConfig
 from mutor_img.study.comparison.jobs import all_jobs
-from mutor_img.study.comparison.ledger import ROWS, add, check_same_judge, scored, scoring_key, wanted
+from mutor_img.study.comparison.ledger import (
+    ROWS,
+    TARGETS,
+    add,
+    check_same_codes,
+    check_same_judge,
+    scored,
+    scoring_key,
+    targets,
+    wanted,
+    weights_at,
+)
 
 
 @pytest.fixture
@@ -69,6 +80,37 @@ def test_a_line_counts_for_its_settings_run_and_weights_only_and_the_last_one_do
     for value in (2.0, 3.0):
         add(study, ROWS, line(study, job, 10, 1.0, fid=value))
     assert {place: found["fid"] for place, found in scored(study, jobs).items()} == {good: 3.0}
+
+
+def test_seeds_of_one_row_have_the_same_codes(study):
+    jobs = [job for job in all_jobs(study) if job.row == "a"]
+    add(study, ROWS, line(study, jobs[0], 10, 1.0, codes_hashes=["c"], val_codes_hash="v"))
+    add(study, ROWS, {**line(study, jobs[1], 10, 1.0, codes_hashes=["x"]), "config_hash": "of other settings"})
+    check_same_codes(study, jobs, {"codes_hashes": ["c"], "val_codes_hash": "v"})
+    for name, value in (("codes_hashes", ["d"]), ("val_codes_hash", "w")):
+        with pytest.raises(UserError, match=f"a, seed 0, had codes with {name} .*one row cannot hold both"):
+            check_same_codes(study, jobs, {"codes_hashes": ["c"], "val_codes_hash": "v", name: value})
+    other = [job for job in all_jobs(study) if job.row == "b"]
+    check_same_codes(study, other, {"codes_hashes": ["d"]})  # rows may have codes of their own
+
+
+def test_targets_of_as_many_held_out_images_count(study):
+    job = all_jobs(study)[0]
+    for count in (100, 200):
+        about = {"row": job.row, "seed": job.seed, "updates": 10, "config_hash": job.key, "weights_hash": "w"}
+        add(study, TARGETS, {**about, "held_out": count, "losses": [[0, 1, count]]})
+    study.held_out = 100
+    assert targets(study, [job]) == {(job.row, job.seed, 10): [[0, 1, 100]]}
+
+
+def test_rows_of_the_same_settings_have_weights_of_their_own(study):
+    study.rows = [RowConfig("a"), RowConfig("twin")]
+    jobs = [job for job in all_jobs(study) if job.seed == 0]
+    assert jobs[0].key == jobs[1].key
+    for number, job in enumerate(jobs):
+        write_checkpoint(job.run_dir, 10, {"model": {"w": torch.full((2,), float(number))}}, {}, 1)
+        add(study, ROWS, line(study, job, 10, 1.0, weights=weights_at(job, 10)))
+    assert {place[0] for place in scored(study, jobs)} == {"a", "twin"}
 
 
 def test_a_score_of_other_weights_than_the_checkpoint_s_does_not_count(study):

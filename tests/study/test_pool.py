@@ -80,6 +80,12 @@ def test_a_failure_is_said_and_stops_no_other_run(pool_of, capsys):
     assert "0: stage 0 failed: no codes here" in capsys.readouterr().out
 
 
+def test_a_reason_behind_a_progress_bar_is_found(pool_of):
+    bar = ("from tqdm import tqdm\nfrom mutor_img.common import cli, errors\nbar = tqdm(total=9)\nbar.update()\n"
+           "def fail(argv): raise errors.UserError('loss is nan')\ncli.run(fail, [])")
+    assert pool_of([[bar]])[0].failed["0"].startswith("loss is nan")
+
+
 def test_a_reason_that_an_earlier_sitting_had_is_not_said_again(pool_of):
     assert pool_of([["import sys; sys.exit('error: no space left')"]])[0].failed["0"].startswith("no space left")
     killed = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"

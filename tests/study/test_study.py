@@ -24,6 +24,7 @@ from mutor_img.sampling.pictures import decode_images
 from mutor_img.study import __main__ as study
 from mutor_img.study import pipeline
 from mutor_img.study.config import StudyConfig
+from mutor_img.study.image_folder import prepare_folder, save_padded
 from mutor_img.study.mnist import prepare_mnist
 from mutor_img.study.pipeline import Generator, equal_seconds, repeated
 from mutor_img.study.report import score_table
@@ -53,6 +54,21 @@ def test_the_digits_are_padded_never_resized_and_split_by_class(digits):
 
 def test_images_that_are_there_are_left_alone(digits):
     assert prepare_mnist(digits) is False
+
+
+def test_images_are_written_into_an_empty_folder_and_never_beside_other_things(tmp_path):
+    def write(folder):
+        for name in ("train", "val"):
+            save_padded(folder / name / "a" / "0.png", np.zeros((28, 28), np.uint8))
+
+    (tmp_path / "empty").mkdir()
+    assert prepare_folder(tmp_path / "empty", write) and (tmp_path / "empty" / "val" / "a" / "0.png").is_file()
+    assert not prepare_folder(tmp_path / "empty", write)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").touch()
+    with pytest.raises(UserError, match="mine: holds other things than the folders train and val"):
+        prepare_folder(tmp_path / "mine", write)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
 
 
 def test_the_guidance_scale_is_not_chosen_on_the_samples_that_are_reported(tmp_path):
@@ -153,6 +169,17 @@ def test_a_small_study_runs_from_images_to_scores_and_reuses_what_is_done(digits
         study.main(["--config", str(configs / "study.yaml"), "samples=120"])
     assert asked.count("('sample.py', '--checkpoint')") == 2
     assert not (run_dir / "samples.npz").exists()  # those of other settings, which sample.py would not go on with
+
+
+@pytest.mark.parametrize("change, message", [
+    ("images=data/other", r"images is data/other, but configs/mnist/tokenizer\.yaml has data\.images=data/mnist/train"),
+    ("codes=codes/other", r"codes is codes/other, but configs/mnist/mutor2d\.yaml has data\.codes=codes/mnist and not"),
+])
+def test_what_is_prepared_is_what_is_trained_on(change, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    pipeline.check_folders(load_config(StudyConfig, "configs/mnist/study.yaml"))
+    with pytest.raises(UserError, match=message):
+        study.main(["--config", "configs/mnist/study.yaml", change])
 
 
 def prepared(config: StudyConfig, monkeypatch) -> None:

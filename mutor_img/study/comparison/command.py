@@ -12,7 +12,7 @@ from mutor_img.common.config import config_files
 from mutor_img.common.errors import UserError, check_choice, check_range
 from mutor_img.common.files import write_atomic
 from mutor_img.common.locks import claim, folder_lock
-from mutor_img.pretraining.plan import run_flops, run_parameters
+from mutor_img.pretraining.plan import run_flops, run_summary
 from mutor_img.study.comparison.commands import LAUNCHERS, printed, stages
 from mutor_img.study.comparison.config import ComparisonConfig
 from mutor_img.study.comparison.jobs import Job, all_jobs
@@ -52,16 +52,11 @@ def refuse_flags(arguments: argparse.Namespace) -> None:
 def plan(study: ComparisonConfig) -> dict[str, Any]:
     """Return what ``--dry-run`` prints: how much there is to do, and what each row costs."""
     jobs = all_jobs(study)
-    rows, flops = {job.row: job.config for job in jobs}, _flops(jobs)
-    per_update = {name: flops[name] / config.train.steps for name, config in rows.items()}
-    sections: dict[str, Any] = {"runs": len(jobs), "scores": len(wanted(study, jobs))}
-    for name, config in rows.items():
-        sampled, trained = run_parameters(config)
-        sections[f"row {name}"] = {
-            "updates": config.train.steps, "sampled parameters": sampled, "trained parameters": trained,
-            "FLOPs of each run": flops[name],
-            f"times the FLOPs per update of {study.baseline_name}": per_update[name] / per_update[study.baseline_name]}
-    return sections
+    rows = {name: run_summary(config) for name, config in {job.row: job.config for job in jobs}.items()}
+    base = rows[study.baseline_name]["FLOPs per update"]
+    return {"runs": len(jobs), "scores": len(wanted(study, jobs)), **{
+        f"row {name}": {**row, f"times the FLOPs per update of {study.baseline_name}": row["FLOPs per update"] / base}
+        for name, row in rows.items()}}
 
 
 def compare(arguments: argparse.Namespace) -> None:

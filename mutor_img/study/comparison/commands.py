@@ -43,7 +43,8 @@ def printed(jobs: Iterable[Job], study: Sequence[str], launcher: str) -> list[st
         launcher: one of ``LAUNCHERS``.
     """
     lines = [(sbatch if launcher == "sbatch" else torchrun)(job, study) for job in jobs]
-    return [*lines, shlex.join(["python", "-m", "mutor_img.study", *study])]
+    table = shlex.join(["python", "-m", "mutor_img.study", *study])
+    return [*lines, f"# when all jobs are done: {table}" if launcher == "sbatch" else table]  # sbatch does not wait
 
 
 def torchrun(job: Job, study: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,8 @@ def scored(study: ComparisonConfig, jobs: Iterable[Job]) -> dict[Place, dict[str
 
 def targets(study: ComparisonConfig, jobs: Iterable[Job]) -> dict[tuple[str, int, int], list[list[float]]]:
     """Return [down, right, loss] for each target of registers, by row, seed and updates."""
-    return {(job.row, job.seed, line["updates"]): line["losses"] for job, line in _current(study, TARGETS, jobs)}
+    return {(job.row, job.seed, line["updates"]): line["losses"] for job, line in _current(study, TARGETS, jobs)
+            if line.get("held_out", study.held_out) == study.held_out}
 
 
 def _current(study: ComparisonConfig, name: str, jobs: Iterable[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
@@ -56,9 +57,9 @@ def _current(study: ComparisonConfig, name: str, jobs: Iterable[Job]) -> Iterato
         job, step = runs.get((line["row"], line["seed"])), line["updates"]
         if job is None or line["config_hash"] != job.key or step not in job.steps:
             continue
-        if (job.key, step) not in known:
-            known[job.key, step] = weights_at(job, step)
-        if known[job.key, step] in (None, line["weights_hash"]):
+        if (job.run_dir, step) not in known:  # not the key, which rows of the same settings share
+            known[job.run_dir, step] = weights_at(job, step)
+        if known[job.run_dir, step] in (None, line["weights_hash"]):
             yield job, line
 
 
@@ -84,6 +85,25 @@ def check_same_judge(study: ComparisonConfig, judge: dict[str, Any]) -> None:
                 raise UserError(f"{path}: {line['row']}, seed {line['seed']}, was scored with {name} "
                                 f"{line['judged_by'][name]}, now it is {judge[name]}: one table cannot hold both; put "
                                 "the former back, or give another run_dir")
+
+
+def check_same_codes(study: ComparisonConfig, jobs: Iterable[Job], codes: Mapping[str, Any]) -> None:
+    """Refuse to add scores to those of other seeds that had other codes of the same path.
+
+    Args:
+        study: the study.
+        jobs: the runs of one row.
+        codes: the hashes of a run's codes, by the names that they have in a line.
+
+    Raises:
+        UserError: a line of this row names other ones.
+    """
+    for (row, seed, *_), line in scored(study, jobs).items():
+        for name, value in codes.items():
+            if line.get(name, value) != value:
+                raise UserError(f"{Path(study.run_dir) / ROWS}: {row}, seed {seed}, had codes with {name} "
+                                f"{line[name]}, now it is {value}: one row cannot hold both; put the former codes "
+                                "back, or give another run_dir")
 
 
 def add(study: ComparisonConfig, name: str, line: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
+from mutor_img.common.arrays import load_npy
 from mutor_img.common.files import write_atomic
 from mutor_img.common.images import grid_picture, write_png
 from mutor_img.study.comparison.config import ComparisonConfig
@@ -96,7 +97,8 @@ def draw_samples(study: ComparisonConfig, jobs: Sequence[Job], scale: float, pat
     shared = set.intersection(*(set(job.steps) for job in first)) if first else set()
     strips = {f"{job.row}, {step}": strip_path(study, job, step, scale)
               for job in first for step in [max(shared or job.steps)]}
-    there = {name: np.load(strip) for name, strip in strips.items() if strip.is_file()}  # (K, H, W, 3) uint8 each
+    there = {name: load_npy(strip, "remove it")
+             for name, strip in strips.items() if strip.is_file()}  # (K, H, W, 3) uint8 each
     if not there:
         return None
     size = next(iter(there.values())).shape

@@ -202,7 +202,7 @@ def _ended(work: Work, outcome: Outcome) -> bool:
 def last_error(log: Path, former: int = 0) -> str | None:
     """Return the last line that says what was wrong, of what a log holds behind ``former`` bytes; None: none does."""
     found = re.findall(r"^(?:error: (.*)|([\w.]*(?:Error|Exception)\b.*))$",
-                       log.read_bytes()[former:].decode(errors="replace"), re.MULTILINE)
+                       log.read_bytes()[former:].decode(errors="replace").replace("\r", "\n"), re.MULTILINE)
     return next((one or other for one, other in reversed(found)), None)
 
 

@@ -6,13 +6,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from mutor_img.checkpoints.folder import checkpoint_at, read_meta
 from mutor_img.checkpoints.loading import Loaded, load_run
 from mutor_img.checkpoints.tensor_files import has_group
+from mutor_img.common.arrays import write_npy
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import write_atomic
 from mutor_img.data.store import Codes
@@ -28,8 +28,17 @@ from mutor_img.sampling.options import DTYPES
 from mutor_img.sampling.pictures import sample_images, verified_tokenizer
 from mutor_img.sampling.source import SampleSource
 from mutor_img.study.comparison.config import ComparisonConfig
-from mutor_img.study.comparison.jobs import Job
-from mutor_img.study.comparison.ledger import ROWS, TARGETS, add, check_same_judge, scored, scoring_key, targets
+from mutor_img.study.comparison.jobs import Job, all_jobs
+from mutor_img.study.comparison.ledger import (
+    ROWS,
+    TARGETS,
+    add,
+    check_same_codes,
+    check_same_judge,
+    scored,
+    scoring_key,
+    targets,
+)
 from mutor_img.sweep.points import grid, sweep, sweep_key
 from mutor_img.training.runtime import Runtime
 from mutor_img.transformer import Transformer
@@ -102,6 +111,9 @@ class _Scorer:
             for scale in self.study.guidance:
                 draw_strip(self.study, self.job, self.step, scale, self.loaded, self.tokenizer)
         about = self._about() | held_out
+        codes = {name: about[name] for name in ("codes_hashes", "val_codes_hash") if name in about}
+        self.runtime.from_main(lambda: check_same_codes(
+            self.study, [job for job in all_jobs(self.study) if job.row == self.job.row], codes))
         points = grid([scale for scale in self.study.guidance if scale in scales], [self.study.temperature])
         judge = self._judge(source)
         rows = sweep(source, points, self.study.samples, self.reference, self.network,
@@ -132,13 +144,13 @@ class _Scorer:
                 "seconds": self.meta["seconds"], "trained_on": " and ".join(self.meta.get("devices", [])),
                 "sampled_parameters": sampled, "trained_parameters": trained}
 
-    def _held_out(self) -> dict[str, float]:
-        """Return the next-token losses on held-out codes, and add the line of losses per target."""
+    def _held_out(self) -> dict[str, Any]:
+        """Return the next-token losses on held-out codes and their hash, and add the line of losses per target."""
         config, runtime = self.job.config, self.runtime
         if not config.data.val_codes:
             return {}
         codes = open_codes(config.data.val_codes, config, runtime)
-        losses = {"val_next_token": self._next_token(self.loaded, codes)}
+        losses = {"val_codes_hash": codes.content_hash(), "val_next_token": self._next_token(self.loaded, codes)}
         if self.loaded.which == "ema" and has_group(self.meta["files"], "model"):
             raw = load_run(self.folder, ema=False, device=runtime.device)
             losses["val_next_token_raw"] = self._next_token(raw, codes)
@@ -160,7 +172,8 @@ class _Scorer:
         if self.runtime.is_main:
             row, seed, updates = place
             add(self.study, TARGETS, {"row": row, "seed": seed, "updates": updates, "config_hash": self.job.key,
-                                      "weights_hash": self.loaded.weights_hash, "losses": [list(t) for t in found]})
+                                      "weights_hash": self.loaded.weights_hash, "held_out": self.study.held_out,
+                                      "losses": [list(t) for t in found]})
 
 
 def strip_path(study: ComparisonConfig, job: Job, step: int, scale: float) -> Path:
@@ -179,8 +192,8 @@ def draw_strip(study: ComparisonConfig, job: Job, step: int, scale: float, loade
     images = sample_images(loaded.model, tokenizer, labels, numbers, settings, keep=False)
 
     def write(aside: Path) -> None:
-        with open(aside, "wb") as file:  # an open file, because numpy appends .npy to a name
-            np.save(file, images)
+        with open(aside, "wb") as file:
+            write_npy(file, images.dtype, images.shape, [images])
 
     write_atomic(path, write)
 
