@@ -80,7 +80,7 @@ def build_parser() -> Parser:
     parser.add_argument("--format", required=True, help="randar (a folder per label), llamagen (folders *_codes and "
                         "*_labels) or maskgit-jsonl (1d-tokenizer's file of JSON lines)")
     parser.add_argument("--source", required=True, help="folder, or file of JSON lines, to read")
-    parser.add_argument("--tokenizer", help="tokenizer that made the codes: the files do not name it")
+    parser.add_argument("--tokenizer", help="tokenizer that made the codes, which the files do not name")
     parser.add_argument("--classes", metavar="LIST", help=f"all classes in label order, which the files do not name: "
                         f"{IMAGENET}, a folder of class folders, or a file with one class per line")
     parser.add_argument("--out", required=True, help="folder of the code store to write")

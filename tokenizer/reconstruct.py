@@ -93,10 +93,11 @@ def reconstruct_folder(vq: ImageTokenizer, images: str | Path, *, split: str | N
             kept += [(before[i], after[i]) for i in range(len(before)) if place + i in shown]
             place += len(before)
             bar.update(len(before))
-    if picture:
-        before, after = (np.stack(side) for side in zip(*kept))
-        write_png(picture, before_after(before, after))
-    return {**scores.result(), "num_images": len(numbers), "images": str(images), "image_size": image_size,
+        result = scores.result()
+        if picture:  # before the samples have their name: what ends it here leaves nothing in the way of another try
+            before, after = (np.stack(side) for side in zip(*kept))
+            write_png(picture, before_after(before, after))
+    return {**result, "num_images": len(numbers), "images": str(images), "image_size": image_size,
             "tokenizer": vq.path, "tokenizer_hash": vq.hash}
 
 
@@ -156,7 +157,7 @@ def _parser() -> Parser:
     add("--split", metavar="NAME", help="the split to use, if the folder holds several, as for encode")
     add("--num-images", type=int, default=0, help="number of images, spread evenly over the folder; 0: all")
     add("--image-size", type=int, help="pixels per side (default: the tokenizer's own)")
-    add("--batch-size", type=int, default=32, help="images at a time")
+    add("--batch-size", type=int, default=32, help="images at a time; changes memory use, not results")
     add("--workers", type=int, default=2, help="processes that read images; 0: none")
     add("--metrics", metavar="LIST", help=f"some of {','.join(METRICS)}; default: psnr, ssim and those whose weights "
                                           "are on this machine")
@@ -179,9 +180,7 @@ def table(scores: dict[str, Any]) -> str:
     lines += [f"{name:<12} {text.format(scores[key])}" for key, (name, text) in formats.items()
               if scores.get(key) is not None]
     lines += [f"codes used   {scores['codes_used']:.1%}", f"perplexity   {scores['perplexity']:.1f}"]
-    if scores["not_computed"]:
-        names = ",".join(scores["not_computed"])
-        lines.append(f"not computed {names}   (weights are missing; --metrics {names} says which)")
+    lines += [f"not computed {name}: {reason}" for name, reason in scores["not_computed"].items()]
     return "\n".join(lines)
 
 

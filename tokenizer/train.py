@@ -64,8 +64,10 @@ class TokenizerTask(Task):
         self.adversary: Adversary | None = None
         if loss.adversarial_weight:
             self.adversary = Adversary(build_discriminator(config), config.optim, loss.adversarial_weight, runtime)
+        listed = self._listed(data.images)
+        self._images_hash = files_hash(listed)
         self.images = TrainingImages(
-            self._listed(data.images), self.model.image_channels, data.image_size, seed=config.seed,
+            listed, self.model.image_channels, data.image_size, seed=config.seed,
             mirror=data.mirror, crop_min=data.crop_min, workers=data.workers)
         self.val_images: Tensor | None = None
         if data.val_images:
@@ -79,7 +81,7 @@ class TokenizerTask(Task):
 
     def _listed(self, folder: str) -> ImageSource:
         """Return the images of a folder, once all processes see the same ones."""
-        images = list_images(folder)
+        images = list_images(folder, flat=True)  # classes play no part
         self.runtime.agree({f"the list of images in {folder}": files_hash(images)})
         return images
 
@@ -183,7 +185,8 @@ class TokenizerTask(Task):
             self.adversary.resume(folder)
 
     def metadata(self) -> dict[str, Any]:
-        return {"kind": "tokenizer", "model": self.model.options, "image_size": self.config.data.image_size}
+        return {"kind": "tokenizer", "model": self.model.options, "image_size": self.config.data.image_size,
+                "images_hash": self._images_hash}
 
 
 def channels_last(images: Tensor) -> Tensor:

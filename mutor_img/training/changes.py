@@ -44,6 +44,10 @@ def check_changes(recorded: Mapping[str, Any], current: Mapping[str, Any], folde
     if _hashes(recorded) != _hashes(current):
         raise UserError(f"{folder} was trained on other codes than data.codes={now.get('data.codes')}; give the former "
                         "codes, or another run_dir")
+    images = current.get("images_hash")
+    if images != recorded.get("images_hash", images):  # of a tokenizer; older checkpoints do not say it
+        raise UserError(f"{folder} was trained on other images than data.images={now.get('data.images')}; give the "
+                        "former images, or another run_dir")
     return [f"{key} {before[key]} -> {now[key]}" for key in changed]
 
 

@@ -237,7 +237,7 @@ class Trainer:
                 f"in {WINDOW} updates)")
 
     def compare_ranks(self) -> None:
-        """Check that all processes hold the same weights, average and optimiser state; all call this.
+        """Check that all processes hold the same weights, average, optimiser state and task's tensors; all call this.
 
         Raises:
             UserError: on every process; a memory or a processor of one of them has failed.
@@ -246,6 +246,7 @@ class Trainer:
                 "optimizer": optimizer_tensors(self.model, self.optimizer)}
         if self.ema is not None:
             held["ema"] = dict(self.ema.module.named_parameters())
+        held |= self.task.tensors()
         found = parallel.other_copy({f"{group} {name}": tensor for group, tensors in held.items()
                                      for name, tensor in tensors.items()}, self.runtime)
         share_mistake(found and f"step {self.step}: {found} of rank {self.runtime.rank} is not that of rank 0: a "

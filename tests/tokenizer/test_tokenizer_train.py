@@ -1,6 +1,7 @@
 """Training: it learns, resumes to the same bytes, brings codes back, and leaves a tokenizer that loads."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +35,18 @@ def test_a_resumed_run_ends_in_the_same_bytes_and_loads(command, tmp_path):
     vq = load_tokenizer(tmp_path / "whole")
     assert vq.image_size == 16 and vq.vocabulary == 32 and vq.hash
     assert vq.decode(vq.encode(torch.zeros(1, 1, 16, 16))).shape == (1, 1, 16, 16)
+
+
+def test_a_run_on_other_images_is_refused_finished_or_not(command, tmp_path, image_folder, refused):
+    run = f"run_dir={tmp_path / 'run'}"
+    main([*command, run, "train.steps=3"])
+    images = Path(load_config(TokenizerConfig, command[1]).data.images)
+    copy = shutil.copytree(images, tmp_path / "copy")
+    main([*command, run, f"data.images={copy}", "train.steps=4"])  # the same ones elsewhere
+    shutil.copy(next(copy.glob("a/*")), copy / "a" / "another.png")
+    for steps in (4, 5):
+        line = refused(main, *command, run, f"data.images={copy}", f"train.steps={steps}")
+        assert f"was trained on other images than data.images={copy}; give the former images" in line
 
 
 def task_of(command, runtime, **values):

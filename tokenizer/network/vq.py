@@ -57,7 +57,8 @@ class VQModel(ImageTokenizer):
         }
         check_options(options)
         if local and attention:
-            raise UserError("local and attention are both on, but attention looks at the whole image; switch one off")
+            raise UserError("local and attention are both on, but attention looks at the whole image; switch one "
+                            "off (the preset mnist has no attention)")
         super().__init__(options, len(multipliers))
         sizes = (image_channels, channels, tuple(multipliers), blocks, latent_channels, groups, attention)
         self.encoder = Encoder(*sizes, local)
@@ -115,4 +116,5 @@ def check_options(options: dict[str, Any]) -> None:
         raise UserError(f"multipliers are {options['multipliers']}; give one whole number of 1 or more per level")
     for width in {options["channels"] * m for m in (1, *options["multipliers"])}:
         if width % options["groups"]:
-            raise UserError(f"groups is {options['groups']}, which does not divide the level of {width} channels")
+            raise UserError(f"groups is {options['groups']}, which does not divide the level of {width} channels; "
+                            f"give channels that it divides")
