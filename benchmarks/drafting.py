@@ -18,14 +18,15 @@ if __name__ == "__main__":
 import math
 import platform
 import statistics
-import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.sampling import machine
+from benchmarks.turns import seconds
 from mutor_img.blocks import ModelConfig
 from mutor_img.checkpoints.loading import load_run
 from mutor_img.common.cli import Parser, parse_numbers, run
@@ -110,9 +111,7 @@ def speeds(model: Transformer, settings: SamplingSettings, drafts: Sequence[Draf
         for sampler, taken in zip(samplers, times):
             if number < -1 and sampler.draft.window != AUTO:
                 continue
-            begun = time.perf_counter()
-            sampler.generate(samples % model.config.classes, samples)
-            taken.append(time.perf_counter() - begun)
+            taken.append(seconds(partial(sampler.generate, samples % model.config.classes, samples)))
     return [batch / statistics.median(taken[-rounds:]) for taken in times]
 
 

@@ -17,15 +17,14 @@ if __name__ == "__main__":
 
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from benchmarks.train_step import make_trainer
-from benchmarks.turns import processor
+from benchmarks.turns import processor, seconds
 from mutor_img.common.cli import Parser, run
 from mutor_img.common.errors import check_range
 from mutor_img.common.files import write_json
@@ -55,13 +54,6 @@ def write_store(folder: Path, images: int) -> Codes:
                      "0" * 64, checksums)
     write_json(folder / "codes.json", info.to_json())
     return Codes(folder)
-
-
-def seconds(function: Callable[[], object]) -> float:
-    """Return the wall time of one call."""
-    begun = time.perf_counter()
-    function()
-    return time.perf_counter() - begun
 
 
 def batch_seconds(data: TrainingCodes, size: int, batches: int) -> float:

@@ -20,7 +20,7 @@ if __name__ == "__main__":
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -31,6 +31,7 @@ from torch.utils.data import Dataset
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.utils import get_featuresdict_from_dataset
 
+from benchmarks.turns import seconds
 from mutor_img.common.cli import Parser, run
 from mutor_img.common.errors import check_choice, check_range
 from mutor_img.metrics.evaluator import evaluate
@@ -98,13 +99,6 @@ class Pictures(Dataset):
 def peak_gib() -> float:
     """Return the largest memory this process has held, in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """Return how long ``work()`` takes."""
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
 
 
 def extraction(images: int, side: int, batch: int, rounds: int) -> None:

@@ -22,7 +22,6 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -30,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.public import PublicTransformer, training_step
-from benchmarks.turns import forward_flops, in_turn, median_of, per_second, processor, product_peak
+from benchmarks.turns import forward_flops, in_turn, median_of, per_second, processor, product_peak, seconds
 from mutor_img.blocks import LLAMAGEN_PRESETS, ModelConfig
 from mutor_img.common.cli import Parser, run
 from mutor_img.common.config import TrainConfig
@@ -171,10 +170,9 @@ def register_costs(args: argparse.Namespace) -> dict[str, float]:
         names, times = list(steps), {name: [] for name in steps}  # seconds
         for turn in range(args.rounds + 1):  # the first round warms up
             for name in names[turn % len(names):] + names[: turn % len(names)]:
-                begun = time.perf_counter()
-                steps[name]()
+                taken = seconds(steps[name])
                 if turn:
-                    times[name].append(time.perf_counter() - begun)
+                    times[name].append(taken)
     base = times[names[0]]
     ratios = {name: statistics.median(t / b for t, b in zip(times[name], base)) for name in names}
     print(f"{'variant':<28}{'s per step':>10}{'ratio':>8}{'tokens/s':>10}")

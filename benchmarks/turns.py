@@ -48,6 +48,13 @@ def in_turn(commands: dict[str, Sequence[str]], rounds: int) -> dict[str, list[d
     return found
 
 
+def seconds(work: Callable[[], object]) -> float:
+    """Return how long ``work()`` takes."""
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
 def per_second(work: Callable[[], object], seconds: float) -> float:
     """Return calls per second within about ``seconds``, after one call that warms up."""
     work()

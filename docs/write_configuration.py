@@ -48,8 +48,8 @@ For a variation of a run, write a file of a few lines, or use the same file with
     python train.py --config configs/mnist/mutor2d.yaml registers.d_max=3 run_dir=runs/mnist/mutor2d_d3
 
 An existing run can only continue with the same seed, model, objective, registers, data and global batch. If the
-learning rate, the precision or EMA changes, the run prints the change at the start, and keeps the earlier config beside
-the new one.
+learning rate, the precision or the decay of EMA changes, the run prints the change at the start, and keeps the
+earlier config beside the new one. EMA cannot be switched on later.
 """
 
 

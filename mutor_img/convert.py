@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--weights is {args.weights!r}; give ema, raw or auto")
     out = Path(args.out)
     keep_apart({"--out": out}, {"--source": args.source})
-    grid = None if args.grid_size is None else parse_grid(args.grid_size, "--grid")
+    grid = None if args.grid_size is None else parse_grid(args.grid_size, "--grid-size")
     with claim(file_lock(out, keeps=True)):
         if out.exists():
             raise UserError(f"{out} exists already; give another --out or remove it")

@@ -21,7 +21,7 @@ def add_network_flags(parser: Parser) -> None:
     add("--features-weights", metavar="PATH", help=f"folder of the classifier (default of mnist: {DEFAULT_FOLDER}), "
                                                    "or weights file of the timm model")
     add("--inception-weights", metavar="FILE", help="file of the Inception weights, if not in torch's hub folder")
-    add("--batch-size", type=int, default=64, help="images at a time in each process")
+    add("--batch-size", type=int, default=64, help="images at a time on each device")
     add("--device", default="auto", metavar="NAME", help=DEVICES)
 
 

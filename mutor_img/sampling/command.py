@@ -37,10 +37,10 @@ def _parser() -> Parser:
         description="Sample images from a trained generator: an npz in ADM's format or a folder of PNGs, a labelled "
                     "grid, or a strip that shows one image as it is generated. To continue a killed run, run the same "
                     "command again.",
-        example="sample.py --checkpoint runs/mnist/mutor2d --num-samples 1000 --out samples.npz\n"
-                "sample.py --checkpoint runs/imagenet256/mutor2d_b_80 --classes 207,360,387 --grid grid.png\n"
-                "sample.py --checkpoint runs/imagenet256/mutor2d_b_80 --classes otter --keep photo.png --mask mask.png "
-                "--grid grid.png",
+        example="python sample.py --checkpoint runs/mnist/mutor2d --num-samples 1000 --out samples.npz\n"
+                "python sample.py --checkpoint runs/imagenet256/mutor2d_b_80 --classes 207,360,387 --grid grid.png\n"
+                "python sample.py --checkpoint runs/imagenet256/mutor2d_b_80 --classes otter --keep photo.png --mask "
+                "mask.png --grid grid.png",
     )
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="PATH", help="run folder, checkpoint folder, hf://org/name or "
