@@ -67,7 +67,7 @@ def reconstruct_folder(vq: ImageTokenizer, images: str | Path, *, split: str | N
     """
     if samples and Path(samples).exists():
         raise UserError(f"{samples} exists; remove it, or give --samples another folder")
-    image_size = image_size or vq.image_size
+    image_size = vq.image_size if image_size is None else image_size
     if image_size is None:
         raise UserError("the tokenizer does not say its image size; give --image-size")
     vq.grid_for(image_size)
@@ -122,6 +122,8 @@ def main(argv: Sequence[str]) -> None:
     options = _parser().parse_args(argv)
     check_range("--num-images", options.num_images, 0, 10**9)
     check_range("--batch-size", options.batch_size, 1, 65536)
+    if options.image_size is not None:
+        check_range("--image-size", options.image_size, 1, 65536)
     check_range("--workers", options.workers, 0, 256)
     check_png(options.out)
     keep_apart({"--out": options.out, "--samples": options.samples, "--json": options.json},

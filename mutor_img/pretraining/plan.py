@@ -208,8 +208,9 @@ def gpu_step(config: GeneratorConfig) -> Step:
     with torch.device("meta"):
         objective = config.build_objective()
     return Step(
-        sequences=1, registers=law.registers, precision=train.precision, compiled=train.compile,
-        checkpointing=train.activation_checkpointing, flex=config.model.attention == "auto" and train.compile,
+        sequences=1, registers=law.registers, precision="fp32" if train.precision == "fp32" else "bf16",
+        compiled=train.compile, checkpointing=train.activation_checkpointing,
+        flex=config.model.attention == "auto" and train.compile,
         loss_chunk=config.model.loss_chunk, ema=train.ema > 0, blocks=len(objective.blocks()),
         read_outs=objective.read_outs, kept_numbers=objective.kept_numbers,
         shards=config.plan.devices if train.parallel == "fsdp" else 1)

@@ -13,7 +13,7 @@ from mutor_img.common.errors import UserError
 from mutor_img.pretraining.command import main
 from mutor_img.pretraining.config import GeneratorConfig, PlanConfig
 from mutor_img.pretraining.memory import Step, step_memory
-from mutor_img.pretraining.plan import GIB, largest_micro_batch, plan_generator
+from mutor_img.pretraining.plan import GIB, largest_micro_batch, plan_generator, run_flops, run_summary
 from mutor_img.transformer import Transformer
 
 FOLDER = Path(__file__).parents[2] / "configs" / "imagenet256"
@@ -51,6 +51,20 @@ def test_parameters_tokens_and_flops_are_those_counted_by_torch():
     assert update["registers"] == update["code tokens"] == 16 * 64
     assert update["FLOPs in attention, %"] == pytest.approx(
         100 * 4 * 12 * 768 * pairs / (products + 4 * 12 * 768 * pairs))
+
+
+@pytest.mark.parametrize("name", ["imagenet256/mutor2d_b_80", "imagenet256/mutor2d_3b_80", "fashion/rear",
+                                  "fashion/npp"])
+def test_the_summary_of_a_run_is_the_plan_in_short(name):
+    config = load_config(GeneratorConfig, name)
+    plan, found = plan_generator(config), run_summary(config)
+    [memory] = [rows["in all"] for title, rows in plan.items() if title.startswith("memory per device")]
+    assert found["memory per device, GiB (computed)"] == memory
+    assert found["tokens through the network per update"] == plan["per update"]["tokens through the network"]
+    assert found["FLOPs of the run"] == pytest.approx(run_flops(config, config.train.steps))
+    assert found["FLOPs per update"] == pytest.approx(plan["per update"]["FLOPs per update, forward and backward"])
+    model = plan["model"]
+    assert found["trained parameters"] == model["parameters"] + model["of the objective, dropped after training"]
 
 
 def test_attention_takes_half_at_the_length_that_the_plan_names():

@@ -125,6 +125,7 @@ def test_images_smaller_than_ssims_windows_have_no_ssim(tokenizer_run, image_fol
     assert "ssim" not in found and found["psnr"] > 0
     assert found["not_computed"]["ssim"] == "SSIM compares windows of 7 pixels per side, and images have 4"
     assert "SSIM compares windows" in refused(main, *command, "--metrics", "ssim")
+    assert "--image-size is 0" in refused(main, *command, "--image-size", "0")
 
 
 def test_one_of_several_splits_is_reconstructed(tokenizer_run, image_folder, tmp_path, refused):
