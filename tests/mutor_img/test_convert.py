@@ -63,7 +63,7 @@ def test_a_tokenizer_goes_there_and_back_without_a_change(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("arguments, message", [
     (["--source", "missing.pt"], "missing.pt"),
-    (["--source", "{pt}", "--grid", "4by5"], "--grid is '4by5'"),
+    (["--source", "{pt}", "--grid", "4by5"], "--grid-size is '4by5'"),
     (["--source", "{pt}", "--weights", "best"], "--weights is 'best'"),
     (["--source", "{pt}", "--weights", "ema"], "EMA"),
 ])
