@@ -53,7 +53,7 @@ class TokenizerTask(Task):
         """List the images, read them where they are few, and build the model.
 
         Raises:
-            UserError: folders that are missing or hold no classes, unreadable images, or no weights for LPIPS.
+            UserError: folders that are missing or hold no images, unreadable images, or no weights for LPIPS.
         """
         self.config, self.runtime = config, runtime
         runtime.agree(asdict(config))
@@ -205,7 +205,7 @@ def main(argv: Sequence[str]) -> None:
     """Train a tokenizer."""
     train_command(
         argv, TokenizerTask, TokenizerConfig, plan_tokenizer,
-        description="Train a VQ tokenizer on a folder of images (one sub-folder per class). To resume, run the same "
+        description="Train a VQ tokenizer on a folder of images, in class folders or not. To resume, run the same "
                     "command again.",
         example="python -m tokenizer.train --config configs/mnist/tokenizer.yaml optim.lr=1e-3")
 

@@ -137,10 +137,10 @@ def run(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = No
     """Run a command's ``main(argv)`` and exit: 0, or 2 with one line on stderr for a user's mistake.
 
     A full disk is a user's mistake too, and so is a path that may not be read or written. Under a launcher with several
-    processes the mistake is the same in each, so that only rank 0 prints it, unless the error says of itself who
-    ``speaks``. SIGTERM, and a reader of the output that is gone, unwind as Ctrl-C does, so that locks and half-written
-    files go; training saves first. What the output's encoding cannot hold, as names of files that are not UTF-8, is
-    printed as escapes.
+    processes the mistake is the same in each of a machine, so that only the first one there prints it, unless the error
+    says of itself who ``speaks``. SIGTERM, and a reader of the output that is gone, unwind as Ctrl-C does: locks
+    and half-written files go; training saves first. What the output's encoding cannot hold, as names of files that are
+    not UTF-8, is printed as escapes.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -17,6 +18,7 @@ from typing import Any
 
 from mutor_img.common.errors import UserError
 
+_SYNCFS = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)  # Linux
 PATIENCE = 90.0  # seconds; a network file system may show another machine's file a minute late (NFS: acdirmax)
 SEAL = "seal"  # the key of a hash in a JSON file
 _MEND = "correct or remove that line"
@@ -280,7 +282,7 @@ def filling(folder: str | os.PathLike) -> Iterator[Path]:
     try:
         aside.mkdir(parents=True)
         yield aside
-        os.sync()  # once for all files: after a power cut, a folder that has its name is whole
+        _flush_disk(aside)  # once for all files: after a power cut, a folder that has its name is whole
         os.replace(aside, folder)
     finally:
         remove(aside)
@@ -292,6 +294,19 @@ def discard(path: str | os.PathLike) -> None:
         remove(_set_aside(Path(path)))
     except OSError as error:
         _say_stuck(Path(path), error)
+
+
+def _flush_disk(folder: Path) -> None:
+    """Have the file system of a folder write down what it holds in memory: less than a call for each of many files."""
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        if _SYNCFS is None:
+            os.sync()
+        elif _SYNCFS(place):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), str(folder))
+    finally:
+        os.close(place)
 
 
 def wait_until_seen(unseen: Callable[[], Path | None], name: str, patience: float | None = None) -> None:

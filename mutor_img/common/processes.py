@@ -137,6 +137,8 @@ def _mark(folder: str | os.PathLike) -> str:
     """Write an empty file under a name that nobody has asked for before; returns the name."""
     mark = Path(folder) / f".seen_{uuid4().hex}.part"
     mark.parent.mkdir(parents=True, exist_ok=True)
+    for left in mark.parent.glob(".seen_*.part"):  # by a kill
+        remove(left)
     mark.touch()
     return mark.name
 

@@ -40,6 +40,7 @@ from mutor_img.training.command import read_training, training_parser
 
 def plan(config: StudyConfig) -> dict[str, Any]:
     """Return what ``--dry-run`` prints: the runs, in order, and what those of generators cost."""
+    check_folders(config)
     runs = {" ".join(["generator", g.config, *g.overrides]):
             run_summary(load_config(GeneratorConfig, g.config, g.overrides)) for g in generators(config)}
     choices = len(config.cfg_scales) * len(config.cfg_schedules)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mutor_img.checkpoints.folder import find_checkpoint, newest_checkpoint, read_meta
 from mutor_img.checkpoints.loading import Loaded, load_run
-from mutor_img.common.child import die_with_parent, door_command
+from mutor_img.common.child import child_environment, die_with_parent, door_command, module_command
 from mutor_img.common.config import load_config
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import clear, read_record, remove, write_sealed
@@ -56,9 +56,13 @@ def command(*arguments: str | Path) -> None:
     """
     words = [str(a) for a in arguments]
     print(f"\n$ python {' '.join(words)}", flush=True)
-    script, *flags = words
-    begin = door_command(script.removesuffix(".py")) if script.endswith(".py") else [sys.executable, script]
-    with subprocess.Popen([*begin, *flags], preexec_fn=die_with_parent) as process:
+    if words[0] == "-m":
+        words = [*module_command(words[1]), *words[2:]]
+    elif words[0].endswith(".py"):
+        words = [*door_command(words[0].removesuffix(".py")), *words[1:]]
+    else:
+        words = [sys.executable, *words]
+    with subprocess.Popen(words, env=child_environment(), preexec_fn=die_with_parent) as process:
         try:
             status = process.wait()
         except BaseException:  # the study was stopped: training saves when it is told so
@@ -87,7 +91,7 @@ def check_folders(config: StudyConfig) -> None:
         if data.val_codes:
             wanted.append(("codes", generator.config, "data.val_codes", f"{config.codes}_val", [data.val_codes]))
     for key, file, name, ours, theirs in wanted:
-        if not any(os.path.abspath(ours) == os.path.abspath(folder) for folder in theirs):
+        if not any(os.path.realpath(ours) == os.path.realpath(folder) for folder in theirs):
             raise UserError(f"{key} is {getattr(config, key)}, but {file} has {name}={theirs[0]} and not {ours}; give "
                             "both the same, in a config of your own")
 

@@ -132,4 +132,5 @@ def _read(out: str | os.PathLike | None, key: dict[str, Any]) -> list[dict[str, 
                                 f"{wanted}; remove the file, or choose another --out")
         return list({_point(row): row for row in found["points"]}.values())
     except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{out}: was not made by this program; remove it, or choose another --out") from None
+        raise UserError(f"{out}: was not made by this version of the program; remove it, or choose another "
+                        "--out") from None

@@ -27,12 +27,12 @@ def check_changes(recorded: Mapping[str, Any], current: Mapping[str, Any], folde
     """Compare a checkpoint's record with how the run is to go on; returns what changed, one phrase each.
 
     Args:
-        recorded: the checkpoint's metadata: ``config`` and, for a generator, ``codes``.
+        recorded: the checkpoint's metadata: ``config``, for a generator ``codes``, for a tokenizer ``images_hash``.
         current: the same of the run as it is to go on.
         folder: the checkpoint, for the error.
 
     Raises:
-        UserError: it would be another run: other codes, image size, seed, model, registers or global batch.
+        UserError: it would be another run: other codes or images, image size, seed, model, registers or global batch.
     """
     before, now = {**EARLIER, **dict(leaves(recorded["config"]))}, dict(leaves(current["config"]))
     changed = [key for key in now if key in before and before[key] != now[key] and not key.startswith(SILENT)]

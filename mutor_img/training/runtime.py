@@ -209,9 +209,12 @@ def check_launcher(environment: Mapping[str, str]) -> None:
 
 
 def _check_devices() -> None:
-    """Raise :class:`UserError` where this process has no GPU of its own; the first of several such ones says so."""
+    """Raise :class:`UserError` where torchrun's process has no GPU of its own; the first of several such ones says so.
+
+    Other launchers may show each process one GPU alone.
+    """
     rank, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if 0 < found <= rank:
+    if "TORCHELASTIC_RUN_ID" in os.environ and 0 < found <= rank:
         error = UserError(f"this machine has {found} CUDA devices, and {os.environ.get('LOCAL_WORLD_SIZE', 'more')} "
                           f"processes were started on it; give --nproc-per-node {found}, or hide the GPUs "
                           "(CUDA_VISIBLE_DEVICES=) to run on CPUs")

@@ -36,13 +36,12 @@ def measured(study, monkeypatch):
     asked, job = [], all_jobs(study)[1]
     for name in ("next_token_loss", "target_losses"):
         monkeypatch.setattr(scoring, name, lambda *arguments: asked.append(arguments[2:5]) or [])
-    monkeypatch.setattr(scoring, "open_codes", lambda *arguments: SimpleNamespace(content_hash=lambda: "codes"))
     monkeypatch.setattr(scoring, "add", lambda *arguments: None)
     scorer = object.__new__(scoring._Scorer)
     scorer.study, scorer.job, scorer.step, scorer.meta = study, job, 20, {}
     scorer.runtime = SimpleNamespace(is_main=True, from_main=lambda look: look())
     scorer.loaded = SimpleNamespace(model=SimpleNamespace(config=None), which="raw", weights_hash="w")
-    scorer._held_out()
+    scorer._held_out("codes")
     return [[value for value in one if isinstance(value, int)] for one in asked]
 
 

@@ -10,7 +10,7 @@ from mutor_img.checkpoints.folder import checkpoint_at, read_meta, write_checkpo
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import append_line, read_lines
 from mutor_img.study.comparison.config import ComparisonConfig, RowConfig
-from mutor_img.study.comparison.jobs import all_jobs
+from mutor_img.study.comparison.jobs import all_jobs, row_jobs
 from mutor_img.study.comparison.ledger import (
     ROWS,
     TARGETS,
@@ -83,15 +83,15 @@ def test_a_line_counts_for_its_settings_run_and_weights_only_and_the_last_one_do
 
 
 def test_seeds_of_one_row_have_the_same_codes(study):
-    jobs = [job for job in all_jobs(study) if job.row == "a"]
+    jobs = row_jobs(study, "a")
+    assert jobs == [job for job in all_jobs(study) if job.row == "a"]
     add(study, ROWS, line(study, jobs[0], 10, 1.0, codes_hashes=["c"], val_codes_hash="v"))
     add(study, ROWS, {**line(study, jobs[1], 10, 1.0, codes_hashes=["x"]), "config_hash": "of other settings"})
     check_same_codes(study, jobs, {"codes_hashes": ["c"], "val_codes_hash": "v"})
     for name, value in (("codes_hashes", ["d"]), ("val_codes_hash", "w")):
         with pytest.raises(UserError, match=f"a, seed 0, had codes with {name} .*one row cannot hold both"):
             check_same_codes(study, jobs, {"codes_hashes": ["c"], "val_codes_hash": "v", name: value})
-    other = [job for job in all_jobs(study) if job.row == "b"]
-    check_same_codes(study, other, {"codes_hashes": ["d"]})  # rows may have codes of their own
+    check_same_codes(study, row_jobs(study, "b"), {"codes_hashes": ["d"]})  # rows may have codes of their own
 
 
 def test_targets_of_as_many_held_out_images_count(study):

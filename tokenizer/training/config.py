@@ -19,7 +19,7 @@ from tokenizer.training.perceptual import SMALLEST
 class ImagesConfig:
     """The images."""
 
-    images: str = "imagenet/train"  # folder with one sub-folder of images per class
+    images: str = "imagenet/train"  # folder of images, in class folders or not
     val_images: str | None = None  # the same for held-out images; null: no validation
     val_count: int = 1000  # number of held-out images to use, spread evenly over the folder
     image_size: int = 256  # pixels per side

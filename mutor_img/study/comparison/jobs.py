@@ -65,6 +65,13 @@ def all_jobs(study: ComparisonConfig) -> list[Job]:
     return [make_job(study, row, seed, configs[row.name]) for row, seed in filter(None, chain.from_iterable(turns))]
 
 
+def row_jobs(study: ComparisonConfig, name: str) -> list[Job]:
+    """Return all runs of a row that is there; no other row's config is read."""
+    [row] = [one for one in study.rows if one.name == name]
+    config = row_config(study, row)
+    return [make_job(study, row, seed, config) for seed in study.seeds_of(row)]
+
+
 def find_job(study: ComparisonConfig, row: str, seed: int) -> Job:
     """Return one run.
 

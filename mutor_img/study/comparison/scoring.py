@@ -28,7 +28,7 @@ from mutor_img.sampling.options import DTYPES
 from mutor_img.sampling.pictures import sample_images, verified_tokenizer
 from mutor_img.sampling.source import SampleSource
 from mutor_img.study.comparison.config import ComparisonConfig
-from mutor_img.study.comparison.jobs import Job, all_jobs
+from mutor_img.study.comparison.jobs import Job, row_jobs
 from mutor_img.study.comparison.ledger import (
     ROWS,
     TARGETS,
@@ -97,7 +97,12 @@ class _Scorer:
         Returns:
             What was sampled from.
         """
-        held_out = self._held_out()  # in fp32, before the weights are cast
+        config = self.job.config
+        val_codes = open_codes(config.data.val_codes, config, self.runtime) if config.data.val_codes else None
+        codes = {"codes_hashes": [store["hash"] for store in self.meta["codes"]["stores"]],
+                 **({"val_codes_hash": val_codes.content_hash()} if val_codes else {})}
+        self.runtime.from_main(lambda: check_same_codes(self.study, row_jobs(self.study, self.job.row), codes))
+        held_out = self._held_out(val_codes) if val_codes else {}  # in fp32, before the weights are cast
         dtype = "bf16" if self.runtime.device.type == "cuda" else "fp32"
         self.loaded.model.to(DTYPES[dtype])
         if model is not None:
@@ -110,10 +115,7 @@ class _Scorer:
         if self.runtime.is_main and self.job.seed == self.study.seeds[0]:
             for scale in self.study.guidance:
                 draw_strip(self.study, self.job, self.step, scale, self.loaded, self.tokenizer)
-        about = self._about() | held_out
-        codes = {name: about[name] for name in ("codes_hashes", "val_codes_hash") if name in about}
-        self.runtime.from_main(lambda: check_same_codes(
-            self.study, [job for job in all_jobs(self.study) if job.row == self.job.row], codes))
+        about = self._about() | codes | held_out
         points = grid([scale for scale in self.study.guidance if scale in scales], [self.study.temperature])
         judge = self._judge(source)
         rows = sweep(source, points, self.study.samples, self.reference, self.network,
@@ -139,18 +141,14 @@ class _Scorer:
         sampled, trained = run_parameters(self.job.config)
         return {"row": self.job.row, "seed": self.job.seed, "updates": self.step, "config_hash": self.job.key,
                 "scoring_hash": scoring_key(self.study), "weights_hash": self.loaded.weights_hash,
-                "weights": self.loaded.which, "codes_hashes": [store["hash"] for store in self.meta["codes"]["stores"]],
-                "flops": run_flops(self.job.config, self.step),
+                "weights": self.loaded.which, "flops": run_flops(self.job.config, self.step),
                 "seconds": self.meta["seconds"], "trained_on": " and ".join(self.meta.get("devices", [])),
                 "sampled_parameters": sampled, "trained_parameters": trained}
 
-    def _held_out(self) -> dict[str, Any]:
-        """Return the next-token losses on held-out codes and their hash, and add the line of losses per target."""
+    def _held_out(self, codes: Codes) -> dict[str, float]:
+        """Return the next-token losses on held-out codes, and add the line of losses per target."""
         config, runtime = self.job.config, self.runtime
-        if not config.data.val_codes:
-            return {}
-        codes = open_codes(config.data.val_codes, config, runtime)
-        losses = {"val_codes_hash": codes.content_hash(), "val_next_token": self._next_token(self.loaded, codes)}
+        losses = {"val_next_token": self._next_token(self.loaded, codes)}
         if self.loaded.which == "ema" and has_group(self.meta["files"], "model"):
             raw = load_run(self.folder, ema=False, device=runtime.device)
             losses["val_next_token_raw"] = self._next_token(raw, codes)
