@@ -64,14 +64,13 @@ class TokenizerTask(Task):
         self.adversary: Adversary | None = None
         if loss.adversarial_weight:
             self.adversary = Adversary(build_discriminator(config), config.optim, loss.adversarial_weight, runtime)
-        listed = self._listed(data.images)
-        self._images_hash = files_hash(listed)
+        listed, self._images_hash = self._listed(data.images)
         self.images = TrainingImages(
             listed, self.model.image_channels, data.image_size, seed=config.seed,
             mirror=data.mirror, crop_min=data.crop_min, workers=data.workers)
         self.val_images: Tensor | None = None
         if data.val_images:
-            held_out = self._listed(data.val_images)
+            held_out, _ = self._listed(data.val_images)
             self.val_images = read_all(held_out, held_out.spread(data.val_count), self.model.image_channels,
                                        data.image_size, self.images.pool)  # (n, C, H, W) uint8
         self.reconstruction = ReconstructionLoss(loss.terms, runtime.device, loss.lpips_weights)
@@ -79,11 +78,12 @@ class TokenizerTask(Task):
         self._flops = 3 * forward_flops(config)
         self.seen: list[tuple[int, Quantised]] = []  # first sample number and codes of each micro-batch of an update
 
-    def _listed(self, folder: str) -> ImageSource:
-        """Return the images of a folder, once all processes see the same ones."""
+    def _listed(self, folder: str) -> tuple[ImageSource, str]:
+        """Return the images of a folder and the hash of their list, once all processes see the same ones."""
         images = list_images(folder, flat=True)  # classes play no part
-        self.runtime.agree({f"the list of images in {folder}": files_hash(images)})
-        return images
+        found = files_hash(images)
+        self.runtime.agree({f"the list of images in {folder}": found})
+        return images, found
 
     def flops_per_sample(self, step: int) -> float:
         return self._flops

@@ -33,7 +33,7 @@ def plan_generator(config: GeneratorConfig) -> dict[str, dict[str, Any]]:
         "model": {"preset": config.model.preset, "parameters": sampled,
                   "of the objective, dropped after training": extra},
         **update_sections(config, model, objective),
-        **memory_sections(config, model.config, sampled + extra, share, micro_batch),
+        **memory_sections(config, model.config, sampled + extra, share),
         "a checkpoint, GiB": checkpoint_section(config, sampled + extra),
         "communication per update": communication_section(config, model.config, sampled + extra, passes),
     }
@@ -92,14 +92,12 @@ def run_parameters(config: GeneratorConfig) -> tuple[int, int]:
 
 def run_summary(config: GeneratorConfig) -> dict[str, float]:
     """Return what a run costs in a few lines, by the names that they are printed under."""
-    model, objective = shapes(config)
-    law, (share, micro_batch), (sampled, trained) = config.law(), device_share(config), run_parameters(config)
-    step = replace(gpu_step(config), sequences=micro_batch, accumulate=micro_batch < share)
-    flops = config.train.global_batch * _mean_flops(trunk_flops(model, law, config.seed), objective, config.train.steps)
-    return {"updates": config.train.steps, "sampled parameters": sampled, "trained parameters": trained,
+    law, updates, (sampled, trained) = config.law(), config.train.steps, run_parameters(config)
+    flops, memory = run_flops(config, updates), step_memory(config.model_config(), trained, planned_step(config))
+    return {"updates": updates, "sampled parameters": sampled, "trained parameters": trained,
             "tokens through the network per update": config.train.global_batch * (law.length + law.registers),
-            "FLOPs per update": flops, "FLOPs of the run": flops * config.train.steps,
-            "memory per device, GiB (computed)": step_memory(model.config, trained, step).total / GIB}
+            "FLOPs per update": flops / updates, "FLOPs of the run": flops,
+            "memory per device, GiB (computed)": memory.total / GIB}
 
 
 def planned_device(config: GeneratorConfig) -> Device:
@@ -173,11 +171,10 @@ def cost_rows(cost: Cost) -> dict[str, float]:
     return {name: 1000 * value for name, value in rows.items()}
 
 
-def memory_sections(config: GeneratorConfig, model: ModelConfig, parameters: int, share: int,
-                    micro_batch: int) -> dict[str, Any]:
+def memory_sections(config: GeneratorConfig, model: ModelConfig, parameters: int, share: int) -> dict[str, Any]:
     """Return the sections of memory by category and of what fits the device."""
     room = config.plan.device_gib * config.plan.usable * GIB
-    step = replace(gpu_step(config), sequences=micro_batch, accumulate=micro_batch < share)
+    step = planned_step(config)
     memory = step_memory(model, parameters, step)
     largest = largest_micro_batch(model, parameters, step, room, share)
     fitting = largest_divisor(share, largest)
@@ -214,6 +211,12 @@ def gpu_step(config: GeneratorConfig) -> Step:
         loss_chunk=config.model.loss_chunk, ema=train.ema > 0, blocks=len(objective.blocks()),
         read_outs=objective.read_outs, kept_numbers=objective.kept_numbers,
         shards=config.plan.devices if train.parallel == "fsdp" else 1)
+
+
+def planned_step(config: GeneratorConfig) -> Step:
+    """Return how a forward pass of an update runs on one of ``plan.devices``."""
+    share, micro_batch = device_share(config)
+    return replace(gpu_step(config), sequences=micro_batch, accumulate=micro_batch < share)
 
 
 def largest_micro_batch(model: ModelConfig, parameters: int, step: Step, room: float, share: int) -> int:

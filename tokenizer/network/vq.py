@@ -117,4 +117,4 @@ def check_options(options: dict[str, Any]) -> None:
     for width in {options["channels"] * m for m in (1, *options["multipliers"])}:
         if width % options["groups"]:
             raise UserError(f"groups is {options['groups']}, which does not divide the level of {width} channels; "
-                            f"give channels that it divides")
+                            "give channels that it divides")
