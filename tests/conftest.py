@@ -29,6 +29,7 @@ from projection import Projection
 from tiny_runs import write_generator, write_tokenizer
 
 from mutor_img.blocks import ModelConfig
+from mutor_img.common import cli
 from mutor_img.common.config import load_config
 from mutor_img.common.files import write_json
 from mutor_img.data.store import CodesInfo, block_checksum
@@ -120,6 +121,21 @@ def usual_limits():
                                     fail_on_recompile_limit_hit=False):
         yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def refused(capsys):
+    """Run a command that must refuse: exit status 2 and, as its last word, one line; returns that line."""
+
+    def call(main, *argv):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.run(main, [str(word) for word in argv])
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert stopped.value.code == 2 and lines[-1].startswith("error: ")
+        return lines[-1]
+
+    return call
 
 
 class _NoCollector:

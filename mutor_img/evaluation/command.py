@@ -19,7 +19,7 @@ from mutor_img.evaluation.networks import (
     network_files,
     parse_metrics,
 )
-from mutor_img.metrics.evaluator import evaluate, make_reference
+from mutor_img.metrics.evaluator import check_sets, check_source, evaluate, make_reference
 from mutor_img.metrics.inception_score import ORDERS
 from mutor_img.metrics.references import ROLES, open_reference
 from mutor_img.metrics.report import table
@@ -89,10 +89,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 def _score(args: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
     """Make the reference or the scores that the flags ask for; returns what the JSON file holds."""
     options = {"batch_size": args.batch_size, "progress": True}
-    network = load_network(args, runtime)
+    # The network comes last: it may have to be downloaded, which a mistyped path need not wait for.
     if args.make_reference:
         source = open_reference(args.make_reference, args.split)
-        if make_reference(source, network, args.role, args.out, **options) is not None:
+        check_source(source)
+        if make_reference(source, load_network(args, runtime), args.role, args.out, **options) is not None:
             print(f"reference of {args.make_reference} for {args.role} -> {args.out}")
         return {}
     if args.checkpoint:
@@ -102,11 +103,12 @@ def _score(args: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
     else:
         samples = open_samples(args.samples)
         samples = samples if args.resize is None else Resized(samples, args.resize)
-    result = evaluate(
-        samples, open_reference(args.reference, args.split), network, metrics=parse_metrics(args.metrics),
-        num_samples=args.num_samples,
-        held_out=None if args.held_out is None else open_samples(args.held_out), role=args.role or "generation",
-        force_role=args.force_role, is_order=args.is_order, **options)
+    reference = open_reference(args.reference, args.split)
+    sets = {"num_samples": args.num_samples, "role": args.role or "generation", "force_role": args.force_role,
+            "held_out": None if args.held_out is None else open_samples(args.held_out)}
+    check_sets(samples, reference, **sets)
+    result = evaluate(samples, reference, load_network(args, runtime), metrics=parse_metrics(args.metrics),
+                      is_order=args.is_order, **sets, **options)
     if result:
         for warning in result["warnings"]:
             print(f"warning: {warning}", file=sys.stderr)

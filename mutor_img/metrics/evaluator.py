@@ -81,11 +81,11 @@ def evaluate(
     """
     begin = time.perf_counter()
     reference = as_reference(reference)
-    doubts = [*network.warnings, *check_role(reference, role, force_role)]
+    doubts = [*network.warnings, *check_sets(samples, reference, num_samples=num_samples, held_out=held_out, role=role,
+                                             force_role=force_role)]
     notes = list(getattr(samples, "warnings", []))
     metrics = resolve(metrics, reference, network)
     check_choice("the Inception Score's order", is_order, ORDERS)
-    check_size(samples, reference)
     held, samples = len(samples), _draw(samples, num_samples, seed, notes)
     count = len(samples)
     if is_order == "file" and "is" in metrics and class_sorted(samples, count):
@@ -96,8 +96,6 @@ def evaluate(
     judge = _Judge(reference, network, metrics, is_order=is_order, seed=seed, progress=progress)
     options = {"batch_size": batch_size, "progress": progress, "pixels": judge.classifier,
                **judge.outputs(subset=held_out is not None)}
-    if held_out is not None:
-        check_size(held_out, reference, "held-out images")
     known = _reference_features(reference, network, metrics, seed, batch_size, progress)  # first: samples take longer
     found = extract(samples, network, title="samples", **options)
     real = None if held_out is None else extract(held_out, network, title="held-out", **options)
@@ -124,14 +122,38 @@ def evaluate(
     }
 
 
+def check_sets(samples: ImageSet, reference: Reference, *, num_samples: int | None, held_out: ImageSet | None,
+               role: str, force_role: bool) -> list[str]:
+    """Check what shows before there is a network; arguments and errors as for :func:`evaluate`.
+
+    Returns:
+        Warnings.
+    """
+    check_size(samples, reference)
+    if held_out is not None:
+        check_size(held_out, reference, "held-out images")
+    held, name = len(samples), getattr(samples, "name", "memory")
+    if num_samples is not None and num_samples != held:
+        check_range("num-samples", num_samples, 2, float("inf"))
+        if held < num_samples:
+            raise UserError(f"{name} holds {held} samples, {num_samples} are asked for; sample more, or lower "
+                            "--num-samples")
+    return check_role(reference, role, force_role)
+
+
+def check_source(source: Reference) -> None:
+    """Raise :class:`UserError` where a statistics file cannot be made of ``source``: it holds no images."""
+    if source.images is None:
+        raise UserError(f"{source.name} holds no images; a reference for all metrics is made from images")
+
+
 def make_reference(source: Reference, network: FeatureNetwork, role: str, out, *, batch_size: int = 64,
                    progress: bool = False) -> Reference | None:
     """Write the statistics of ``source`` and the features of up to 10 000 of its images to ``out``.
 
     Returns the source (None on ranks other than 0). Raises UserError where the source holds no images.
     """
-    if source.images is None:
-        raise UserError(f"{source.name} holds no images; a reference for all metrics is made from images")
+    check_source(source)
     known = _reference_features(source, network, resolve(None, source, network), 0, batch_size, progress)
     if known is None:
         return None
@@ -223,15 +245,11 @@ def _too_few(samples: int, reference: int | None, network: FeatureNetwork) -> li
 def _draw(samples: ImageSet, wanted: int | None, seed: int, notes: list[str]) -> ImageSet:
     """Return the samples that are scored: all, or as many as are wanted, drawn by the seed from the whole set.
 
-    The first ones of a folder or of a file in class order would be those of the first classes. Fewer than wanted is an
-    error.
+    The first ones of a folder or of a file in class order would be those of the first classes.
     """
-    held, name = len(samples), getattr(samples, "name", "memory")
+    held = len(samples)
     if wanted is None or wanted == held:
         return samples
-    check_range("num-samples", wanted, 2, float("inf"))
-    if held < wanted:
-        raise UserError(f"{name} holds {held} samples, {wanted} are asked for; sample more, or lower --num-samples")
     notes.append(f"{wanted} of the {held} samples are scored, drawn from all of them by seed {seed}")
     return Subset(samples, choose(held, wanted, seed))
 

@@ -42,13 +42,13 @@ class RunScores:
         self.config, self.runtime, self.classes = config, runtime, model.config.classes
         self.settings = SamplingSettings(cfg_scale=config.cfg_scale, seed=seed)
         self.tokenizer = verified_tokenizer(codes, runtime.device, model.config, "the run", PUT_BACK)
-        with runtime.main_first():
-            self.network = load_features(config.features, config.features_weights, runtime.device)
         self.reference = open_reference(config.reference)
+        check_size(self._images(model), self.reference)
+        with runtime.main_first():  # last: it may have to be downloaded
+            self.network = load_features(config.features, config.features_weights, runtime.device)
         runtime.agree({"the feature network": self.network.weights_hash,
                        f"the content of eval.reference={config.reference}": identity(self.reference)})
         self.metrics = resolve(config.metrics or None, self.reference, self.network)
-        check_size(self._images(model), self.reference)
 
     def _images(self, model: Transformer) -> ModelImages:
         labels = make_labels("random", range(self.classes), self.config.samples, self.settings.seed)

@@ -97,10 +97,10 @@ def _score(args: argparse.Namespace, points: list[SweepPoint], metrics: list[str
     """Return the rows of all points, said as they come, and the feature network."""
     # What is advised at the end is of these weights, also where the run has trained on.
     args.checkpoint = runtime.from_main(lambda: newest_of(args.checkpoint, args.fallback))
-    network = load_network(args, runtime)
     args.cfg_scale, args.temperature, args.cfg_schedule, args.cfg_parameter = points[0]
     source, reference = open_source(args, runtime), open_reference(args.reference)
     keep_apart(_outputs(out), {"the tokenizer": source.tokenizer.path})
+    network = load_network(args, runtime)
     key, rows = frechet_key(network), []
     for number, row in enumerate(sweep(source, points, args.num_samples, reference, network, out=out / "sweep.json",
                                        metrics=metrics, batch_size=args.batch_size, progress=True)):

@@ -7,6 +7,7 @@ from PIL import Image
 from projection import Projection
 
 from mutor_img.common import cli
+from mutor_img.common.errors import UserError
 from mutor_img.evaluation import command
 from mutor_img.metrics import inception
 from mutor_img.metrics.inception import INCEPTION_FILE
@@ -67,7 +68,12 @@ def files(tmp_path, noise):
     ("absent", "plain.npz", [], "no such file or folder of samples"),
 ])
 def test_a_bad_file_is_one_line_and_status_2(samples, reference, more, words, files, monkeypatch, capsys):
-    monkeypatch.setattr(command, "load_network", lambda *arguments: Projection(name=INCEPTION))
+    def load_network(*arguments):
+        if "--metrics" in more or {"wide.npz", "mixed"} & {samples, reference}:  # seen only with it, or in the pass
+            return Projection(name=INCEPTION)
+        raise UserError("no weights here, and nothing to download them from")
+
+    monkeypatch.setattr(command, "load_network", load_network)
     monkeypatch.chdir(files)
     with pytest.raises(SystemExit) as caught:
         cli.run(command.main, ["--samples", samples, "--reference", reference, "--json", "scores.json", *more])
@@ -75,6 +81,12 @@ def test_a_bad_file_is_one_line_and_status_2(samples, reference, more, words, fi
     assert caught.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ")
     assert words in lines[0]
     assert not (files / "scores.json").exists()
+
+
+def test_a_reference_is_not_made_of_statistics_whatever_the_network(files, monkeypatch, refused):
+    monkeypatch.delattr(command, "load_network")
+    assert "holds no images" in refused(command.main, "--make-reference", files / "plain.npz", "--role", "generation",
+                                        "--out", files / "out.npz")
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["offline without weights", "another file in their place"])

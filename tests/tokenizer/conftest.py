@@ -9,7 +9,6 @@ from photographs import write_photographs
 from PIL import Image
 
 from mutor_img.checkpoints.folder import write_checkpoint
-from mutor_img.common.cli import run
 from tokenizer.images.folder import list_images
 from tokenizer.network.vq import VQModel
 
@@ -63,21 +62,6 @@ def image_folder(tmp_path):
         return tmp_path / name
 
     return build
-
-
-@pytest.fixture
-def refused(capsys):
-    """Run a command that must refuse: exit status 2 and, as its last word, one line; returns that line."""
-
-    def call(main, *argv):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            run(main, [str(word) for word in argv])
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert stopped.value.code == 2 and lines[-1].startswith("error: ")
-        return lines[-1]
-
-    return call
 
 
 @pytest.fixture

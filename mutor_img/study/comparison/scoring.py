@@ -61,9 +61,9 @@ def score_job(study: ComparisonConfig, job: Job, runtime: Runtime) -> None:
                for step in job.steps}
     if not any(missing.values()):
         return
+    reference, model = open_reference(study.reference), None
     with runtime.main_first():
         network = load_features(study.features, study.features_weights, runtime.device)
-    reference, model = open_reference(study.reference), None
     for step, scales in missing.items():
         if scales:
             model = _Scorer(study, job, step, runtime, network, reference).run(scales, model)
