@@ -133,8 +133,8 @@ class RegisterLaw:
             samples: (B,) int64 global sample numbers; their device is where everything is drawn.
 
         Returns:
-            anchors and offsets, (B, R) int64 each. A register whose target is dropped at the right edge has the
-            offset N + 1, past the end from any anchor.
+            anchors and offsets, (B, R) int64 each, no two elements of which share memory. A register whose target is
+            dropped at the right edge has the offset N + 1, past the end from any anchor.
 
         Raises:
             UserError: the kind is ``"none"``, which has nothing to draw.
@@ -148,10 +148,10 @@ class RegisterLaw:
             keys = (*keys, torch.arange(count, device=device))
         offsets = table[integers(len(self.offsets), seed, Stream.OFFSET, *keys)]  # (B, 1) or (B, R)
         if self.count is None:
-            anchors = torch.arange(0, self.length, self.every or 1, device=device).expand(len(samples), count)
+            anchors = torch.arange(0, self.length, self.every or 1, device=device).repeat(len(samples), 1)
         else:
             anchors = self._draw_anchors(seed, step, samples, offsets)  # (B, R)
-        offsets = offsets.expand(len(samples), count)
+        offsets = offsets.expand(len(samples), count).contiguous()
         if not self.wrap:
             offsets = torch.where(self.runs_over(anchors, offsets), self.length + 1, offsets)
         return anchors, offsets

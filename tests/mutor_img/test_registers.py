@@ -195,6 +195,14 @@ def test_a_sequence_draw_does_not_depend_on_the_rest_of_the_batch(switches):
 
 
 @pytest.mark.parametrize("switches", SWITCHES)
+def test_each_anchor_and_offset_can_be_changed_alone(switches):
+    for drawn in draw(step=5, samples=3, **switches):
+        wanted = drawn.clone()
+        wanted[1, 2] = drawn.view(drawn.shape)[1, 2] = 99
+        assert torch.equal(drawn, wanted)
+
+
+@pytest.mark.parametrize("switches", SWITCHES)
 def test_steps_seeds_and_samples_give_fresh_draws(switches):
     base = torch.cat(draw(seed=1, step=2, samples=500, **switches), dim=1)
     for other in ({"seed": 2, "step": 2}, {"seed": 1, "step": 3}, {"seed": 2, "step": 1}):
