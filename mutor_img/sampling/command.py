@@ -83,13 +83,15 @@ def _write(args: argparse.Namespace, runtime: Runtime) -> Path:
     source = _edited(args, open_source(args, runtime))
     _keep_apart(args, {"the tokenizer": source.tokenizer.path})
     count = 50_000 if args.num_samples is None else args.num_samples
+    archive = open_archive(args.out, {"format": FORMAT, **source.identity(count)}) if args.out else None
+    if archive:
+        runtime.from_main(archive.is_finished)  # what is refused has drawn over no picture
     if args.grid and runtime.is_main:
         _write_grid(args, source)
     if args.show_steps and runtime.is_main:
         _write_strip(args.show_steps, source, int(source.labels(count)[0]))
-    if not args.out:
+    if archive is None:
         return Path(args.grid or args.show_steps)
-    archive = open_archive(args.out, {"format": FORMAT, **source.identity(count)})
     loaded = source.loaded
     about = {"checkpoint": str(loaded.path), "step": loaded.meta.get("step"), "tokenizer": source.tokenizer.path,
              "grid": list(loaded.model.config.grid), **source.draft.to_json(), "keep": args.keep, "mask": args.mask,

@@ -279,6 +279,16 @@ def test_samples_of_other_settings_are_refused(run_of, tmp_path, monkeypatch, fl
     assert words in str(error.value)
 
 
+@pytest.mark.parametrize("flag", ["--grid", "--show-steps"])
+def test_samples_that_are_refused_leave_the_picture_beside_them(run_of, tmp_path, flag):
+    run, out, picture = run_of(), tmp_path / "s.npz", tmp_path / "p.png"
+    sample(run, out, flag, str(picture), count=4)
+    before = picture.read_bytes()
+    with pytest.raises(UserError, match="made with seed 0, now it is 1"):
+        sample(run, out, flag, str(picture), "--seed", "1", count=4)
+    assert picture.read_bytes() == before
+
+
 def test_other_weights_and_strange_files_are_refused(run_of, tmp_path):
     out = tmp_path / "s.npz"
     sample(run_of(), out, count=70)
