@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mutor_img.common.cli import Parser, run
 from mutor_img.common.errors import UserError, check_range
+from mutor_img.common.files import from_above
 from mutor_img.common.images import check_png, grid_picture, to_nhwc, write_png
 from mutor_img.common.locks import claim, file_lock
 from mutor_img.common.outputs import keep_apart
@@ -84,7 +85,8 @@ def _show(options: Namespace) -> None:
     """Describe, verify where asked, and draw."""
     codes = Codes(options.codes)
     info = codes.info
-    keep_apart({"--out": options.out}, {"--codes": options.codes, "the tokenizer": options.tokenizer or info.tokenizer})
+    tokenizer = options.tokenizer or from_above(info.tokenizer, options.codes)
+    keep_apart({"--out": options.out}, {"--codes": options.codes, "the tokenizer": tokenizer})
     names = ", ".join(info.class_names[:5]) + (", …" if len(info.class_names) > 5 else "")
     print(f"images       {len(codes)} in {len(info.class_names)} classes ({names})")
     print(f"views        {', '.join(info.views)}, crop {info.crop}, {info.image_size} pixels")
@@ -93,7 +95,7 @@ def _show(options: Namespace) -> None:
     if options.verify:
         codes.verify()
         print(f"verified     every checksum, code and label is right (blocks: {len(info.checksums)})")
-    vq = load_tokenizer(options.tokenizer or info.tokenizer, "cuda" if torch.cuda.is_available() else "cpu")
+    vq = load_tokenizer(tokenizer, "cuda" if torch.cuda.is_available() else "cpu")
     check_tokenizer(codes, vq)
     rows, _ = _some(codes, 10_000)
     use = CodeUse(info.vocabulary)

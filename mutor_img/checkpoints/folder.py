@@ -29,6 +29,7 @@ from mutor_img.common.files import (
     clear,
     discard,
     flush,
+    from_above,
     read_json,
     remove,
     wait_until_seen,
@@ -249,7 +250,9 @@ def codes_of(folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
     A tokenizer that lies in the checkpoint's folder, as in a repository on the Hub, is the one that it names.
     """
     codes, packed = meta.get("codes", {}), folder / PACKED
-    return {**codes, "tokenizer": str(packed)} if (packed / "checkpoint.json").is_file() else codes
+    if (packed / "checkpoint.json").is_file():
+        return {**codes, "tokenizer": str(packed)}
+    return {**codes, "tokenizer": from_above(codes["tokenizer"], folder)} if codes.get("tokenizer") else codes
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:

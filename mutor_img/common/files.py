@@ -210,6 +210,17 @@ def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
     return rows
 
 
+def from_above(path: str, origin: str | os.PathLike) -> str:
+    """Return where a path leads that a file of ``origin`` names, relative to the folder where its command was run.
+
+    Where nothing is there, seen from the present folder, the nearest folder above ``origin`` counts that has it.
+    """
+    if os.path.exists(path):
+        return path
+    found = (above / path for above in Path(origin).absolute().parents)
+    return next((str(there) for there in found if there.exists()), path)
+
+
 def file_hash(path: str | os.PathLike) -> str:
     """Return the sha256 of a file as hexadecimal digits, reading in pieces."""
     with open(path, "rb") as file:

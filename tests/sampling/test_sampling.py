@@ -1,19 +1,21 @@
 """sample.py's flags: what each changes, whose weights and tokenizer it takes, and mistakes in one line."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from launching import start_sampling
-from tiny_runs import sample, write_tokenizer
+from tiny_runs import sample, write_generator, write_tokenizer
 
 from mutor_img.checkpoints.folder import write_checkpoint
 from mutor_img.common.errors import UserError
 from mutor_img.decoding.sampler import generate
 from mutor_img.sampling import main
 from tokenizer import load_tokenizer
+from tokenizer.inspect import main as inspect
 
 
 @pytest.mark.parametrize("flags", [
@@ -25,6 +27,25 @@ def test_every_flag_that_decides_samples_changes_them(run_of, tmp_path, flags):
     run = run_of()
     plain, changed = sample(run, tmp_path / "a.npz", count=20), sample(run, tmp_path / "b.npz", *flags, count=20)
     assert plain.read_bytes() != changed.read_bytes()
+
+
+def test_a_run_is_sampled_from_any_folder_and_where_its_project_was_moved_to(random_model, make_codes, tmp_path,
+                                                                              monkeypatch):
+    for name in ("project", "elsewhere"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "project")
+    vq = write_tokenizer(Path("runs/tokenizer"), vocabulary=16)
+    make_codes(Path("codes"), vq=vq)
+    run = write_generator(Path("runs/run"), random_model((4, 4), vocabulary=16), vq)
+    here = sample(run, tmp_path / "here.npz", count=2)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "project").rename(tmp_path / "moved")
+    there = sample(str(tmp_path / "moved" / "runs" / "run"), tmp_path / "there.npz", count=2)
+    assert there.read_bytes() == here.read_bytes()
+    inspect(["--codes", str(tmp_path / "moved" / "codes"), "--out", "codes.png"])
+    shutil.rmtree(tmp_path / "moved" / "runs" / "tokenizer")
+    with pytest.raises(UserError, match="runs/tokenizer: no such file or folder"):
+        sample(str(tmp_path / "moved" / "runs" / "run"), tmp_path / "again.npz", count=2)
 
 
 def test_weights_and_tokenizer_can_be_chosen(run_of, random_model, tmp_path, capsys):
