@@ -99,7 +99,7 @@ def load_run(path: str | Path, *, ema: bool | None = None, device: torch.device 
              dtype: torch.dtype | None = None, grid: tuple[int, int] | None = None,
              heads: int | None = None) -> Loaded:
     """Return a generator with what its checkpoint says; arguments and errors as :func:`load_checkpoint`."""
-    path = Path(path)
+    path, grid = Path(path), grid if grid is None else tuple(grid)
     if path.is_file() and path.name != "checkpoint.json":
         loaded = _load_file(path, bool(ema), grid, heads)
     else:

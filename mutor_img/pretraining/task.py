@@ -36,6 +36,7 @@ from mutor_img.training.task import Task
 from mutor_img.transformer import Transformer
 
 DOUBTED = 200  # the update after which the loss is compared with ``expected_loss``
+REGISTERS = "register_embedding.weight"
 CLASS_TABLE = "cls_embedding.embedding_table.weight"
 
 
@@ -199,9 +200,9 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
 def start_from(model: Transformer, path: str, codes: dict[str, Any] | None = None) -> str:
     """Take a checkpoint's weights; returns their hash.
 
-    A register embedding that it lacks stays as drawn, and so does the table of classes where it has another number of
-    them. Where its classes have other names, or its codes were made by another tokenizer, a line says so: another data
-    set may be meant.
+    A register embedding that it lacks stays as drawn, one that the model has no use for is left out. The table of
+    classes stays as drawn where it has another number of them. Where its classes have other names, or its codes were
+    made by another tokenizer, a line says so: another data set may be meant.
 
     Args:
         model: takes the weights; every other name and shape must fit.
@@ -221,8 +222,10 @@ def start_from(model: Transformer, path: str, codes: dict[str, Any] | None = Non
         weights[CLASS_TABLE] = model.get_parameter(CLASS_TABLE).detach()
     for note in _differences(path, loaded, wanted, codes) if codes else ():
         print(f"note: {note}", file=sys.stderr)
-    if model.config.register_offsets is not None:
-        weights.setdefault("register_embedding.weight", model.register_embedding.weight.detach())
+    if model.config.register_offsets is None:
+        weights.pop(REGISTERS, None)
+    else:
+        weights.setdefault(REGISTERS, model.register_embedding.weight.detach())
     load_strict(model, weights, path)
     return loaded.weights_hash
 

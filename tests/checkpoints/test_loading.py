@@ -78,6 +78,11 @@ def test_grid_and_heads_of_a_bare_file_are_the_callers(random_model, tmp_path):
     assert load_checkpoint(tmp_path / "small.pt").config.heads == 1  # dim // 64, at least 1
 
 
+def test_the_grid_may_be_a_list(random_model, tmp_path):
+    folder = write_run(tmp_path / "run", random_model((4, 5)))
+    assert load_checkpoint(folder, grid=[4, 5]).config.grid == (4, 5)
+
+
 def test_the_grid_is_the_files_where_it_says_it_and_else_an_assumption(random_model, tmp_path):
     model = random_model((24, 24), heads=1, dim=32, register_offsets=None)
     says, silent = tmp_path / "says.pt", tmp_path / "silent.pt"

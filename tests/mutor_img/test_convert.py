@@ -87,6 +87,15 @@ def test_mutor_starts_from_weights_without_registers(run_training, tmp_path):
     assert start.model.register_embedding.weight.std() > 0
 
 
+def test_next_token_prediction_goes_on_from_weights_with_registers(run_training, tmp_path):
+    mutor = run_training(f"run_dir={tmp_path}/mutor")
+    start = run_training(f"run_dir={tmp_path}/start", f"init_from={tmp_path}/mutor", "registers.kind=none",
+                         "optim.lr=1e-12")
+    assert "register_embedding.weight" not in start.model.state_dict()
+    for name, weight in start.model.state_dict().items():
+        assert torch.allclose(mutor.model.state_dict()[name], weight, atol=1e-6), name
+
+
 def test_a_start_whose_file_says_another_grid_is_refused(run_training, random_model, tmp_path):
     model = random_model((4, 5), dim=16, vocabulary=16, register_offsets=None)
     torch.save({"model": {**model.state_dict(), "freqs_cis": torch.zeros(577, 4, 2)}}, tmp_path / "c2i.pt")

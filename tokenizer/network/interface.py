@@ -18,6 +18,7 @@ from tokenizer.network.quantizer import Quantizer
 # The most pixels of one pass on a GPU. VQ-16 takes 10 GiB at its worst moment for 64 images of 256 pixels per side, to
 # encode as to decode (counted on fake tensors), and in proportion for more: 100 GiB for the ten crops of 64 images.
 MOST_PIXELS = 64 * 256**2
+LUMA = 0.299, 0.587, 0.114  # of red, green and blue in grey: ITU-R BT.601, as Pillow has it
 
 
 class ImageTokenizer(HubModel, nn.Module, ABC):
@@ -76,8 +77,8 @@ class ImageTokenizer(HubModel, nn.Module, ABC):
         """Return the codes of images.
 
         Args:
-            images: (B, 3 or 1, H, W) float in [-1, 1]. Grey images are repeated for an RGB tokenizer; RGB images
-                for a grey tokenizer are refused (turn them grey first: which weights to use is the caller's choice).
+            images: (B, 3 or 1, H, W) float in [-1, 1]. Grey images are repeated for an RGB tokenizer, RGB images
+                turned grey for a grey one.
 
         Returns:
             (B, h*w) int64 in raster order, on the model's device. On the CPU in fp32 an image's codes do not depend
@@ -130,11 +131,13 @@ class ImageTokenizer(HubModel, nn.Module, ABC):
             self.grid_for(side)
         if not images.is_floating_point():
             raise UserError(f"images are {images.dtype}; expected floats in [-1, 1] (for uint8: x / 127.5 - 1)")
-        if images.shape[1] == 3 and self.image_channels == 1:
-            raise UserError("the tokenizer is for grey images and these have 3 channels; turn them grey first")
         if images.numel() and not bool((images.abs() <= 1.001).all()):  # bf16 and resizing round a little beyond 1
             raise UserError(f"pixels run from {float(images.min()):.4g} to {float(images.max()):.4g}; expected [-1, 1]")
-        return images.to(self.device, self.quantize.embedding.weight.dtype).expand(-1, self.image_channels, -1, -1)
+        images = images.to(self.device, self.quantize.embedding.weight.dtype)
+        if images.shape[1] == 3 and self.image_channels == 1:
+            red, green, blue = images.split(1, dim=1)  # (B, 1, H, W) each
+            return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
+        return images.expand(-1, self.image_channels, -1, -1)
 
     def _check_codes(self, codes: Tensor, grid: tuple[int, int] | None) -> tuple[Tensor, tuple[int, int]]:
         if codes.ndim != 2 or codes.is_floating_point() or codes.dtype == torch.bool:
