@@ -184,6 +184,19 @@ def test_a_row_or_seed_that_is_not_there_is_named(study_file):
         find_job(study, "b", 2)
 
 
+def test_an_override_may_follow_the_flag_that_prints(study_file, capsys):
+    command.main(["--config", str(study_file), "--print-commands", "samples=50"])
+    assert capsys.readouterr().out.splitlines()[-1].endswith(" samples=50")
+
+
+@pytest.mark.parametrize("words, message", [
+    ([], "reference is r.npz, and nothing is there; make it with evaluate_fid.py --make-reference"),
+    (["reference=configs", "features=classifier", "features_weights=nowhere"],
+     "features_weights is nowhere, and nothing is there; train a classifier")])
+def test_what_scores_a_run_is_missed_before_it_is_trained(study_file, capsys, words, message):
+    assert message in refusal(["--config", str(study_file), *words], capsys)
+
+
 def test_printed_lines_train_and_score_each_run_that_is_not_done_and_begin_nothing(study_file, tmp_path, capsys):
     command.main(["--config", str(study_file), "samples=50", "--print-commands"])
     lines = capsys.readouterr().out.strip().splitlines()

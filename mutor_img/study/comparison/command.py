@@ -23,6 +23,8 @@ from mutor_img.study.comparison.report import markdown
 from mutor_img.training.command import read_training
 
 MARKS = {"rows", "base", "seeds", "guidance", "checkpoints"}  # keys that tell a comparison from the demo's study
+MAKERS = {"reference": "make it with evaluate_fid.py --make-reference, or give a folder of images",
+          "features_weights": "train a classifier with python -m mutor_img.metrics.digits, or give its folder"}
 FLAGS = {"jobs": 1, "print_commands": None}
 
 
@@ -66,6 +68,9 @@ def compare(arguments: argparse.Namespace) -> None:
         UserError: a mistake in the study's YAML, or runs that failed, once all others are done.
     """
     check_range("--jobs", arguments.jobs, 1, 10_000)
+    if "=" in (arguments.print_commands or ""):  # an override that follows the flag alone
+        arguments.overrides.append(arguments.print_commands)
+        arguments.print_commands = LAUNCHERS[0]
     if arguments.print_commands is not None:
         check_choice("--print-commands", arguments.print_commands, LAUNCHERS)
     study = read_training(arguments, ComparisonConfig, plan)
@@ -95,12 +100,22 @@ def unfinished(study: ComparisonConfig, jobs: Sequence[Job]) -> list[Job]:
 def _run(study: ComparisonConfig, jobs: Sequence[Job], words: Sequence[str], workers: int) -> Outcome:
     """Train and score what is missing."""
     folder, left = Path(study.run_dir), unfinished(study, jobs)
+    if left:
+        _check_judges(study)
     if len(left) < len(jobs):
         print(f"{len(jobs) - len(left)} of {len(jobs)} runs are done already", flush=True)
     budget = Budget(folder / "spent.json", study.budget_hours)
     flops = _flops(left)
     return run_jobs(left, lambda job: stages(job, words, job.trained), workers, folder / "logs", budget,
                     lambda job: _write_table(study, jobs), lambda job: flops[job.row])
+
+
+def _check_judges(study: ComparisonConfig) -> None:
+    """Raise :class:`UserError` where what scores a run is not there: better now than after its training."""
+    for key in ("reference", "features_weights"):
+        path = getattr(study, key)
+        if path and not Path(path).exists():
+            raise UserError(f"{key} is {path}, and nothing is there; {MAKERS[key]}")
 
 
 def _flops(jobs: Sequence[Job]) -> dict[str, float]:
