@@ -77,16 +77,20 @@ class Draft:
             raise UserError(f"--draft-source {source} does nothing without drafts; give --draft too, as in --draft 8")
         return draft
 
-    def validate(self, config: ModelConfig) -> None:
-        """Raise :class:`UserError` for a window or a source that the model cannot have."""
+    def fit(self, config: ModelConfig) -> Draft:
+        """Return what a model can have of it: at most all codes per pass, and windows where it has no registers.
+
+        Raises:
+            UserError: a window or a source that there is not.
+        """
         check_choice("draft-source", self.source, SOURCES)
         whole = isinstance(self.window, int) and not isinstance(self.window, bool)
-        if self.window != AUTO and not (whole and 0 <= self.window <= config.length):
+        if self.window != AUTO and not (whole and self.window >= 0):
             raise UserError(f"draft is {self.window!r}; give 'auto', 0 for none, or the inputs of an image per pass, "
-                            f"at most the model's {config.length} codes")
-        if self.source == "registers" and config.register_offsets is None:
-            raise UserError("draft-source is registers, but the model was trained without them; choose from "
-                            "window, frequency")
+                            "as in 8")
+        window = self.window if self.window == AUTO else min(self.window, config.length)
+        without = self.source == "registers" and config.register_offsets is None
+        return Draft(window, "window" if without else self.source)
 
     def rows(self, window: int) -> int:
         """Return S, the rows of an image per pass: its window, and the registers after it."""
@@ -250,10 +254,9 @@ class Drafter:
             kept: (N,) int64, codes that no draw decides; -1: one does.
 
         Raises:
-            UserError: a draft that the model cannot have.
+            UserError: a draft that cannot be.
         """
-        draft.validate(model.config)
-        self.model, self.draft, self.seed, self.draw = model, draft, seed, draw
+        self.model, self.draft, self.seed, self.draw = model, draft.fit(model.config), seed, draw
         self.beginnings, self.kept = beginnings, kept
         self.scales = torch.tensor(scales, dtype=torch.float32, device=model.output.weight.device)  # (N,)
         self.halves = 2 if max(scales) > 1 else 1

@@ -141,7 +141,7 @@ class Sampler:
             draft: how codes are drafted.
 
         Raises:
-            UserError: settings out of range, or a draft that the model cannot have.
+            UserError: settings out of range, or a draft that cannot be.
         """
         config, weight = model.config, model.output.weight
         settings.validate(config)
@@ -152,13 +152,13 @@ class Sampler:
         # After the last guided token, or without any, there is no second half of the batch.
         self.guided_until = max((token + 1 for token, scale in enumerate(self.scales) if scale > 1), default=0)
         self.halves = 2 if self.guided_until else 1
-        self.keep, self.draft = keep, draft
+        self.keep, self.draft = keep, draft.fit(config)
         self.beginnings = class_inputs(model, settings)
         kept = settings.kept or [-1] * config.length
         self.kept = torch.tensor(kept, device=self.device)  # (N,)
         self.drawn = [code < 0 for code in kept]  # by place; known here, so that no step waits for a device
         self.end = config.length - self.drawn[::-1].index(True)  # behind the last place that is drawn
-        self.drafter = Drafter(model, draft, self.scales, settings.seed, partial(draw, settings=settings),
+        self.drafter = Drafter(model, self.draft, self.scales, settings.seed, partial(draw, settings=settings),
                                self.beginnings, self.kept)
         self.trials: dict[int, Trial] = {}  # of ``auto``, by the number of images at a time
         with torch.no_grad():

@@ -100,8 +100,11 @@ def open_source(args: argparse.Namespace, runtime: Runtime) -> SampleSource:
     settings = SamplingSettings(args.cfg_scale, args.cfg_schedule, args.cfg_parameter, args.temperature, args.top_k,
                                 args.top_p, args.seed)
     settings.validate(loaded.model.config)
-    draft = Draft.parse(args.draft, args.draft_source)
-    draft.validate(loaded.model.config)
+    asked = Draft.parse(args.draft, args.draft_source)
+    draft = asked.fit(loaded.model.config)
+    if draft.source != asked.source and runtime.is_main:
+        print(f"note: {loaded.path} was trained without registers; the first drafts come from the {draft.source} "
+              f"(--draft-source {draft.source})", file=sys.stderr)
     unknown = sorted(set(draft.offsets) - set(loaded.trained_offsets or draft.offsets))
     if unknown and runtime.is_main:
         print(f"note: {loaded.path} was not trained with registers of offset {', '.join(map(str, unknown))}, which "

@@ -319,9 +319,8 @@ def test_earlier_images_are_remembered_up_to_a_number(random_model, monkeypatch)
 
 
 @pytest.mark.parametrize(("draft", "words"), [
-    (Draft(-1), "draft is -1"), (Draft(21), "at most the model's 20 codes"), (Draft(2.5), "draft is 2.5"),
+    (Draft(-1), "draft is -1"), (Draft(2.5), "draft is 2.5"),
     (Draft(True), "draft is True"), (Draft("many"), "draft is 'many'"),
-    (Draft(2, "registers"), "trained without them; choose from window, frequency"),
     (Draft(2, "regsters"), "did you mean 'registers'"),
 ], ids=str)
 def test_a_draft_that_a_model_cannot_have_is_one_clear_line(random_model, draft, words):
@@ -330,12 +329,22 @@ def test_a_draft_that_a_model_cannot_have_is_one_clear_line(random_model, draft,
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("draft, fitted", [
+    (Draft(21, "frequency"), Draft(20, "frequency")), (Draft(10**9, "registers"), Draft(20, "window")),
+    (Draft("auto", "registers"), Draft("auto", "window")), (Draft(20, "window"), Draft(20, "window"))], ids=str)
+def test_what_a_model_cannot_have_becomes_what_it_can_and_changes_no_code(random_model, draft, fitted):
+    model, labels = random_model(register_offsets=None), torch.arange(3)
+    sampler = Sampler(model, SamplingSettings(seed=2), 3, draft=draft)
+    assert sampler.draft == sampler.drafter.draft == fitted
+    assert torch.equal(sampler.generate(labels, labels), generate(model, labels, seed=2))
+
+
 def test_flags_are_read_as_written():
     assert [Draft.parse(word, "frequency").window for word in ("0", "off", "8", "auto")] == [0, 0, 8, "auto"]
     for words in (("eight", "window"), ("8.5", "window"), ("8", "windows"), ("", "window")):
         with pytest.raises(UserError, match="--draft"):
             Draft.parse(*words)
-    Draft(0, "registers").validate(ModelConfig(1, 1, 4, register_offsets=()))
+    assert Draft(0, "registers").fit(ModelConfig(1, 1, 4, register_offsets=())).source == "registers"
 
 
 def test_weights_that_are_not_finite_are_named_with_drafts_too(random_model):

@@ -75,11 +75,10 @@ def test_every_command_refuses_a_draft_that_cannot_be_read(flags, words, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("window", ["-1", "17", "100000"])
-def test_a_window_beyond_the_grid_writes_nothing(run_of, tmp_path, window):
+def test_a_window_below_none_writes_nothing(run_of, tmp_path):
     run = run_of()
-    with pytest.raises(UserError, match=f"draft is {window}.* at most the model's 16 codes"):
-        sample(run, tmp_path / "s.npz", "--draft", window)
+    with pytest.raises(UserError, match="draft is -1"):
+        sample(run, tmp_path / "s.npz", "--draft", "-1")
     assert not list(tmp_path.glob("s.*"))
 
 
@@ -112,9 +111,11 @@ def test_offsets_that_a_run_was_not_trained_on_are_named_and_change_nothing(run_
     assert "not trained" not in capsys.readouterr().err
 
 
-def test_a_model_without_registers_cannot_draft_with_them(run_of, tmp_path):
+def test_a_model_without_registers_drafts_with_the_window_and_says_so(run_of, tmp_path, capsys):
     run = run_of()
     trained(run, {"kind": "none", "d_max": 4}, register_offsets=None)
-    with pytest.raises(UserError, match="draft-source is registers, but the model was trained without them"):
-        sample(run, tmp_path / "s.npz", "--draft", "4", "--draft-source", "registers")
-    assert sample(run, tmp_path / "s.npz", "--draft", "4", "--draft-source", "frequency")
+    drafted, _ = sample(run, tmp_path / "s.npz", "--draft", "100", "--draft-source", "registers")
+    assert "was trained without registers; the first drafts come from the window" in capsys.readouterr().err
+    about = json.loads((tmp_path / "s.json").read_text())
+    assert (about["draft"], about["draft_source"]) == (16, "window")
+    assert drafted == sample(run, tmp_path / "plain.npz")[0]
