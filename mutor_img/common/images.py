@@ -20,6 +20,9 @@ from torch.nn import functional as F
 from mutor_img.common.errors import UserError, reading
 from mutor_img.common.files import write_atomic
 
+LOSSY = "JPEG", "MPO", "WEBP"  # Pillow's names
+NO_LOSS = ("JPEG compression moves features by 5e-3 and with them every score; give PNGs or an npz written without "
+           "compression loss")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 # By their content, whatever the name: photographs named .jpg are often something else. The rest of Pillow's formats are
 # no photographs, and some start other programs.
@@ -56,13 +59,17 @@ def shrink(images: Tensor, side: int) -> Tensor:
     return F.interpolate(images.float(), size=(side, side), mode="bicubic", align_corners=False)
 
 
-def read_image(path: str | os.PathLike | BinaryIO, mode: str = "RGB", *, name: str | None = None) -> Image.Image:
+def read_image(path: str | os.PathLike | BinaryIO, mode: str = "RGB", *, name: str | None = None,
+               lossy: bool = True) -> Image.Image:
     """Open and fully decode one image in PIL ``mode``; ``name`` is what messages call it, its path unless given.
+
+    Where ``lossy`` is false, formats that lose something are refused, whatever the file's name says.
 
     Transparency is dropped. Pixels of more than 8 bits are scaled by their range (:func:`to_eight_bits`).
 
     Raises:
-        UserError: the file is missing, is no image, ends early, or has pixels of an unknown range.
+        UserError: the file is missing, is no image, ends early, has pixels of an unknown range, or is of a format that
+            is refused.
     """
     name = name or str(path)
     with reading(name):
@@ -70,6 +77,8 @@ def read_image(path: str | os.PathLike | BinaryIO, mode: str = "RGB", *, name: s
         file = path if hasattr(path, "read") else io.BytesIO(_read_file(path, name))
     with reading(name, file), _open(file) as image:
         check_pixels(name, *image.size)
+        if not lossy and image.format in LOSSY:
+            raise UserError(f"{name}: {image.format} by its content; {NO_LOSS}")
         image.load()
         image.info.pop("transparency", None)  # Pillow would look for a colour to keep it in, and warn
         image = to_eight_bits(image)

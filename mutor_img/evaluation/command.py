@@ -76,10 +76,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     """
     parser, sampling = _parser()
     args = parser.parse_args(argv)
-    _check(args)
+    _check(parser, args)
     if not args.checkpoint:
         taken = [name for name in sampling if name != "resize" or args.make_reference]
-        _check_unused(args, {name: parser.get_default(name) for name in taken}, "has no use without --checkpoint")
+        parser.refuse(args, taken, "has no use without --checkpoint")
     keep_apart(_outputs(args), _inputs(args))
     runtime = Runtime.on(args.device)
     with runtime.one_voice(), runtime.claim(file_lock(args.json), file_lock(args.out)):
@@ -92,7 +92,7 @@ def _score(args: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
     # The network comes last: it may have to be downloaded, which a mistyped path need not wait for.
     if args.make_reference:
         source = open_reference(args.make_reference, args.split)
-        check_source(source)
+        check_source(source, args.role)
         if make_reference(source, load_network(args, runtime), args.role, args.out, **options) is not None:
             print(f"reference of {args.make_reference} for {args.role} -> {args.out}")
         return {}
@@ -118,7 +118,7 @@ def _score(args: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
     return result
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(parser: cli.Parser, args: argparse.Namespace) -> None:
     """Refuse what cannot be meant before anything is read."""
     for name, value, known in (("--is-order", args.is_order, ORDERS), ("--role", args.role, ROLES)):
         if value is not None:
@@ -129,9 +129,8 @@ def _check(args: argparse.Namespace) -> None:
     if args.num_samples is not None:
         check_range("--num-samples", args.num_samples, 2, 10**9)
     if args.make_reference:
-        scoring = ("samples", "checkpoint", "reference", "num_samples", "metrics", "held_out", "json")
-        _check_unused(args, {**dict.fromkeys(scoring), "force_role": False, "is_order": "shuffle"},
-                      "has no use with --make-reference")
+        parser.refuse(args, ("samples", "checkpoint", "reference", "num_samples", "metrics", "held_out", "json",
+                             "force_role", "is_order"), "has no use with --make-reference")
         if not args.out or not args.role:
             raise UserError(f"--make-reference needs --role ({' or '.join(ROLES)}) and --out FILE")
         return
@@ -160,10 +159,3 @@ def _inputs(args: argparse.Namespace) -> dict[str, Any]:
         if paths[name]:
             paths[f"the manifest of {name}"] = manifest_of(paths[name])
     return {**paths, **network_files(args)}
-
-
-def _check_unused(args: argparse.Namespace, defaults: dict[str, Any], reason: str) -> None:
-    """Refuse flags that would change nothing."""
-    for name, default in defaults.items():
-        if getattr(args, name) != default:
-            raise UserError(f"--{name.replace('_', '-')} {reason}")

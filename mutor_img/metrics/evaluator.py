@@ -122,8 +122,8 @@ def evaluate(
     }
 
 
-def check_sets(samples: ImageSet, reference: Reference, *, num_samples: int | None, held_out: ImageSet | None,
-               role: str, force_role: bool) -> list[str]:
+def check_sets(samples: ImageSet, reference: Reference, *, num_samples: int | None = None,
+               held_out: ImageSet | None = None, role: str = "generation", force_role: bool = False) -> list[str]:
     """Check what shows before there is a network; arguments and errors as for :func:`evaluate`.
 
     Returns:
@@ -141,19 +141,22 @@ def check_sets(samples: ImageSet, reference: Reference, *, num_samples: int | No
     return check_role(reference, role, force_role)
 
 
-def check_source(source: Reference) -> None:
-    """Raise :class:`UserError` where a statistics file cannot be made of ``source``: it holds no images."""
+def check_source(source: Reference, role: str) -> None:
+    """Raise :class:`UserError` where no statistics file for a role can be made of ``source``."""
     if source.images is None:
         raise UserError(f"{source.name} holds no images; a reference for all metrics is made from images")
+    if source.role not in (None, role):
+        raise UserError(f"{source.name} is a reference for {source.role}; give --role {source.role}, or other images")
 
 
 def make_reference(source: Reference, network: FeatureNetwork, role: str, out, *, batch_size: int = 64,
                    progress: bool = False) -> Reference | None:
     """Write the statistics of ``source`` and the features of up to 10 000 of its images to ``out``.
 
-    Returns the source (None on ranks other than 0). Raises UserError where the source holds no images.
+    Returns the source (None on ranks other than 0). Raises UserError where the source holds no images, or is one for
+    the other role.
     """
-    check_source(source)
+    check_source(source, role)
     known = _reference_features(source, network, resolve(None, source, network), 0, batch_size, progress)
     if known is None:
         return None

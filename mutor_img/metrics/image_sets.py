@@ -26,7 +26,7 @@ from mutor_img.common.arrays import read_header
 from mutor_img.common.errors import UserError, reading
 from mutor_img.common.file_kinds import kind_of
 from mutor_img.common.folders import GONE, list_folder
-from mutor_img.common.images import MOST_PIXELS, check_pixels, read_image
+from mutor_img.common.images import MOST_PIXELS, NO_LOSS, check_pixels, read_image
 
 _CHUNK = 64  # images read at once
 _MOST_BYTES = 2**31  # of an array that is read whole: features of 250 000 images, or a covariance of 16 384 of them
@@ -248,8 +248,7 @@ class FolderImages(_Indexed):
         self.name += f", {found.split}" if found.split else ""
         jpeg = next((file for file in self.files if file.suffix.lower() in (".jpg", ".jpeg", ".webp")), None)
         if jpeg is not None:
-            raise UserError(f"{self.path / jpeg}: JPEG compression moves features by 5e-3 and with them every score; "
-                            "give PNGs or an npz written without compression loss")
+            raise UserError(f"{self.path / jpeg}: {NO_LOSS}")
         if GONE in found.sizes:
             self._image(found.sizes.index(GONE))  # says what is wrong with it
         self.class_names = found.folders
@@ -276,7 +275,7 @@ class FolderImages(_Indexed):
         return _digest([file.as_posix() for file in self.files])
 
     def _image(self, index: int) -> np.ndarray:
-        return np.asarray(read_image(self.path / self.files[index]))  # (H, W, 3)
+        return np.asarray(read_image(self.path / self.files[index], lossy=False))  # (H, W, 3)
 
     def sha256(self) -> str:
         """Return one hash over the relative paths and the bytes of all files."""

@@ -15,7 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from mutor_img.common.errors import UserError, first_line
-from mutor_img.common.files import file_hash, remove
+from mutor_img.common.files import file_hash
 from mutor_img.common.full_precision import full_precision
 from mutor_img.metrics.features import to_nchw
 
@@ -152,15 +152,11 @@ def load_inception(weights: str | os.PathLike | None = None, device: torch.devic
 
 
 def _download(path: Path) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(aside), hash_prefix=INCEPTION_HASH)
-        os.replace(aside, path)
+        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=INCEPTION_HASH)
     except (urllib.error.URLError, OSError, RuntimeError) as error:
         raise UserError(f"no Inception weights: looked at {path}, and {URL_INCEPTION_V3} cannot be downloaded "
                         f"({error}); put the file there, name it with --inception-weights FILE, or choose other "
                         "features (--features mnist, timm:NAME)") from None
-    finally:
-        remove(aside)
 

@@ -68,7 +68,7 @@ class _Set:
 
     def __init__(self, features: Tensor, centre: Tensor):
         self.features, self.centre = features, centre.to(features.device)
-        self.count, self.dimension = features.shape
+        self.count = len(features)
         self.norms = torch.cat([(part - self.centre).double().square().sum(1) for part in features.split(_COLUMNS)])
 
     def tiles(self, size: int) -> Iterator[tuple[slice, Tensor, Tensor]]:

@@ -15,6 +15,7 @@ OPTIONAL = ("kid",)
 KNOWN = (*METRICS, *OPTIONAL)
 SCORES = ("fid", "fd", "sfid", "is", "precision", "recall", "kid", "kd", "recognised", "distinct")  # keys of a result
 INCEPTION = "inception-v3-compat"
+FEATURES_OF_INCEPTION = 2048
 _NEEDS = {"fid": "pool", "sfid": "spatial", "is": "logits", "pr": "pool", "kid": "pool"}  # network outputs
 _BY_ROW = {"is", "pr", "kid"}  # scores of the features of single images, not of their moments
 
@@ -84,6 +85,11 @@ def _check_network(reference: Reference, network: FeatureNetwork) -> None:
         raise UserError(f"the reference {reference.name} was made with {reference.network} "
                         f"({reference.weights_hash[:8]}), the samples are scored with {network.name} "
                         f"({network.weights_hash[:8]}); make the reference again")
+    if (reference.network is None and reference.pool is not None and network.name != INCEPTION
+            and len(reference.pool.mu) == FEATURES_OF_INCEPTION):
+        raise UserError(f"the reference {reference.name} does not name its network, and its {FEATURES_OF_INCEPTION} "
+                        f"features are Inception's; the samples are scored with {network.name}: make a reference of "
+                        "images with evaluate_fid.py --make-reference, or score with --features inception")
     for output, given in (("pool", reference.pool), ("spatial", reference.spatial)):
         dimension = network.dimensions.get(output)
         if given is not None and dimension is not None and len(given.mu) != dimension:

@@ -51,6 +51,10 @@ def open_samples(path: str | os.PathLike) -> NpzImages | FolderImages:
         images.warnings.append(f"{path} holds statistics (mu) beside its samples; they are ignored, and the images "
                                "scored")
     images.manifest = _manifest(path)
+    wanted = images.manifest.get(LABELS_HASH) if isinstance(images.manifest, dict) else None
+    if wanted is not None and (images.labels is None or wanted != labels_hash(images.labels)):
+        raise UserError(f"{manifest_of(path)}: is not of {path.name} (its labels do not fit {LABELS_HASH}); remove "
+                        "it, or make the samples again")
     return images
 
 

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -178,10 +179,31 @@ def test_images_of_another_size_are_refused(where, tmp_path, network, noise, ref
         evaluate(sets["samples"], reference, network, held_out=sets["held-out images"])
 
 
-def test_statistics_of_another_number_of_features_are_refused_before_the_samples_are_read(tmp_path, network):
+class Unread(ArrayImages):
+    """Images that must not be read."""
+
+    def read(self, start, stop):
+        pytest.fail("was read")
+
+
+def test_statistics_of_another_number_of_features_are_refused_before_the_samples_are_read(tmp_path, network, noise):
     np.savez(tmp_path / "clean.npz", mu=np.zeros(192), sigma=np.eye(192))
     with pytest.raises(UserError, match="statistics of 192 features, the network projection has 6"):
-        evaluate(None, open_reference(tmp_path / "clean.npz"), network)
+        evaluate(Unread(noise(9)), open_reference(tmp_path / "clean.npz"), network)
+
+
+def test_statistics_without_a_network_that_look_like_inceptions_are_for_inception_alone(tmp_path, noise):
+    np.savez(tmp_path / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    other = Projection(2048)
+    with pytest.raises(UserError, match="2048 features are Inception's; the samples are scored with projection"):
+        evaluate(Unread(noise(9)), open_reference(tmp_path / "adm.npz"), other, metrics=["fid"])
+
+
+def test_a_reference_is_not_made_anew_for_the_other_role(network, reference, tmp_path):
+    ours = replace(reference, role="generation")
+    with pytest.raises(UserError, match="is a reference for generation; give --role generation"):
+        make_reference(ours, network, "reconstruction", tmp_path / "r.npz")
+    assert not (tmp_path / "r.npz").exists()
 
 
 def test_a_large_reference_keeps_the_features_of_few_images(network, noise, reference, monkeypatch):

@@ -150,6 +150,14 @@ def test_jpegs_are_refused_with_the_reason(tmp_path, noise):
         FolderImages(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+def test_what_a_png_in_name_lost_is_seen_by_its_content(tmp_path, noise, kind):
+    write_folder(tmp_path, noise(2), ["0.png", "1.png"])
+    Image.fromarray(noise(1)[0]).save(tmp_path / "1.png", format=kind)
+    with pytest.raises(UserError, match=f"1.png: {kind} by its content; JPEG compression moves"):
+        read_all(FolderImages(tmp_path))
+
+
 def test_bad_folders_are_refused(tmp_path, noise):
     with pytest.raises(UserError, match="no such folder"):
         FolderImages(tmp_path / "absent")

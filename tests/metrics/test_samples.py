@@ -81,6 +81,17 @@ def test_a_label_that_is_damaged_is_found_by_the_manifest(tmp_path, noise):
         open_samples(tmp_path)
 
 
+def test_the_manifest_of_other_samples_is_refused(tmp_path, noise):
+    labels = np.array([2, 0, 1])
+    np.savez(tmp_path / "s.npz", arr_0=noise(3), arr_1=labels)
+    (tmp_path / "s.json").write_text(json.dumps({"labels_sha256": labels_hash(labels)}))
+    assert open_samples(tmp_path / "s.npz").manifest
+    for arrays in ({"arr_0": noise(3)}, {"arr_0": noise(3), "arr_1": labels[::-1]}):
+        np.savez(tmp_path / "s.npz", **arrays)
+        with pytest.raises(UserError, match=r"s\.json: is not of s\.npz"):
+            open_samples(tmp_path / "s.npz")
+
+
 def test_a_label_of_hundreds_of_digits_is_refused(tmp_path, noise):
     Image.fromarray(noise(1)[0]).save(tmp_path / "000000.png")
     (tmp_path / "labels.json").write_text(f"[{10**400}]")
