@@ -29,7 +29,7 @@ from mutor_img.common.locks import folder_lock
 from mutor_img.common.outputs import keep_apart
 from mutor_img.data.store import Codes, code_dtype
 from mutor_img.training.runtime import Runtime
-from tokenizer.images.crops import CROPS, VIEWS, CropRule, center_rule, crop_rule, to_float, view_names
+from tokenizer.images.crops import CROPS, VIEWS, CropRule, center_rule, to_float, view_names
 from tokenizer.images.layouts import open_images
 from tokenizer.images.source import IMAGENET, ImageSource
 from tokenizer.images.squares import Squares, readers
@@ -148,13 +148,11 @@ def rule_of(options: Namespace) -> CropRule:
     """
     flags = {"scale": "crop_scale", "least": "crop_min", "count": "num_views", "seed": "seed"}
     given = {name: getattr(options, flag) for name, flag in flags.items() if getattr(options, flag) is not None}
-    if options.crop in CROPS:
-        taken = signature(CROPS[options.crop]).parameters
-        for name in given:
-            if name not in taken:
-                flag = flags[name].replace("_", "-")
-                raise UserError(f"--{flag} does not belong to --crop {options.crop}; leave it out")
-    return crop_rule(options.crop, **given)
+    check_choice("--crop", options.crop, CROPS)
+    make = CROPS[options.crop]
+    for name in given.keys() - signature(make).parameters.keys():
+        raise UserError(f"--{flags[name].replace('_', '-')} does not belong to --crop {options.crop}; leave it out")
+    return make(**given)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -171,7 +169,7 @@ def main(argv: Sequence[str]) -> None:
     keep_apart({"--out": [out, out / "unreadable.txt"]},
                {"--tokenizer": options.tokenizer, "--images": options.images, "--labels": options.labels,
                 "--classes": None if options.classes == IMAGENET else options.classes}, {"--out": out / "parts"})
-    runtime = Runtime.start(timeout_minutes=24 * 60)  # at the end all wait for the one with the slowest disk
+    runtime = Runtime.on("auto")
     with runtime.one_voice(), runtime.claim(folder_lock(options.out, keeps=True)):
         _encode_folder(options, rule, views, runtime)
 

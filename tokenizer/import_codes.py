@@ -100,7 +100,7 @@ def main(argv: Sequence[str]) -> None:
     keep_apart({"--out": out},
                {"--tokenizer": options.tokenizer, "--source": options.source,
                 "--classes": None if options.classes == IMAGENET else options.classes}, {"--out": out / "parts"})
-    runtime = Runtime.start(timeout_minutes=24 * 60)  # at the end all wait for the one with the slowest disk
+    runtime = Runtime.on("auto")
     with runtime.one_voice(), runtime.claim(folder_lock(options.out, keeps=True)):
         _import(options, runtime)
 

@@ -23,6 +23,8 @@ from mutor_img.training.hardware import keep_freed_memory
 
 DEVICES = "auto (CUDA if available), cpu, cuda or cuda:N"  # what --device takes
 
+PATIENCE = 24 * 60.0  # minutes that the processes of a command other than training wait for each other
+
 T = TypeVar("T")
 _FAILURES = "mutor_img/failures"  # a counter in the store
 _GONE = "Connection closed by peer", "Connection reset by peer", "Broken pipe"  # gloo's words
@@ -59,13 +61,15 @@ class Runtime:
 
     @classmethod
     def on(cls, name: str) -> Runtime:
-        """Join the launch, if there is one, on what ``--device`` names.
+        """Join the launch, if there is one, on what ``--device`` names, for a command that makes or reads files.
+
+        Its processes wait for the one that joins, writes or reads what took all of them hours, or has a slow disk.
 
         Raises:
             UserError: no such device, or another one than the launch has for this process.
         """
         if name == "auto":
-            return cls.start()
+            return cls.start(PATIENCE)
         try:
             device = torch.device(name)
         except RuntimeError:
@@ -74,7 +78,7 @@ class Runtime:
         if (device.index or 0) >= devices.get(device.type, 0):
             raise UserError(f"--device {name}: there is no such device here ({devices['cuda']} CUDA devices); give "
                             "another or leave it out")
-        launched = cls.start()
+        launched = cls.start(PATIENCE)
         if launched.world == 1:
             return cls(device)
         if device.index is not None or device.type != launched.device.type:
@@ -175,9 +179,9 @@ class Runtime:
         """Return what to say where gloo found another process gone or silent, else the error as it is."""
         if isinstance(error, RuntimeError) and "Timed out waiting" in str(error):
             minutes = self.timeout.total_seconds() / 60
-            return UserError(f"another process has been silent for {minutes:.3g} minutes (train.timeout_minutes): it "
-                             "hangs, is stopped, or its machine cannot be reached; look there, then run the same "
-                             "command again")
+            return UserError(f"another process has been silent for {minutes:.4g} minutes (in training "
+                             "train.timeout_minutes): it hangs, is stopped, or its machine cannot be reached; look "
+                             "there, then run the same command again")
         if isinstance(error, RuntimeError) and any(words in str(error) for words in _GONE):
             return UserError("another process has gone: it has said why, or the system has killed it, as it does where "
                              "memory runs out; mend that and run the same command again")

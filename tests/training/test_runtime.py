@@ -60,7 +60,7 @@ def test_a_launcher_within_slurm_tells_each_process_its_rank(start):
 
 @pytest.mark.parametrize("gloo, words", [
     ("[unbound_buffer.cc:78] Timed out waiting 4000ms for recv operation to complete",
-     r"silent for 30 minutes \(train\.timeout_minutes\)"),
+     r"silent for 30 minutes \(in training train\.timeout_minutes\)"),
     ("[pair.cc:547] Connection closed by peer [127.0.0.1]:1234", "another process has gone")])
 def test_what_gloo_says_of_another_process_is_one_line_that_a_user_understands(monkeypatch, gloo, words):
     monkeypatch.setattr(runtime, "_store", lambda: SimpleNamespace(add=lambda name, number: 1))
@@ -113,10 +113,12 @@ def test_more_processes_than_gpus_are_one_line(start, monkeypatch):
 
 def test_several_processes_have_a_device_each(monkeypatch):
     launched = Runtime(torch.device("cuda", 1), 1, 2)
-    monkeypatch.setattr(Runtime, "start", lambda: launched)
+    waits = []
+    monkeypatch.setattr(Runtime, "start", lambda minutes: waits.append(minutes) or launched)
     with pytest.raises(UserError, match="--device cpu: the 2 processes use cuda, one device each"):
         Runtime.on("cpu")
     assert Runtime.on("auto") is launched
+    assert waits == [24 * 60] * 2  # as long as one of them may write what all have made
 
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:99", "cpu:1", "meta", ""])
