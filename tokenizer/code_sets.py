@@ -9,6 +9,7 @@ list of class folders.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
@@ -23,9 +24,10 @@ from tqdm import tqdm
 from mutor_img.common.arrays import load_npy
 from mutor_img.common.errors import UserError
 from mutor_img.common.folders import visible
-from tokenizer.images.source import Labelled
+from tokenizer.images.source import Labelled, spread
 
 _CURE = "fetch it again"
+_SAMPLED = 4  # images of a list that stand for it
 TEN = 10  # crops of an image: LlamaGen's, and the lines of an image in a file of JSON lines
 _MOST_PROCESSES = 64  # of a run of LlamaGen's script: it may repeat as many images, less one
 
@@ -39,6 +41,12 @@ class CodeSet(Labelled, ABC):
     @abstractmethod
     def load(self, index: int) -> np.ndarray:
         """Return what the files say of one image: (views, N) of any dtype, unless they are damaged."""
+
+    def samples_of(self, images: slice) -> list[str]:
+        """Return hashes of a few images' codes: files of codes have all the same size."""
+        numbers = range(*images.indices(len(self)))
+        return [hashlib.sha256(np.ascontiguousarray(self.load(numbers[i])).data).hexdigest()
+                for i in spread(len(numbers), _SAMPLED)]
 
     @cached_property
     def shape(self) -> tuple[int, int]:

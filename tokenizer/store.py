@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,11 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mutor_img.checkpoints.tensor_files import save_file
-from mutor_img.common.arrays import write_npy
+from mutor_img.common.arrays import save_npy
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import (
-    clear,
-    flush,
     parse_json,
     read_record,
     remove,
@@ -149,19 +147,15 @@ class StoreWriter:
         unreadable = self.unreadable()
         count = len(self.source) - len(unreadable)
         shape = (count, len(self.recipe.views), grid[0] * grid[1])
-        aside = self.parts / "codes.npy"  # a merge cut short leaves nothing beside the parts
-        clear(aside)
         found: list[np.ndarray] = []
-        _write_array(aside, code_dtype(vocabulary), shape, self._part_codes(found))
-        flush(aside)
-        codes, labels = np.load(aside, mmap_mode="r"), np.concatenate(found)
+        path = save_npy(self.out / "codes.npy", code_dtype(vocabulary), shape, self._part_codes(found))
+        codes, labels = np.load(path, mmap_mode="r"), np.concatenate(found)
         blocks = [slice(first, first + BLOCK) for first in range(0, count, BLOCK)]
         kept = [name for name in self.source.files if name not in unreadable]
         info = CodesInfo(grid, vocabulary, self.source.class_names(), list(self.recipe.views), self.recipe.crop,
                          self.recipe.image_size, tokenizer, self.recipe.tokenizer_hash,
                          [block_checksum(codes[b], labels[b]) for b in blocks], _digest(kept))
-        os.replace(aside, self.out / "codes.npy")
-        write_atomic(self.out / "labels.npy", lambda path: _write_array(path, np.int64, labels.shape, [labels]))
+        save_npy(self.out / "labels.npy", np.int64, labels.shape, [labels])
         made = {**self.manifest, "classes": self.source.classes, "unreadable": unreadable}
         write_sealed(self.out / "encode.json", made)
         write_sealed(self.out / "codes.json", info.to_json())
@@ -274,7 +268,7 @@ def files_hash(source: Labelled) -> str:
 
 
 def _listing(source: Labelled, images: slice) -> list:
-    return [source.files[images], source.sizes[images], source.labels[images].tolist()]
+    return [source.files[images], source.sizes[images], source.labels[images].tolist(), *source.samples_of(images)]
 
 
 def _part_checksum(codes: np.ndarray, labels: np.ndarray, unreadable: dict[str, str] | None) -> str:
@@ -284,7 +278,3 @@ def _part_checksum(codes: np.ndarray, labels: np.ndarray, unreadable: dict[str, 
 def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
-
-def _write_array(path: Path, dtype: type, shape: tuple[int, ...], parts: Iterable[np.ndarray]) -> None:
-    with open(path, "wb") as file:
-        write_npy(file, dtype, shape, parts)

@@ -161,6 +161,16 @@ def test_what_the_files_do_not_say_must_be_said(tmp_path, refused):
     assert "'randar'" in refused(main, "--format", "rand-ar", *given[2:])
 
 
+@pytest.mark.parametrize("write", [write_randar, write_llamagen], ids=["randar", "llamagen"])
+def test_other_codes_in_files_of_the_same_names_and_sizes_are_other_codes(encoded, tmp_path, refused, write):
+    run, images, codes = encoded("--crop", "ten-crop")
+    kind = write.__name__.removeprefix("write_")
+    main(arguments(kind, write(tmp_path / "one", codes), run, images, tmp_path / "out"))
+    codes.codes = (np.array(codes.codes) + 1) % 8
+    words = arguments(kind, write(tmp_path / "other", codes), run, images, tmp_path / "out")
+    assert "holds other codes (files_hash is" in refused(main, *words)
+
+
 def test_a_crop_scale_belongs_to_ten_crops(encoded, tmp_path, refused):
     run, images, codes = encoded()
     words = arguments("randar", write_randar(tmp_path / "published", codes), run, images, tmp_path / "out")
