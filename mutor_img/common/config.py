@@ -66,6 +66,10 @@ class OptimConfig:
         if self.decay_steps and self.decay_share:
             raise UserError(f"optim.decay_steps is {self.decay_steps} and optim.decay_share is {self.decay_share}; set "
                             "one of them to 0")
+        if self.schedule != "wsd" and (self.decay_steps or self.decay_share):
+            name = "decay_steps" if self.decay_steps else "decay_share"
+            raise UserError(f"optim.{name} is {getattr(self, name)}, but optim.schedule is {self.schedule}, which has "
+                            f"no decay of that length; give optim.schedule=wsd, or optim.{name}=0")
         if any(a >= b for a, b in pairwise([0, *self.restarts])):
             raise UserError(f"optim.restarts is {list(self.restarts)}; give rising updates from 1 on")
         for beta in self.betas:

@@ -80,4 +80,7 @@ def build_objective(config: ObjectiveConfig, model: ModelConfig, law: RegisterLa
         if setting.default is setting.empty and name not in given:
             raise UserError(f"objective.{name} is not given; objective.kind={config.kind} needs it, see "
                             "docs/objectives.md")
+    if "late_weight" in given and "late_from" not in given:
+        raise UserError(f"objective.late_weight is {config.late_weight}, but no update is given from which it holds; "
+                        "give objective.late_from, or leave it out")
     return kind(model, **given)

@@ -22,7 +22,6 @@ from mutor_img.blocks import ModelConfig
 from mutor_img.common.child import Child, ChildFailed, module_command
 from mutor_img.common.files import write_json
 from mutor_img.pretraining.examination import Findings, Subject
-from mutor_img.pretraining.parity import Difference
 from mutor_img.registers import RegisterLaw
 from mutor_img.training.runtime import Runtime
 
@@ -39,25 +38,22 @@ class Preflight:
 
     Attributes:
         subject: what was compared, in words.
-        found: differences by the name of the draw of registers.
-        error: what a compilation, a run or the examining process met, one line; None where nothing did.
-        log: the end of what a process that did not answer had printed.
+        findings: what the examining process found, or met.
         seconds: how long it took.
         failed_ranks: how many of all processes saw a failure.
     """
 
     subject: str
-    found: list[tuple[str, Difference]] = field(default_factory=list)
-    error: str | None = None
-    log: str = ""
+    findings: Findings = field(default_factory=lambda: Findings([]))
     seconds: float = 0.0
     failed_ranks: int = 0
 
     @property
     def failures(self) -> list[str]:
         """What differed here, a line each, the error last."""
-        lines = [f"{draw}: {difference}" for draw, difference in self.found if not difference.passed]
-        return [*lines, self.error] if self.error else lines
+        found = self.findings
+        lines = [f"{draw}: {difference}" for draw, difference in found.differences if not difference.passed]
+        return [*lines, found.error] if found.error else lines
 
     @property
     def passed(self) -> bool:
@@ -67,9 +63,9 @@ class Preflight:
     def describe(self) -> str:
         """Return the result for the log, a few lines."""
         if self.passed:
-            worst = max((d.error / d.allowed for _, d in self.found if d.allowed), default=0.0)
-            return (f"preflight: FlexAttention is right for {self.subject}: {len(self.found)} tensors compared, the "
-                    f"worst at {worst:.2f} of what rounding allows ({self.seconds:.0f} s)")
+            worst = max((d.error / d.allowed for _, d in self.findings.differences if d.allowed), default=0.0)
+            return (f"preflight: FlexAttention is right for {self.subject}: {len(self.findings.differences)} tensors "
+                    f"compared, the worst at {worst:.2f} of what rounding allows ({self.seconds:.0f} s)")
         lines = self.failures or [f"it failed on {self.failed_ranks} other process(es)"]
         more = [f"  and {len(lines) - 6} more"] if len(lines) > 6 else []
         return "\n".join([f"warning: preflight: FlexAttention FAILED for {self.subject}; registers attend by "
@@ -80,8 +76,8 @@ class Preflight:
         """Return plain values for a run's metadata."""
         return {"attention": "flex" if self.passed else "sdpa", "subject": self.subject, "failures": self.failures,
                 "failed_ranks": self.failed_ranks, "seconds": round(self.seconds, 1), "torch": torch.__version__,
-                **({"log": self.log} if self.log else {}),
-                "compared": [{"draw": draw, **difference.to_json()} for draw, difference in self.found]}
+                **({"log": self.findings.log} if self.findings.log else {}),
+                "compared": [{"draw": draw, **difference.to_json()} for draw, difference in self.findings.differences]}
 
     def record(self, run_dir: str | Path, runtime: Runtime) -> None:
         """Log the result and write ``preflight.json`` into the run's folder; a process of its own failure says so."""
@@ -135,8 +131,7 @@ def preflight(law: RegisterLaw, config: ModelConfig, precision: str, seed: int, 
     if runtime.is_main:
         tqdm.write(f"preflight: comparing FlexAttention with exact attention for {subject}; this compiles "
                    f"kernels, and is given up after {seconds:.0f} s")
-    found = examined(subject, seconds)
-    result = Preflight(str(subject), found.differences, found.error, found.log)
+    result = Preflight(str(subject), examined(subject, seconds))
     failed = torch.tensor([float(bool(result.failures))], device=device)
     result.failed_ranks = int(runtime.sum(failed).item())
     result.seconds = time.perf_counter() - begun

@@ -8,10 +8,10 @@ import torch
 
 from mutor_img.checkpoints.folder import fill_blank
 from mutor_img.decoding.sampler import SamplingSettings
-from mutor_img.metrics.evaluator import evaluate
+from mutor_img.metrics.evaluator import check_sets, evaluate
 from mutor_img.metrics.networks import load_features
 from mutor_img.metrics.references import identity, open_reference
-from mutor_img.metrics.requirements import SCORES, check_size, resolve
+from mutor_img.metrics.requirements import SCORES, resolve
 from mutor_img.pretraining.config import EvalConfig
 from mutor_img.sampling.labels import make_labels
 from mutor_img.sampling.pictures import PUT_BACK, verified_tokenizer
@@ -43,7 +43,7 @@ class RunScores:
         self.settings = SamplingSettings(cfg_scale=config.cfg_scale, seed=seed)
         self.tokenizer = verified_tokenizer(codes, runtime.device, model.config, "the run", PUT_BACK)
         self.reference = open_reference(config.reference)
-        check_size(self._images(model), self.reference)
+        check_sets(self._images(model), self.reference)
         with runtime.main_first():  # last: it may have to be downloaded
             self.network = load_features(config.features, config.features_weights, runtime.device)
         runtime.agree({"the feature network": self.network.weights_hash,

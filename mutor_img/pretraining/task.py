@@ -27,7 +27,7 @@ from mutor_img.pretraining.held_out import next_token_loss
 from mutor_img.pretraining.plan import training_flops, trunk_flops
 from mutor_img.pretraining.preflight import Preflight, preflight
 from mutor_img.pretraining.scores import RunScores
-from mutor_img.sampling.pictures import PUT_BACK, verified_tokenizer
+from mutor_img.sampling.pictures import PUT_BACK, draw_training_grid, verified_tokenizer
 from mutor_img.training.compiling import compile_whole
 from mutor_img.training.hardware import to_device
 from mutor_img.training.optimizer import freeze
@@ -171,8 +171,6 @@ class GeneratorTask(Task):
             return {}
 
     def draw_pictures(self, model: nn.Module, folder: Path, step: int) -> None:
-        from mutor_img.sampling import draw_training_grid  # the picture needs the tokenizer, training does not
-
         try:
             draw_training_grid(model, self._about_codes(), self.config.pictures, self.config.seed,
                                folder / f"samples_{step:08d}.png")

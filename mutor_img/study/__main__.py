@@ -19,7 +19,7 @@ from mutor_img.common.files import read_record, write_sealed
 from mutor_img.common.locks import claim, folder_lock
 from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.pretraining.plan import run_summary
-from mutor_img.study.comparison.command import add_flags, compare, is_comparison, refuse_flags
+from mutor_img.study.comparison.command import FLAGS, add_flags, compare, is_comparison
 from mutor_img.study.config import StudyConfig
 from mutor_img.study.pipeline import (
     check_folders,
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
     if is_comparison(arguments.config):
         compare(arguments)
         return
-    refuse_flags(arguments)
+    parser.refuse(arguments, FLAGS, f"is for a study with rows, which {arguments.config} is not; leave it out")
     config = read_training(arguments, StudyConfig, plan)
     if config is not None:
         check_folders(config)

@@ -34,6 +34,7 @@ from mutor_img.study.config import StudyConfig
 from mutor_img.study.mnist import prepare_mnist
 from mutor_img.sweep.points import grid, sweep
 from tokenizer import load_tokenizer
+from tokenizer.training.config import TokenizerConfig
 
 CHOSEN = ("cfg_scale", "cfg_schedule", "cfg_parameter")  # what is chosen, by sample.py's names
 
@@ -79,8 +80,6 @@ def check_folders(config: StudyConfig) -> None:
     Raises:
         UserError: one of their configs names another folder.
     """
-    from tokenizer.train import TokenizerConfig
-
     data = load_config(TokenizerConfig, config.tokenizer).data
     wanted = [("images", config.tokenizer, "data.images", f"{config.images}/train", [data.images])]
     if data.val_images:
@@ -135,8 +134,6 @@ def _reconstruct(config: StudyConfig) -> None:
 
 def tokenizer_dir(config: StudyConfig) -> Path:
     """Return the tokenizer's run folder."""
-    from tokenizer.train import TokenizerConfig
-
     return Path(load_config(TokenizerConfig, config.tokenizer).run_dir)
 
 

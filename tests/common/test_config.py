@@ -53,6 +53,8 @@ def test_the_run_folder_is_the_configs_path_under_runs():
     ("optim.restarts=[0]", "optim.restarts is [0]"),
     ("optim.decay_share=1.5", "optim.decay_share is 1.5"),
     ("optim={decay_steps: 1, decay_share: 0.5}", "set one of them to 0"),
+    ("optim.decay_steps=5", "optim.decay_steps is 5, but optim.schedule is constant"),
+    ("optim={schedule: cosine, decay_share: 0.2}", "optim.decay_share is 0.2, but optim.schedule is cosine"),
     ("optim.schedule=cosin", "did you mean 'cosine'"),
     ("train.precision=fp16", "train.precision is 'fp16'"),
     ("train.steps=0", "train.steps is 0"),

@@ -12,9 +12,9 @@ import pytest
 from mutor_img import blocks
 from mutor_img.checkpoints.folder import find_checkpoint, read_meta
 from mutor_img.common import cli, locks
+from mutor_img.common.files import read_metrics
 from mutor_img.common.locks import claim, file_lock, folder_lock
 from mutor_img.pretraining.command import main as train
-from mutor_img.training.log import read_metrics
 
 # module, its arguments (nothing that they name need be there), and the lock of what it writes
 COMMANDS = [

@@ -68,7 +68,7 @@ def test_uniform_numbers_fill_the_half_open_unit_interval():
 
 
 def test_the_largest_uniform_number_is_below_one(monkeypatch):
-    monkeypatch.setattr("mutor_img.common.streams.bits", lambda *keys, device=None: torch.tensor([-1, 0]))
+    monkeypatch.setattr("mutor_img.common.streams.bits", lambda *keys: torch.tensor([-1, 0]))
     assert uniform(0, Stream.TOKEN).tolist() == [1 - 2.0**-53, 0.0]
 
 

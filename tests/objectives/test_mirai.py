@@ -1,10 +1,10 @@
 """Mirai-E: which states are compared, what the gradients reach, and who the teacher is."""
 
 import copy
-import math
 
 import pytest
 import torch
+from readings import angle, losses, reached
 
 from mutor_img.objectives.mirai import Mirai
 from mutor_img.objectives.objective import Batch
@@ -33,16 +33,6 @@ def batch(random_model):
         return Batch(LABELS, codes[:, :-1], codes, teacher=teacher.run(LABELS, codes[:, :-1], taps=(TAP,)).states)
 
 
-def losses(model, batch, rows=0):
-    return model(within=lambda whole: whole.objective(whole, batch, rows))
-
-
-def angle(a, b):
-    """The cosine, in plain Python."""
-    a, b = a.tolist(), b.tolist()
-    return sum(x * y for x, y in zip(a, b)) / math.hypot(*a) / math.hypot(*b)
-
-
 def test_each_loss_is_that_of_a_loop_over_its_pairs(model, batch):
     sums, terms = losses(model, batch), model.objective.terms(0, 0, torch.arange(2))
     states = model.run(batch.labels, batch.codes, taps=(TAP,)).states[TAP]
@@ -60,10 +50,6 @@ def test_a_student_that_is_its_teacher_and_projects_nothing_away_has_a_loss_of_m
 
 
 def test_the_gradient_reaches_the_network_and_the_blocks_below_and_nothing_else(model, batch):
-    def reached(loss, module):
-        found = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True, retain_graph=True)
-        return {gradient is not None and bool(gradient.abs().max() > 0) for gradient in found}
-
     sums = losses(model, batch)
     for offset, rho in zip((0, 1, 5), model.objective.projectors):
         loss = sums[f"align_{offset}"]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from readings import losses
 
 from mutor_img.attention import SdpaAttention
 from mutor_img.blocks import ModelConfig, RotaryTable
@@ -34,10 +35,6 @@ LABELS = torch.tensor([0, 2, 3])
 
 def prepared(model, codes):
     return model.objective.prepare(0, 0, torch.arange(3), LABELS, codes)
-
-
-def losses(model, batch, rows=0):
-    return model(within=lambda whole: whole.objective(whole, batch, rows))
 
 
 def patches_of(codes):

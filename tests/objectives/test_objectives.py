@@ -10,11 +10,11 @@ from mutor_img import load_checkpoint
 from mutor_img.checkpoints.folder import find_checkpoint, read_tensors
 from mutor_img.common.config import load_config
 from mutor_img.common.errors import UserError
+from mutor_img.common.files import read_metrics
 from mutor_img.convert import main as convert
 from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.pretraining.plan import plan_generator
 from mutor_img.pretraining.task import GeneratorTask
-from mutor_img.training.log import read_metrics
 from mutor_img.training.runtime import Runtime
 from mutor_img.transformer import Transformer, sampled_weights
 
@@ -151,6 +151,8 @@ def test_another_objective_is_another_run(name, run_training):
 @pytest.mark.parametrize("override, message", [
     (("objective.kind=parallel",), r"objective.kind is 'parallel'; did you mean 'parallel-heads'"),
     (("objective.kind=parallel-heads", "registers.kind=2d"), "parallel-heads has no registers; give registers.ki"),
+    (("objective.kind=sequential-heads", "registers.kind=none", "objective.late_weight=0.2"),
+     "objective.late_weight is 0.2, but no update is given from which it holds"),
     (("objective.weight=0.5",), "objective.weight is no setting of objective.kind=mutor; its settings are under"),
     ((*HEADS, "objective.offsets=[2,2]"), r"objective.offsets is \[2, 2\]; give different offsets between 1 and 16"),
     ((*HEADS, "objective.offsets=[17]"), r"objective.offsets is \[17\]"),

@@ -7,7 +7,7 @@ from launching import counted_graphs, join, launch, train_small
 from tiny_runs import write_tokenizer
 
 from mutor_img.checkpoints.folder import find_checkpoint, read_meta
-from mutor_img.training.log import read_metrics
+from mutor_img.common.files import read_metrics
 
 RUN = """
 data: {{codes: {codes}, val_codes: {codes}}}

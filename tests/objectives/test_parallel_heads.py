@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from readings import losses, reached
 
 from mutor_img.objectives.objective import Batch
 from mutor_img.objectives.parallel_heads import ParallelHeads
@@ -26,23 +27,13 @@ def batch():
     return Batch(torch.tensor([0, 2]), codes[:, :-1], codes)
 
 
-def losses(model, batch, rows=0):
-    return model(within=lambda whole: whole.objective(whole, batch, rows))
-
-
-def reached(loss, module):
-    """Whether each weight of a module has a gradient other than zero."""
-    found = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True, retain_graph=True)
-    return [gradient is not None and bool(gradient.abs().max() > 0) for gradient in found]
-
-
 def test_at_the_tap_before_it_a_heads_gradient_passes_the_last_block_by(with_heads, batch):
     model = with_heads(offsets=(2, 6))
     for name in ("head_2", "head_6"):
         loss = losses(model, batch)[name]
-        assert not any(reached(loss, model.layers[1]))
+        assert reached(loss, model.layers[1]) == {False}
         for part in (model.layers[0], model.tok_embeddings, model.cls_embedding, model.norm, model.output):
-            assert all(reached(loss, part))
+            assert reached(loss, part) == {True}
     after = losses(with_heads(offsets=(2,), tap_from_end=0), batch)["head_2"]
     assert after.item() != losses(with_heads(offsets=(2,)), batch)["head_2"].item()
 

@@ -1,9 +1,9 @@
 """reAR: what its noise changes, which vectors its states are held against, and what its gradients reach."""
 
-import math
 
 import pytest
 import torch
+from readings import angle, losses, reached
 
 from mutor_img.blocks import ModelConfig
 from mutor_img.checkpoints.folder import find_checkpoint, read_tensors
@@ -38,15 +38,6 @@ def noisy(model):
     return batch
 
 
-def losses(model, batch, rows=0):
-    return model(within=lambda whole: whole.objective(whole, batch, rows))
-
-
-def reached(loss, module):
-    found = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True, retain_graph=True)
-    return {gradient is not None and bool(gradient.abs().max() > 0) for gradient in found}
-
-
 def test_each_terms_gradient_reaches_the_blocks_below_its_state_and_nothing_of_the_read_out(model, noisy):
     sums = losses(model, noisy)
     for name, own, other, below in (("encode", "encode", "decode", 1), ("decode", "decode", "encode", 5)):
@@ -54,12 +45,6 @@ def test_each_terms_gradient_reaches_the_blocks_below_its_state_and_nothing_of_t
         assert all(reached(sums[name], part) == {True} for part in parts)
         rest = [*model.layers[below:], model.norm, model.output, getattr(model.objective, other)]
         assert all(reached(sums[name], part) == {False} for part in rest)
-
-
-def angle(a, b):
-    """The cosine, in plain Python."""
-    a, b = a.tolist(), b.tolist()
-    return sum(x * y for x, y in zip(a, b)) / math.hypot(*a) / math.hypot(*b)
 
 
 @pytest.mark.parametrize("keep", [False, True])

@@ -10,11 +10,11 @@ import torch
 from mutor_img import load_checkpoint
 from mutor_img.checkpoints.folder import find_checkpoint, read_tensors
 from mutor_img.common.config import load_config
+from mutor_img.common.files import read_metrics
 from mutor_img.objectives.config import KINDS
 from mutor_img.objectives.objective import Batch
 from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.pretraining.plan import plan_generator
-from mutor_img.training.log import read_metrics
 
 PAGE = Path(__file__).parents[2] / "docs" / "objectives.md"
 SECTION = PAGE.read_text().split("## Write your own objective")[1]

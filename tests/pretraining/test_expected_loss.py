@@ -3,8 +3,8 @@
 import pytest
 
 from mutor_img.common.errors import UserError
+from mutor_img.common.files import read_metrics
 from mutor_img.pretraining import task
-from mutor_img.training.log import read_metrics
 
 
 @pytest.fixture(autouse=True)

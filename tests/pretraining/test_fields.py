@@ -6,16 +6,15 @@ import pytest
 import torch
 from tiny_runs import write_tokenizer
 
-from mutor_img import sampling
 from mutor_img.checkpoints.folder import find_checkpoint, read_meta
 from mutor_img.common.config import field_names, load_config
 from mutor_img.common.errors import UserError
+from mutor_img.common.files import read_metrics
 from mutor_img.pretraining import task as generator
 from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.pretraining.plan import plan_generator
 from mutor_img.pretraining.task import GeneratorTask
 from mutor_img.study.comparison.command import is_comparison
-from mutor_img.training.log import read_metrics
 from mutor_img.training.parallel import is_sharded
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.trainer import Trainer
@@ -231,7 +230,7 @@ def observed(run_training, monkeypatch):
     def run(*overrides):
         drawn, compared = [], []
         with monkeypatch.context() as patch:
-            patch.setattr(sampling, "draw_training_grid", lambda model, codes, pictures, seed, path: drawn.append(
+            patch.setattr(generator, "draw_training_grid", lambda model, codes, pictures, seed, path: drawn.append(
                 (pictures.cfg_scale, pictures.per_class)))
             patch.setattr(generator, "RunScores", FakeScores)
             patch.setattr(Trainer, "compare_ranks", lambda self: compared.append(self.step))

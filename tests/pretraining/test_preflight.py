@@ -15,6 +15,7 @@ from mutor_img import transformer
 from mutor_img.attention import FlexAttention
 from mutor_img.blocks import ModelConfig
 from mutor_img.checkpoints.folder import find_checkpoint, read_meta
+from mutor_img.common.files import read_metrics
 from mutor_img.pretraining import preflight as module
 from mutor_img.pretraining import task as generator
 from mutor_img.pretraining.examination import Findings, Subject, examine
@@ -22,7 +23,6 @@ from mutor_img.pretraining.parity import Difference, compare_attention, dense_ma
 from mutor_img.pretraining.preflight import examine_apart, preflight
 from mutor_img.pretraining.task import GeneratorTask
 from mutor_img.registers import RegisterLaw
-from mutor_img.training.log import read_metrics
 from mutor_img.training.runtime import Runtime
 
 SPARSE, DENSE = RegisterLaw("2d", (8, 8), 4, 20), RegisterLaw("2d", (8, 8), 4)
@@ -108,8 +108,9 @@ def test_a_right_backend_passes_with_outputs_and_gradients_compared(law, precisi
     assert result.passed and not result.failures
     assert "is right for" in result.describe() and precision in result.describe()
     draws = 4 if law is SPARSE else 2
-    assert len(result.found) == draws * (4 + 4)
-    assert {d.tensor for _, d in result.found} >= {"output", "gradient of q", "gradient of k", "gradient of v"}
+    assert len(result.findings.differences) == draws * (4 + 4)
+    tensors = {d.tensor for _, d in result.findings.differences}
+    assert tensors >= {"output", "gradient of q", "gradient of k", "gradient of v"}
     assert json.loads(json.dumps(result.to_json()))["attention"] == "flex"
 
 
@@ -130,7 +131,8 @@ def test_a_broken_backend_fails_and_what_differs_is_named(backend, precision):
 
 
 def test_a_wrong_gradient_leaves_the_outputs_right():
-    failed = {d.tensor for draw, d in run(WrongGradient).found if not d.passed and "block" not in draw}
+    found = run(WrongGradient).findings.differences
+    failed = {d.tensor for draw, d in found if not d.passed and "block" not in draw}
     assert failed == {"gradient of k"}
 
 
@@ -207,7 +209,7 @@ def test_compiled_flex_attention_passes_at_the_head_dimension_of_3b_in_outputs()
     law = RegisterLaw("2d", (10, 10), 4, 60)  # 160 positions: no multiple of the kernel's block
     result = preflight(law, ModelConfig(1, 32, 3200, law.grid), "fp32", 0, CPU, gradients=False)
     assert result.passed, result.describe()
-    assert len(result.found) == 8 and "head dimension 100" in result.subject
+    assert len(result.findings.differences) == 8 and "head dimension 100" in result.subject
 
 
 # ---- the process that examines, and what becomes of it

@@ -8,9 +8,9 @@ import torch
 
 from mutor_img import mutor_loss
 from mutor_img.common.config import load_config
+from mutor_img.common.files import read_metrics
 from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.pretraining.task import GeneratorTask
-from mutor_img.training.log import read_metrics
 from mutor_img.training.runtime import Runtime
 
 DENSE = "registers.count=null"

@@ -190,10 +190,11 @@ def test_an_override_may_follow_the_flag_that_prints(study_file, capsys):
 
 
 @pytest.mark.parametrize("words, message", [
-    ([], "reference is r.npz, and nothing is there; make it with evaluate_fid.py --make-reference"),
-    (["reference=configs", "features=classifier", "features_weights=nowhere"],
+    ([], "reference: r.npz: no such reference file or folder"),
+    (["reference={digits}", "features=classifier", "features_weights=nowhere"],
      "features_weights is nowhere, and nothing is there; train a classifier")])
-def test_what_scores_a_run_is_missed_before_it_is_trained(study_file, capsys, words, message):
+def test_what_scores_a_run_is_missed_before_it_is_trained(study_file, digit_folders, capsys, words, message):
+    words = [word.format(digits=digit_folders["val"]) for word in words]
     assert message in refusal(["--config", str(study_file), *words], capsys)
 
 

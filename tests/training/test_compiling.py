@@ -10,12 +10,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from mutor_img.attention import FlexAttention
 from mutor_img.checkpoints.folder import find_checkpoint, read_tensors
 from mutor_img.common.config import TrainConfig
+from mutor_img.common.files import read_metrics
 from mutor_img.decoding.cpu import PackedTransformer
 from mutor_img.decoding.sampler import Sampler, SamplingSettings
 from mutor_img.pretraining import task as generator
 from mutor_img.pretraining.task import GeneratorTask
 from mutor_img.training import compiling, parallel
-from mutor_img.training.log import read_metrics
 from mutor_img.training.parallel import prepare_blocks
 from mutor_img.training.saved_bytes import SavedBytes
 

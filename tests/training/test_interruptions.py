@@ -15,11 +15,11 @@ from mutor_img.checkpoints import tensor_files
 from mutor_img.checkpoints.folder import find_checkpoint, newest_checkpoint, read_meta, read_tensors
 from mutor_img.common import files
 from mutor_img.common.config import load_config
+from mutor_img.common.files import read_metrics
 from mutor_img.pretraining import task as generator
 from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.pretraining.task import GeneratorTask
 from mutor_img.training import command
-from mutor_img.training.log import read_metrics
 from mutor_img.training.loop import train
 from mutor_img.training.runtime import Runtime
 

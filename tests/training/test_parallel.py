@@ -22,10 +22,10 @@ from mutor_img.checkpoints.tensor_files import Slice
 from mutor_img.common import cli
 from mutor_img.common.config import TrainConfig, load_config
 from mutor_img.common.errors import UserError
+from mutor_img.common.files import read_metrics
 from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.pretraining.task import GeneratorTask
 from mutor_img.training import parallel, updates
-from mutor_img.training.log import read_metrics
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.trainer import Trainer
 

@@ -9,10 +9,10 @@ import torch
 from mutor_img.checkpoints.folder import find_checkpoint, read_tensors
 from mutor_img.common.config import load_config
 from mutor_img.common.errors import UserError
+from mutor_img.common.files import read_metrics
 from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.pretraining.task import GeneratorTask
 from mutor_img.training import updates
-from mutor_img.training.log import read_metrics
 from mutor_img.training.optimizer import optimizer_tensors
 from mutor_img.training.runtime import Runtime
 from mutor_img.training.trainer import WINDOW, Trainer

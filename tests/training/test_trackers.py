@@ -12,10 +12,9 @@ from tiny_runs import write_tokenizer
 from mutor_img.checkpoints.folder import newest_checkpoint
 from mutor_img.common import cli
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import read_json
+from mutor_img.common.files import read_json, read_metrics
 from mutor_img.pretraining.command import main as train_generator
 from mutor_img.training import log
-from mutor_img.training.log import read_metrics
 from mutor_img.training.trackers import open_wandb
 from tokenizer.train import main as train_tokenizer
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from mutor_img.common.cli import Parser
 from mutor_img.common.config import config_files
-from mutor_img.common.errors import UserError, check_choice, check_range
+from mutor_img.common.errors import UserError, check_choice, check_range, naming
 from mutor_img.common.files import write_atomic
 from mutor_img.common.locks import claim, folder_lock
+from mutor_img.metrics.references import check_role, open_reference
 from mutor_img.pretraining.plan import run_flops, run_summary
 from mutor_img.study.comparison.commands import LAUNCHERS, printed, stages
 from mutor_img.study.comparison.config import ComparisonConfig
@@ -23,9 +24,7 @@ from mutor_img.study.comparison.report import markdown
 from mutor_img.training.command import read_training
 
 MARKS = {"rows", "base", "seeds", "guidance", "checkpoints"}  # keys that tell a comparison from the demo's study
-MAKERS = {"reference": "make it with evaluate_fid.py --make-reference, or give a folder of images",
-          "features_weights": "train a classifier with python -m mutor_img.metrics.digits, or give its folder"}
-FLAGS = {"jobs": 1, "print_commands": None}
+FLAGS = ("jobs", "print_commands")
 
 
 def is_comparison(config: str) -> bool:
@@ -35,20 +34,12 @@ def is_comparison(config: str) -> bool:
 
 def add_flags(parser: Parser) -> None:
     """Add the flags that only a comparison has."""
-    parser.add_argument("--jobs", type=int, default=FLAGS["jobs"], metavar="N",
+    parser.add_argument("--jobs", type=int, default=1, metavar="N",
                         help="how many runs of a study with rows to do at a time; they share the processor's "
                              "threads")
     parser.add_argument("--print-commands", nargs="?", const=LAUNCHERS[0], metavar="LAUNCHER",
                         help="print a line for each run that is not done in place of running it: "
                              f"{' or '.join(LAUNCHERS)} (without a word: {LAUNCHERS[0]})")
-
-
-def refuse_flags(arguments: argparse.Namespace) -> None:
-    """Raise :class:`UserError` for a flag that a study without rows has no use for."""
-    for name, default in FLAGS.items():
-        if getattr(arguments, name) != default:
-            raise UserError(f"--{name.replace('_', '-')} is for a study with rows, which {arguments.config} is not; "
-                            "leave it out")
 
 
 def plan(study: ComparisonConfig) -> dict[str, Any]:
@@ -111,11 +102,12 @@ def _run(study: ComparisonConfig, jobs: Sequence[Job], words: Sequence[str], wor
 
 
 def _check_judges(study: ComparisonConfig) -> None:
-    """Raise :class:`UserError` where what scores a run is not there: better now than after its training."""
-    for key in ("reference", "features_weights"):
-        path = getattr(study, key)
-        if path and not Path(path).exists():
-            raise UserError(f"{key} is {path}, and nothing is there; {MAKERS[key]}")
+    """Raise :class:`UserError` where what scores a run is not there or not for it: better now than after training."""
+    with naming("reference"):
+        check_role(open_reference(study.reference), "generation", force=False)
+    if study.features_weights and not Path(study.features_weights).exists():
+        raise UserError(f"features_weights is {study.features_weights}, and nothing is there; train a classifier with "
+                        "python -m mutor_img.metrics.digits, or give its folder")
 
 
 def _flops(jobs: Sequence[Job]) -> dict[str, float]:

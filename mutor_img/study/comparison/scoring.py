@@ -12,9 +12,8 @@ from tqdm import tqdm
 from mutor_img.checkpoints.folder import checkpoint_at, read_meta
 from mutor_img.checkpoints.loading import Loaded, load_run
 from mutor_img.checkpoints.tensor_files import has_group
-from mutor_img.common.arrays import write_npy
+from mutor_img.common.arrays import save_npy
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import write_atomic
 from mutor_img.data.store import Codes
 from mutor_img.decoding.sampler import SamplingSettings
 from mutor_img.metrics.features import FeatureNetwork
@@ -188,10 +187,5 @@ def draw_strip(study: ComparisonConfig, job: Job, step: int, scale: float, loade
     settings = SamplingSettings(cfg_scale=scale, temperature=study.temperature, seed=job.seed)
     labels = numbers * classes // study.grid_images
     images = sample_images(loaded.model, tokenizer, labels, numbers, settings, keep=False)
-
-    def write(aside: Path) -> None:
-        with open(aside, "wb") as file:
-            write_npy(file, images.dtype, images.shape, [images])
-
-    write_atomic(path, write)
+    save_npy(path, images.dtype, images.shape, [images])
 
