@@ -7,6 +7,7 @@ if __name__ == "__main__":
 
     set_spinning()  # before torch is loaded
 
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,7 +24,7 @@ from mutor_img.common.files import filling, write_sealed
 from mutor_img.common.images import check_png, to_nhwc, write_png
 from mutor_img.common.locks import claim, file_lock
 from mutor_img.common.outputs import keep_apart
-from tokenizer.images.crops import crop_rule, to_float
+from tokenizer.images.crops import center_rule, to_float
 from tokenizer.images.layouts import open_unlabelled
 from tokenizer.images.source import ImageSource, spread
 from tokenizer.images.squares import Squares, readers
@@ -74,7 +75,7 @@ def reconstruct_folder(vq: ImageTokenizer, images: str | Path, *, split: str | N
     device = vq.device
     folder = open_unlabelled(images, split=split)
     numbers = folder.spread(num_images)
-    squares = Squares(folder, numbers, vq.image_channels, image_size, crop_rule("center"))
+    squares = Squares(folder, numbers, vq.image_channels, image_size, center_rule())
     shown = set(spread(len(numbers), _PICTURES).tolist())
     scores = ReconstructionScores(vq.vocabulary, len(numbers), image_size, metrics, device=device,
                                   inception_weights=inception_weights, lpips_weights=lpips_weights)
@@ -137,6 +138,8 @@ def main(argv: Sequence[str]) -> None:
             workers=options.workers, picture=options.out, samples=options.samples,
             metrics=parse_words(options.metrics, "--metrics") if options.metrics else None,
             inception_weights=options.inception_weights, lpips_weights=options.lpips_weights)
+        for warning in scores.get("rfid_warnings", ()):
+            print(f"warning: {warning}", file=sys.stderr)
         print(table(scores))
         if options.out:
             print(f"picture      {options.out}")

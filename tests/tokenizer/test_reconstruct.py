@@ -76,12 +76,15 @@ class Colours:
         return {"pool": torch.stack([pixels.mean(1), pixels.std(1), pixels[:, 0]], 1).float()}
 
 
-def test_rfid_is_the_frechet_distance_to_the_images_themselves(tokenizer_run, image_folder, monkeypatch, tmp_path):
+def test_rfid_is_the_frechet_distance_to_the_images_themselves(tokenizer_run, image_folder, monkeypatch, tmp_path,
+                                                               capsys):
     monkeypatch.setattr(inception, "load_inception", lambda weights, device: Colours())
+    monkeypatch.setattr(Colours, "warnings", ["weights of a stranger"])
     run, images = tokenizer_run(), image_folder()
     main(["--tokenizer", str(run), "--images", str(images), "--workers", "0", "--batch-size", "5",
           "--metrics", "psnr,rfid", "--json", str(tmp_path / "scores.json")])
     found = json.loads((tmp_path / "scores.json").read_text())
+    assert "warning: weights of a stranger" in capsys.readouterr().err
     folder, vq = list_images(images), load_tokenizer(run)
     pixels = to_float(torch.stack([torch.from_numpy(np.array(Image.open(folder.path(i)))) for i in range(12)])[:, None])
     a, b = (Colours()(to_nhwc(x))["pool"].double().numpy() for x in (pixels, vq.decode(vq.encode(pixels))))
