@@ -18,11 +18,6 @@ more than this says. A window here has no registers; with them it is as costly a
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from mutor_img.common.threads import set_spinning
-
-    set_spinning()  # before torch is loaded
-
 from collections.abc import Sequence
 
 import torch

@@ -9,11 +9,6 @@ backwards; the table shows medians. Processor seconds are the measure on a machi
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from mutor_img.common.threads import set_spinning
-
-    set_spinning()  # before torch is loaded
-
 import statistics
 import time
 from collections.abc import Sequence

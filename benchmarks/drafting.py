@@ -10,11 +10,6 @@ of drawn weights stands in for one that is not at hand: its head is scaled until
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from mutor_img.common.threads import set_spinning
-
-    set_spinning()  # before torch is loaded
-
 import math
 import platform
 import statistics

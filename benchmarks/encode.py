@@ -12,11 +12,6 @@ network: what the batched way must not be slower than.
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from mutor_img.common.threads import set_spinning
-
-    set_spinning()  # before torch is loaded
-
 import multiprocessing
 import os
 import socket

@@ -10,11 +10,6 @@ what was busy in further updates. The computed columns are the cost model's and 
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from mutor_img.common.threads import set_spinning
-
-    set_spinning()  # before torch is loaded
-
 from collections.abc import Sequence
 
 import torch

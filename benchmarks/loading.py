@@ -10,11 +10,6 @@ is computed, from the loading time of 128 sequences.
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from mutor_img.common.threads import set_spinning
-
-    set_spinning()  # before torch is loaded
-
 import statistics
 import tempfile
 from collections.abc import Sequence

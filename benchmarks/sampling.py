@@ -10,11 +10,6 @@ matrix products alone reach is a bound for ours.
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from mutor_img.common.threads import set_spinning
-
-    set_spinning()  # before torch is loaded
-
 import argparse
 import json
 import platform

@@ -18,11 +18,6 @@ many forward passes as its memory asks for. On top comes what is left of the com
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from mutor_img.common.threads import set_spinning
-
-    set_spinning()  # before torch is loaded
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

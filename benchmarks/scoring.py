@@ -12,11 +12,6 @@ those of everything but the network.
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from mutor_img.common.threads import set_spinning
-
-    set_spinning()  # before torch is loaded
-
 import resource
 import statistics
 import time

@@ -8,11 +8,6 @@ leaves behind, such as memory, open files or threads, adds up over thousands of 
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from mutor_img.common.threads import set_spinning
-
-    set_spinning()  # before torch is loaded
-
 import contextlib
 import io
 import json

@@ -8,11 +8,6 @@ setting once beside each neighbour, in an order that rotates; the table shows me
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from mutor_img.common.threads import set_spinning
-
-    set_spinning()  # before torch is loaded
-
 import json
 import os
 import statistics

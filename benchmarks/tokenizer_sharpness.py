@@ -9,11 +9,6 @@ learning rate. A few minutes of one core.
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from mutor_img.common.threads import set_spinning
-
-    set_spinning()  # before torch is loaded
-
 import shutil
 import tempfile
 from collections.abc import Sequence

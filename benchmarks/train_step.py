@@ -13,11 +13,6 @@ reading random codes, drawing registers, forward, backward, clipping and the opt
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from mutor_img.common.threads import set_spinning
-
-    set_spinning()  # before torch is loaded
-
 import argparse
 import json
 import statistics

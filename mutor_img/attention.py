@@ -106,7 +106,6 @@ class FlexAttention:
         """
         self.length = length
         self.anchors = kept = anchors.clone()
-        self.fixed = fixed_anchors
         last = anchors.shape[1] - 1
 
         def rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -21,11 +21,11 @@ from mutor_img.checkpoints.folder import find_checkpoint, read_meta, write_check
 from mutor_img.checkpoints.llamagen import read_pt
 from mutor_img.checkpoints.loading import load_run
 from mutor_img.common.cli import Parser, parse_grid, run
-from mutor_img.common.errors import UserError
+from mutor_img.common.errors import UserError, check_choice
 from mutor_img.common.files import write_atomic
 from mutor_img.common.locks import claim, file_lock
 from mutor_img.common.outputs import keep_apart
-from mutor_img.sampling.options import guess_of
+from mutor_img.sampling.options import WEIGHTS, guess_of
 from tokenizer import load_tokenizer
 from tokenizer.foreign import file_content
 
@@ -77,20 +77,19 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--source", required=True, metavar="PATH", help="released file, run folder, checkpoint folder, "
                                                                         "or hf://org/name")
     parser.add_argument("--out", required=True, metavar="PATH", help="run folder to write, or a path that ends in .pt")
-    parser.add_argument("--weights", default="auto", metavar="WHICH", help="ema, raw, or auto: ema if there are any")
+    parser.add_argument("--weights", default="auto", metavar="WHICH", help="ema, raw, or auto: ema if a checkpoint has "
+                                                                           "any; raw of a .pt")
     parser.add_argument("--grid-size", "--grid", metavar="HxW", help="rows x columns of a .pt generator's codes, if "
                                                                    "the file does not contain them (16x16)")
     args = parser.parse_args(argv)
-    choices = {"auto": None, "ema": True, "raw": False}
-    if args.weights not in choices:
-        raise UserError(f"--weights is {args.weights!r}; give ema, raw or auto")
+    check_choice("--weights", args.weights, tuple(WEIGHTS))
     out = Path(args.out)
     keep_apart({"--out": out}, {"--source": args.source})
     grid = None if args.grid_size is None else parse_grid(args.grid_size, "--grid-size")
     with claim(file_lock(out, keeps=True)):
         if out.exists():
             raise UserError(f"{out} exists already; give another --out or remove it")
-        weights, meta = read_any(Path(args.source), choices[args.weights], grid)
+        weights, meta = read_any(Path(args.source), WEIGHTS[args.weights], grid)
         if out.suffix == ".pt":
             if meta["model"].get("qk_norm"):
                 raise UserError(f"{args.source}: has QK-norm (model.qk_norm), which a .pt in LlamaGen's layout cannot "

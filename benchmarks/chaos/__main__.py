@@ -5,11 +5,6 @@
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from mutor_img.common.threads import set_spinning
-
-    set_spinning()  # before torch is loaded
-
 import json
 import sys
 import tempfile

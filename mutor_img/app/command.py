@@ -72,9 +72,9 @@ def _check(parser: Parser, args: argparse.Namespace) -> None:
         raise UserError("--checkpoint is missing, or --runs to browse training runs (see --help)")
     if args.runs and not Path(args.runs).is_dir():
         raise UserError(f"--runs {args.runs}: no such folder; give one that contains run folders, such as runs")
-    for name, value in vars(args).items():
-        if not args.checkpoint and name not in ("runs", "port", "share") and value != parser.get_default(name):
-            raise UserError(f"--{name.replace('_', '-')} has no use without --checkpoint")
+    if not args.checkpoint:
+        taken = [name for name in vars(args) if name not in ("runs", "port", "share")]
+        parser.refuse(args, taken, "has no use without --checkpoint")
 
 
 def open_sides(args: argparse.Namespace) -> list[Side]:

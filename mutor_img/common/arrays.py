@@ -11,7 +11,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mutor_img.common.errors import UserError
+from mutor_img.common.errors import UserError, reading
+from mutor_img.common.files import write_atomic
 
 _MOST_HEADER = 10_000  # bytes of an array's header, of which numpy itself reads more before it refuses them
 # zip's first moment. The time of writing must not change the bytes, and a clock may stand before it: at 1970, where a
@@ -28,6 +29,16 @@ def write_npy(file: BinaryIO, dtype: np.dtype | type, shape: tuple[int, ...], pa
     np.lib.format.write_array_header_1_0(file, header)
     for part in parts:
         file.write(np.ascontiguousarray(part, dtype).data)
+
+
+def save_npy(path: str | os.PathLike, dtype: np.dtype | type, shape: tuple[int, ...],
+             parts: Iterable[np.ndarray]) -> Path:
+    """Write what :func:`write_npy` does to a file of its own, whole or not at all."""
+    def write(aside: Path) -> None:
+        with open(aside, "wb") as file:
+            write_npy(file, dtype, shape, parts)
+
+    return write_atomic(path, write)
 
 
 def write_array(archive: zipfile.ZipFile, name: str, dtype: np.dtype, shape: tuple[int, ...],
@@ -55,7 +66,9 @@ def load_npy(path: str | os.PathLike, cure: str, mmap_mode: str | None = None) -
     Raises:
         UserError: it is missing, is something else, or is longer or shorter than its header says.
     """
-    try:
+    if not os.path.exists(path):
+        raise UserError(f"{path}: no such file; {cure}")
+    with reading(path, kind=".npy array", cure=cure):
         with open(path, "rb") as file:
             shape, _, dtype = read_header(file)
             wanted, held = file.tell() + math.prod(shape) * dtype.itemsize, os.fstat(file.fileno()).st_size
@@ -64,11 +77,6 @@ def load_npy(path: str | os.PathLike, cure: str, mmap_mode: str | None = None) -
         if wanted != held:
             raise ValueError(f"by its header it has {wanted} bytes, but there are {held}")
         return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {cure}") from None
-    except Exception as error:  # damage shows in errors of many kinds
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise UserError(f"{path}: not a readable .npy array ({reason}); {cure}") from None
 
 
 def read_header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:

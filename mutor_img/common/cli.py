@@ -11,7 +11,7 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -52,6 +52,12 @@ class Parser(argparse.ArgumentParser):
         given = sys.argv[1:] if args is None else args
         _refuse_empty(given)
         return super().parse_known_args([_at_home(word) for word in given], namespace)
+
+    def refuse(self, args: argparse.Namespace, names: Iterable[str], why: str) -> None:
+        """Raise :class:`UserError` where a flag among ``names`` is not at its default, with ``why`` behind its name."""
+        for name in names:
+            if getattr(args, name) != self.get_default(name):
+                raise UserError(f"--{name.replace('_', '-')} {why}")
 
     def error(self, message: str):
         """Raise :class:`UserError` in place of argparse's usage dump."""

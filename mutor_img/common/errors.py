@@ -61,7 +61,8 @@ def naming(origin: object) -> Iterator[None]:
 
 
 @contextmanager
-def reading(name: str, given: object = None, kind: str = "image") -> Iterator[None]:
+def reading(name: object, given: object = None, kind: str = "image",
+            cure: str = "replace or remove the file") -> Iterator[None]:
     """Turn whatever is raised while one image, or another file, is read into a :class:`UserError` that names it.
 
     Decoders raise errors of every kind for damaged files, which no list of kinds has held for long.
@@ -70,6 +71,7 @@ def reading(name: str, given: object = None, kind: str = "image") -> Iterator[No
         name: what messages call the image.
         given: what Pillow was given, which its messages repeat: a file in memory by its address.
         kind: what the file should be.
+        cure: what the message advises.
     """
     try:
         yield
@@ -77,8 +79,8 @@ def reading(name: str, given: object = None, kind: str = "image") -> Iterator[No
         raise
     except Exception as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        reason = " ".join(reason.replace(repr(given), "").split()) or type(error).__name__
-        raise UserError(f"{name}: not a readable {kind} ({reason}); replace or remove the file") from None
+        reason = " ".join((reason.replace(repr(given), "") if given else reason).split()) or type(error).__name__
+        raise UserError(f"{name}: not a readable {kind} ({reason}); {cure}") from None
 
 
 @contextmanager

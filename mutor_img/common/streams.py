@@ -66,7 +66,7 @@ def _signed(value: int) -> int:
     return (int(value) + 2**63) % _WORD - 2**63
 
 
-def bits(seed: int, stream: Stream, *keys: int | Tensor, device: torch.device | str | None = None) -> Tensor:
+def bits(seed: int, stream: Stream, *keys: int | Tensor) -> Tensor:
     """Return 64 random bits for each combination of keys, as int64; keys broadcast against each other.
 
     Integers before the first tensor are mixed in Python: on a GPU each operation spared is a kernel spared.
@@ -75,20 +75,19 @@ def bits(seed: int, stream: Stream, *keys: int | Tensor, device: torch.device | 
         seed: the run's seed, any 64-bit integer.
         stream: the purpose of the draw.
         keys: integers or int64 tensors (step, sample number, position, ...).
-        device: where to draw when no key is a tensor.
     """
     x = _mixed(seed, stream, *keys)
-    return x if isinstance(x, Tensor) else torch.full((), _signed(x), dtype=torch.int64, device=device)
+    return x if isinstance(x, Tensor) else torch.tensor(_signed(x))
 
 
-def uniform(seed: int, stream: Stream, *keys: int | Tensor, device: torch.device | str | None = None) -> Tensor:
+def uniform(seed: int, stream: Stream, *keys: int | Tensor) -> Tensor:
     """Return float64 numbers uniform in [0, 1), 53 bits each, one for each combination of keys."""
-    return _shift_right(bits(seed, stream, *keys, device=device), 11).to(torch.float64) * 2.0**-53
+    return _shift_right(bits(seed, stream, *keys), 11).to(torch.float64) * 2.0**-53
 
 
-def integers(high: int, seed: int, stream: Stream, *keys: int | Tensor, device=None) -> Tensor:
+def integers(high: int, seed: int, stream: Stream, *keys: int | Tensor) -> Tensor:
     """Return int64 numbers uniform in {0 .. high - 1}; the bias of the modulo is below high / 2**63."""
-    return _shift_right(bits(seed, stream, *keys, device=device), 1) % high
+    return _shift_right(bits(seed, stream, *keys), 1) % high
 
 
 def generator_seed(seed: int, stream: Stream, *keys: int) -> int:

@@ -25,14 +25,14 @@ class StatelessOrder:
         self.seed = seed
         self._permutations: dict[int, np.ndarray] = {}
 
-    def items(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return item indices and epochs of global sample numbers, (B,) int64 each."""
+    def items(self, samples: np.ndarray) -> np.ndarray:
+        """Return the item indices of global sample numbers, (B,) int64 both."""
         epochs, places = np.divmod(np.asarray(samples, dtype=np.int64), self.size)
         items = np.empty_like(places)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
             items[chosen] = self._permutation(int(epoch))[places[chosen]]
-        return items, epochs
+        return items
 
     def _permutation(self, epoch: int) -> np.ndarray:
         """Return the epoch's (size,) permutation; the two last made are kept: a batch at an epoch's end spans two."""
@@ -70,7 +70,7 @@ class TrainingCodes:
 
     def batch(self, samples: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return codes (B, N) int64 and labels (B,) int64 of global sample numbers (B,) int64, on the CPU."""
-        images, _ = self.order.items(samples)  # (B,)
+        images = self.order.items(samples)  # (B,)
         numbers = torch.from_numpy(samples)
         if len(self.stores) == 1:
             return self.stores[0].batch(images, self._views(self.stores[0], numbers))

@@ -15,7 +15,7 @@ from mutor_img.registers import RegisterLaw
 
 def check_flex(place: Place, law: RegisterLaw, head_dim: int, precision: str) -> str:
     """Compiled FlexAttention against exact attention, alone and in a compiled block, as before each run."""
-    subject = Subject(law, head_dim, precision, 0, str(place.device), gradients=place.flex)
+    subject = Subject(law, head_dim, precision, 0, str(place.device), gradients=place.on_gpu)
     found = examine(subject, FlexAttention, place.compiled)
     if found.error:
         raise CheckFailed(found.error)
@@ -42,5 +42,5 @@ def check_one_mask(place: Place, law: RegisterLaw, head_dim: int = 64, draws: in
         flex.update(anchors)
         with torch.compiler.set_stance("fail_on_recompile") if step else nullcontext():
             differences += compare_attention(run, anchors, law.length, heads=HEADS, head_dim=head_dim,
-                                             dtype=torch.bfloat16, seed=step, gradients=place.flex)
+                                             dtype=torch.bfloat16, seed=step, gradients=place.on_gpu)
     return f"{draws} draws, compiled once; {expect(differences)}"

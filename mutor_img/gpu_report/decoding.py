@@ -122,7 +122,7 @@ def expect_graphs(place: Place, graphs: dict[str, int], steps: int) -> str:
 
     Where no graphs are expected, there is nothing to say.
     """
-    if not place.graphs:
+    if not place.on_gpu:
         return ""
     faults = []
     if graphs["skips"]:

@@ -38,13 +38,8 @@ class Place:
         return Runtime(self.device)
 
     @property
-    def flex(self) -> bool:
-        """Whether FlexAttention can train here."""
-        return self.device.type == "cuda"
-
-    @property
-    def graphs(self) -> bool:
-        """Whether decoding should replay CUDA graphs here."""
+    def on_gpu(self) -> bool:
+        """Whether FlexAttention can train here, and decoding replays CUDA graphs."""
         return self.device.type == "cuda"
 
     def compiled(self, function: Callable) -> Callable:

@@ -111,12 +111,12 @@ def check_run(place: Place, law: RegisterLaw) -> str:
                   if not math.isfinite(values.get(key, math.nan))]
         if not list((trainer.run_dir / "pictures").glob("samples_*.png")):
             faults.append("the run drew no sample grid")
-        if place.flex and (found := read_json(trainer.run_dir / "preflight.json"))["attention"] != "flex":
+        if place.on_gpu and (found := read_json(trainer.run_dir / "preflight.json"))["attention"] != "flex":
             faults += ["the run's preflight failed", *found["failures"], found.get("log", "")]
     if faults:
         raise CheckFailed("\n".join(faults))
     return (f"loss {values['loss']:.3f}, held out {values['val_next_token']:.3f}, fd {values['eval_fd']:.4g}"
-            + (f", preflight passed in {found['seconds']:.0f} s" if place.flex else ""))
+            + (f", preflight passed in {found['seconds']:.0f} s" if place.on_gpu else ""))
 
 
 def whole_run(place: Place, folder: Path, law: RegisterLaw) -> SmallConfig:

@@ -21,7 +21,7 @@ from mutor_img.common.arrays import write_array, write_npz
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import (
     clear,
-    flush,
+    filling,
     read_json,
     remove,
     wait_until_seen,
@@ -101,6 +101,7 @@ class SampleArchive:
             return None
         if not (self.parts / "settings.json").is_file():
             clear(self.parts)  # parts of unknown settings, such as a removal that was cut short leaves
+            clear(self.manifest)  # of samples that are gone: not to stand beside the new ones if this run is killed
         write_sealed(self.parts / "settings.json", self.settings)
         return [unit for unit in self.units() if not self.is_done(unit)]
 
@@ -142,19 +143,14 @@ class SampleArchive:
 
     def _publish(self, labels: np.ndarray, manifest: dict[str, Any]) -> None:
         shape = (self.count, *npz_layout(self._part(0), "images")[0][1:])
-        aside = self._aside()  # in the parts' folder: what a kill leaves of it goes with the parts
-        with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive:
-            write_array(archive, "arr_0.npy", np.dtype(np.uint8), shape, self._images())
-            write_array(archive, "arr_1.npy", labels.dtype, labels.shape, [labels])
-        flush(aside)
-        os.replace(aside, self.out)
-        write_sealed(self.manifest, manifest)
 
-    def _aside(self) -> Path:
-        """Return where the whole is put together, with nothing there."""
-        aside = self.parts / "whole"
-        clear(aside)
-        return aside
+        def write(aside: Path) -> None:
+            with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive:
+                write_array(archive, "arr_0.npy", np.dtype(np.uint8), shape, self._images())
+                write_array(archive, "arr_1.npy", labels.dtype, labels.shape, [labels])
+
+        write_atomic(self.out, write)
+        write_sealed(self.manifest, manifest)
 
     def _images(self) -> Iterator[np.ndarray]:
         """Yield the images of all parts in order, (UNIT or fewer, H, W, 3) uint8."""
@@ -187,17 +183,13 @@ class SampleFolder(SampleArchive):
         return self.out.is_symlink() or (self.out.exists() and not empty)  # no folder can take the name of a link
 
     def _publish(self, labels: np.ndarray, manifest: dict[str, Any]) -> None:
-        aside = self._aside()
-        aside.mkdir()
         digits = max(6, len(str(self.count - 1)))  # the order of names is that of numbers
         pixels = (image for part in self._images() for image in part)
-        for number, image in enumerate(tqdm(pixels, total=self.count, desc="write", unit="image", mininterval=1.0)):
-            path = aside / f"{number:0{digits}d}.png"
-            Image.fromarray(image).save(path)
-            flush(path)
-        write_json(aside / "labels.json", labels.tolist())
-        write_sealed(aside / self.manifest.name, manifest)
-        os.replace(aside, self.out)
+        with filling(self.out) as aside:
+            for number, image in enumerate(tqdm(pixels, total=self.count, desc="write", unit="image", mininterval=1.0)):
+                Image.fromarray(image).save(aside / f"{number:0{digits}d}.png")
+            write_json(aside / "labels.json", labels.tolist())
+            write_sealed(aside / self.manifest.name, manifest)
 
 
 def open_archive(out: str | Path, settings: dict[str, Any]) -> SampleArchive:

@@ -149,14 +149,12 @@ def _default_folder(given: str) -> Path:
     return checkpoint.resolve().with_name(f"sweep_{checkpoint.resolve().stem}")
 
 
-def _schedules(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[tuple[str, float | None]]:
+def _schedules(parser: Parser, args: argparse.Namespace) -> list[tuple[str, float | None]]:
     """Return name and parameter of each guidance schedule, all different."""
     if args.cfg_schedules is None:
         return [(args.cfg_schedule, args.cfg_parameter)]
-    for name in ("cfg_schedule", "cfg_parameter"):
-        if getattr(args, name) != parser.get_default(name):
-            raise UserError(f"--{name.replace('_', '-')} and --cfg-schedules exclude each other; name all schedules in "
-                            "the latter, as in linear,power-cosine:2")
+    parser.refuse(args, ("cfg_schedule", "cfg_parameter"), "and --cfg-schedules exclude each other; name all schedules "
+                                                           "in the latter, as in linear,power-cosine:2")
     schedules = [parse_schedule(word) for word in parse_words(args.cfg_schedules, "--cfg-schedules")]
     if len(set(schedules)) < len(schedules):
         raise UserError(f"--cfg-schedules {args.cfg_schedules!r}: a schedule is given twice")

@@ -247,16 +247,14 @@ class Trainer:
         if self.ema is not None:
             held["ema"] = dict(self.ema.module.named_parameters())
         held |= self.task.tensors()
-        found = parallel.other_copy({f"{group} {name}": tensor for group, tensors in held.items()
-                                     for name, tensor in tensors.items()}, self.runtime)
+        found = parallel.other_copy(_flat(held), self.runtime)
         share_mistake(found and f"step {self.step}: {found} of rank {self.runtime.rank} is not that of rank 0: a "
                                 f"memory or a processor has failed; nothing was saved and {self._last_good()}; "
                                 "check both machines, then run the same command again")
 
     def _refuse_broken(self, tensors: dict[str, dict[str, Tensor]]) -> None:
         """Raise :class:`UserError` on every process where one of them would save a number that is not finite."""
-        bad = parallel.not_finite({f"{group} {name}": tensor for group, content in tensors.items()
-                                   for name, tensor in content.items()}, self.runtime)
+        bad = parallel.not_finite(_flat(tensors), self.runtime)
         share_mistake(bad and f"step {self.step}: {bad} holds NaN or infinity; nothing was saved and "
                               f"{self._last_good()}; {_REMEDY}")
 
@@ -281,3 +279,8 @@ class Trainer:
         train = self.config.train
         write_checkpoint(self.run_dir, self.step, rows, meta, train.keep, self.runtime, train.milestones)
         self.saved_step = self.step
+
+
+def _flat(groups: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the tensors of all groups, by names that a message may use."""
+    return {f"{group} {name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("usual_limits", "uncompiled")
 class GraphsExpected(Place):
     """A CPU of which CUDA graphs are expected."""
 
-    graphs = True
+    on_gpu = True
 
 
 def replaying(monkeypatch, replays):

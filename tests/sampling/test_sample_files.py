@@ -129,8 +129,6 @@ def test_torchrun_launches_the_command(run_of, tmp_path):
 def test_parts_that_cannot_be_removed_end_no_sampling(run_of, tmp_path, monkeypatch, capsys, name):
     run, out = run_of(), f"{tmp_path}/{name}"
     parts = tmp_path / f"{name.strip('/')}.parts"
-    (parts / "whole").mkdir(parents=True)  # left by a kill
-    (parts / "whole" / "000000.png").write_bytes(b"half")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda path: (_ for _ in ()).throw(OSError(16, "busy", str(path))))
         sample(run, out, count=20)
@@ -195,8 +193,8 @@ def die_before_the_manifest():
 
 def die_among_pictures():
     """Die when some of a folder's PNGs are written."""
-    real = archive_module.flush
-    archive_module.flush = lambda path: die() if path.name == "000040.png" else real(path)
+    real = archive_module.Image.fromarray
+    archive_module.Image.fromarray = lambda image, seen=[]: die() if len(seen) == 40 else seen.append(0) or real(image)
 
 
 @pytest.mark.parametrize("doom", [die_in_a_part, die_in_the_npz, die_before_the_manifest, die_among_pictures])
@@ -277,6 +275,18 @@ def test_samples_of_other_settings_are_refused(run_of, tmp_path, monkeypatch, fl
     with pytest.raises(UserError, match="choose another --out") as error:
         sample(run, out, *flags, count=70)
     assert words in str(error.value)
+
+
+def test_a_manifest_of_samples_that_are_gone_goes_before_others_are_made(run_of, tmp_path, monkeypatch):
+    run, out = run_of(), tmp_path / "s.npz"
+    sample(run, out, count=4)
+    out.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(archive_module.SampleArchive, "merge", lambda *arguments: None)
+        sample(run, out, "--seed", "1", count=4)
+    assert not (tmp_path / "s.json").exists()
+    sample(run, out, "--seed", "1", count=4)
+    assert json.loads((tmp_path / "s.json").read_text())["seed"] == 1
 
 
 @pytest.mark.parametrize("flag", ["--grid", "--show-steps"])

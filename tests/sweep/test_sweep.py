@@ -71,7 +71,8 @@ def test_the_command_for_50000_is_understood_and_of_another_seed(flags, monkeypa
     assert Path(words[words.index("--checkpoint") + 1]).name.startswith("step_")  # though the run may train on
     from mutor_img.evaluation.command import _check, _parser
 
-    _check(_parser()[0].parse_args(words[2:]))
+    parser, _ = _parser()
+    _check(parser, parser.parse_args(words[2:]))
 
 
 def test_points_of_other_settings_are_not_mixed(flags):

@@ -7,7 +7,7 @@ from launching import launch_command
 from mutor_img.checkpoints.folder import find_checkpoint, read_tensors
 from mutor_img.common.config import OptimConfig
 from mutor_img.common.errors import UserError
-from mutor_img.training.log import read_metrics
+from mutor_img.common.files import read_metrics
 from mutor_img.training.runtime import Runtime
 from tokenizer import load_tokenizer
 from tokenizer.train import main

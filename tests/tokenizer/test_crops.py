@@ -7,7 +7,16 @@ from PIL import Image
 
 from mutor_img.common.errors import UserError
 from mutor_img.common.images import to_uint8
-from tokenizer.images.crops import center_crop, crop_rule, pixels, random_crop, read_squares, to_float
+from tokenizer.images.crops import (
+    center_crop,
+    center_rule,
+    pixels,
+    random_crop,
+    random_rule,
+    read_squares,
+    ten_crop_rule,
+    to_float,
+)
 from tokenizer.images.folder import list_images
 
 
@@ -47,10 +56,10 @@ def test_a_random_crop_follows_its_draws_and_stays_inside():
 
 def test_pixels_survive_the_way_to_floats_and_back(image_folder):
     folder = list_images(image_folder())
-    squares = read_squares(folder, 0, 1, 8, crop_rule("center"))
+    squares = read_squares(folder, 0, 1, 8, center_rule())
     stored = torch.from_numpy(np.array(Image.open(folder.path(0))))
     assert squares.shape == (1, 1, 8, 8) and torch.equal(squares[0, 0], stored)
-    assert torch.equal(read_squares(folder, 0, 3, 8, crop_rule("center")), squares.expand(-1, 3, -1, -1))
+    assert torch.equal(read_squares(folder, 0, 3, 8, center_rule()), squares.expand(-1, 3, -1, -1))
     everything = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(to_uint8(to_float(everything)), everything)
     assert pixels(Image.new("RGB", (4, 2))).shape == (3, 2, 4)
@@ -62,18 +71,13 @@ def test_an_image_that_would_grow_without_end_is_refused():
         center_crop(Image.new("L", (1, 50000)), 64)
 
 
-def test_an_unknown_rule_names_the_nearest():
-    with pytest.raises(UserError, match="'center'"):
-        crop_rule("centre")
-
-
 def test_ten_crops_are_corners_and_middle_of_the_image_and_of_its_mirror_image():
     image, side = ramp(53, 47), 20  # 20 * 1.1 = 22
     large = np.asarray(center_crop(image, 22))
     expected = []
     for seen in (large, large[:, ::-1]):
         expected += [seen[:20, :20], seen[:20, 2:], seen[2:, :20], seen[2:, 2:], seen[1:21, 1:21]]
-    rule = crop_rule("ten-crop", scale=1.1)
+    rule = ten_crop_rule(1.1)
     cut = rule.cut(image, side, 0)
     assert len(cut) == len(rule.squares) == 10 and rule.mirrored
     assert all(np.array_equal(a, b) for a, b in zip(cut, expected))
@@ -83,7 +87,7 @@ def test_random_crops_are_a_function_of_seed_image_and_view():
     image = ramp(60, 40)
 
     def cut(seed, number, count=6):
-        return [np.asarray(square) for square in crop_rule("random", least=0.5, count=count, seed=seed).cut(
+        return [np.asarray(square) for square in random_rule(0.5, count, seed).cut(
             image, 24, number)]
 
     first = cut(0, 3)
@@ -96,6 +100,6 @@ def test_random_crops_are_a_function_of_seed_image_and_view():
 
 
 def test_options_of_crop_rules_have_a_range():
-    for name, options in (("ten-crop", {"scale": 0.9}), ("random", {"least": 1.1}), ("random", {"count": 0})):
+    for rule, options in ((ten_crop_rule, {"scale": 0.9}), (random_rule, {"least": 1.1}), (random_rule, {"count": 0})):
         with pytest.raises(UserError, match="give a value in"):
-            crop_rule(name, **options)
+            rule(**options)

@@ -18,7 +18,7 @@ from mutor_img.data.store import Codes
 from mutor_img.training.runtime import Runtime
 from tokenizer import load_tokenizer, store
 from tokenizer.encode import encode_images, main
-from tokenizer.images.crops import center_crop, center_rule, crop_rule
+from tokenizer.images.crops import center_crop, center_rule, random_rule
 from tokenizer.images.layouts import open_images
 from tokenizer.images.source import imagenet_words
 
@@ -98,14 +98,14 @@ def test_any_number_of_processes_writes_the_same_bytes(world, rgb_run, tree, tmp
 
     def encode(rank):
         encode_images(vq, source, tmp_path / "many", runtime=Rank(torch.device("cpu"), rank, world),
-                      rule=crop_rule("random", count=2), views=["plain"], batch_size=3 + rank, max_unreadable=1)
+                      rule=random_rule(count=2), views=["plain"], batch_size=3 + rank, max_unreadable=1)
 
     threads = [threading.Thread(target=encode, args=(rank,)) for rank in range(world)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    encode_images(vq, source, tmp_path / "one", runtime=Runtime(torch.device("cpu")), rule=crop_rule("random", count=2),
+    encode_images(vq, source, tmp_path / "one", runtime=Runtime(torch.device("cpu")), rule=random_rule(count=2),
                   views=["plain"], max_unreadable=1)
     assert len(content(tmp_path / "one")) == 5 and content(tmp_path / "one") == content(tmp_path / "many")
 

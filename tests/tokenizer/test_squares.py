@@ -11,7 +11,7 @@ import torch
 
 from mutor_img.common.errors import UserError
 from tokenizer.encode import main as encode
-from tokenizer.images.crops import CROPS, CropRule, crop_rule
+from tokenizer.images.crops import CROPS, CropRule, center_rule
 from tokenizer.images.folder import list_images
 from tokenizer.images.squares import Squares, readers
 from tokenizer.reconstruct import main as reconstruct
@@ -19,7 +19,7 @@ from tokenizer.reconstruct import main as reconstruct
 
 def squares(folder, rule=None):
     source = list_images(folder)
-    return Squares(source, range(len(source)), 1, 8, rule or crop_rule("center"))
+    return Squares(source, range(len(source)), 1, 8, rule or center_rule())
 
 
 def test_processes_give_the_same_batches_and_take_no_shared_memory(image_folder):
@@ -40,7 +40,9 @@ def of_its_own(image, side, number):
 def test_a_process_that_the_system_ends_is_a_line_with_the_cure(image_folder, tokenizer_run, tmp_path, monkeypatch,
                                                                 refused):
     words = ["--tokenizer", tokenizer_run(), "--images", image_folder(), "--workers", 2]
-    monkeypatch.setitem(CROPS, "center", lambda: CropRule("center", ("",), ended))
+    rule = CropRule("center", ("",), ended)
+    monkeypatch.setitem(CROPS, "center", lambda: rule)
+    monkeypatch.setattr("tokenizer.reconstruct.center_rule", lambda: rule)
     for main, out in ((encode, ("--out", tmp_path / "out", "--crop", "center")), (reconstruct, ())):
         line = refused(main, *words, *out)
         assert "the system ended a process that reads images" in line

@@ -5,7 +5,7 @@ import torch
 
 from mutor_img.common.config import OptimConfig, TrainConfig, field_names, load_config
 from mutor_img.common.errors import UserError
-from mutor_img.training.log import read_metrics
+from mutor_img.common.files import read_metrics
 from mutor_img.training.loop import train
 from mutor_img.training.runtime import Runtime
 from tokenizer.train import TokenizerConfig, TokenizerTask

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mutor_img.common.errors import check_choice, check_range, reading
+from mutor_img.common.errors import check_range, reading
 from mutor_img.common.streams import Stream, uniform
 from tokenizer.images.source import ImageSource
 
@@ -125,16 +125,6 @@ def random_rule(least: float = 0.8, count: int = 10, seed: int = 0) -> CropRule:
 
 
 CROPS: dict[str, Callable[..., CropRule]] = {"center": center_rule, "ten-crop": ten_crop_rule, "random": random_rule}
-
-
-def crop_rule(name: str, **options: float) -> CropRule:
-    """Return a crop rule by name, with the options of its function in ``CROPS``.
-
-    Raises:
-        UserError: the name is unknown (the nearest is named), or an option is out of range.
-    """
-    check_choice("the crop rule", name, CROPS)
-    return CROPS[name](**options)
 
 
 def view_names(views: Sequence[str], rule: CropRule) -> tuple[str, ...]:

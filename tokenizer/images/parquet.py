@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from mutor_img.common.errors import UserError
+from mutor_img.common.errors import UserError, reading
 from mutor_img.common.files import check_stamp, stamp
 from tokenizer.images.source import IMAGENET, ImageSource, class_names, contradiction
 
@@ -72,7 +70,7 @@ def list_parquet(shards: list[Path], classes: list[str] | None = None, *, labell
     files, sizes, labels, names = [], [], [], None
     group_shard, group_index, group_rows = [], [], []
     for number, shard in enumerate(shards):
-        with _readable(shard), parquet.ParquetFile(shard) as file:
+        with reading(shard, kind="Parquet file", cure="fetch it again"), parquet.ParquetFile(shard) as file:
             _check_columns(file.schema_arrow, shard, pyarrow, labelled)
             groups = [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
             count = sum(groups)
@@ -93,18 +91,6 @@ def list_parquet(shards: list[Path], classes: list[str] | None = None, *, labell
     first = np.cumsum([0, *group_rows])[:-1]
     return ParquetImages(shards[0].parent, classes, files, sizes, numbers, [], shards, stamps, np.array(group_shard),
                          np.array(group_index), first)
-
-
-@contextmanager
-def _readable(shard: Path) -> Iterator[None]:
-    """Turn whatever is raised while a file is listed into an error that names it: damage shows in many kinds."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{shard}: not a readable Parquet file ({error or type(error).__name__}); fetch it "
-                        "again") from None
 
 
 def _import() -> tuple[Any, Any]:

@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from mutor_img.common.errors import UserError
+from mutor_img.common.errors import UserError, reading
 from mutor_img.common.files import check_stamp, stamp
 from mutor_img.common.folders import is_hidden, is_image
 from tokenizer.images.source import IMAGENET, ImageSource, is_wordnet_id
@@ -123,26 +123,21 @@ def _members(path: Path, labelled: bool) -> tuple[dict[str, tuple[str, int, int]
     """Return by key the image (name, first byte, bytes) and the label of one tar file's members."""
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:  # not compressed: bytes can be sought
-            for member in tar:
-                key, _, ending = member.name.rpartition(".")
-                if member.isdir() or any(is_hidden(part) for part in member.name.split("/") if part != "."):
-                    continue
-                if ending.lower() == "cls":
-                    _refuse_strange(member, path)
-                    _refuse_second(key, member.name, f"{key}.cls", labels, path)
-                    labels[key] = _number(tar.extractfile(member).read(_DIGITS), member.name, path) if labelled else 0
-                elif is_image(member.name):
-                    _refuse_strange(member, path)
-                    _refuse_second(key, member.name, images.get(key, ("",))[0], images, path)
-                    images[key] = (member.name, member.offset_data, member.size)
-            _check_end(tar, path)
-    except UserError:
-        raise
-    except Exception as error:  # damage shows in errors of many kinds
-        raise UserError(f"{path}: not a readable tar file without compression ({error or type(error).__name__}); fetch "
-                        "it again") from None
+    with (reading(path, kind="tar file without compression", cure="fetch it again"),
+          tarfile.open(path, "r:") as tar):  # not compressed: bytes can be sought
+        for member in tar:
+            key, _, ending = member.name.rpartition(".")
+            if member.isdir() or any(is_hidden(part) for part in member.name.split("/") if part != "."):
+                continue
+            if ending.lower() == "cls":
+                _refuse_strange(member, path)
+                _refuse_second(key, member.name, f"{key}.cls", labels, path)
+                labels[key] = _number(tar.extractfile(member).read(_DIGITS), member.name, path) if labelled else 0
+            elif is_image(member.name):
+                _refuse_strange(member, path)
+                _refuse_second(key, member.name, images.get(key, ("",))[0], images, path)
+                images[key] = (member.name, member.offset_data, member.size)
+        _check_end(tar, path)
     return images, labels
 
 

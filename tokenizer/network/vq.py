@@ -19,8 +19,8 @@ from tokenizer.network.layers import Decoder, Encoder
 from tokenizer.network.quantizer import Quantised, Quantizer
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "vq16": {"multipliers": (1, 1, 2, 2, 4)},
-    "vq8": {"multipliers": (1, 2, 2, 4)},
+    "vq16": {"image_channels": 3, "multipliers": (1, 1, 2, 2, 4)},
+    "vq8": {"image_channels": 3, "multipliers": (1, 2, 2, 4)},
     "mnist": {"image_channels": 1, "channels": 16, "multipliers": (1, 2, 2), "blocks": 1, "latent_channels": 32,
               "code_dim": 8, "vocabulary": 256, "groups": 8, "attention": False, "local": True},
 }

@@ -16,7 +16,7 @@ from mutor_img.common.errors import reading
 from mutor_img.common.streams import Stream, uniform
 from mutor_img.data.order import StatelessOrder
 from mutor_img.training.hardware import to_device
-from tokenizer.images.crops import center_crop, crop_rule, pil_mode, pixels, random_crop, read_squares, to_float
+from tokenizer.images.crops import center_crop, center_rule, pil_mode, pixels, random_crop, read_squares, to_float
 from tokenizer.images.source import ImageSource
 
 _CACHE_BYTES = 2**30  # folders whose cropped pixels take up to 1 GiB are read once and kept
@@ -54,8 +54,7 @@ class TrainingImages:
             UserError: an image cannot be read.
         """
         if self.cache is not None:
-            items, _ = self.order.items(samples.numpy())
-            images = self.cache[torch.from_numpy(items)]
+            images = self.cache[torch.from_numpy(self.order.items(samples.numpy()))]
         else:
             images = torch.stack(self._read(samples.tolist()))  # (b, C, H, W) uint8
         if self.mirror:
@@ -74,8 +73,8 @@ class TrainingImages:
         return [future.result() for future in ready]
 
     def _submit(self, sample: int) -> Future[Tensor]:
-        items, _ = self.order.items([sample])  # here and not in the thread: the order keeps a cache
-        return self.pool.submit(self._one, sample, int(items[0]))
+        [item] = self.order.items([sample]).tolist()  # here and not in the thread: the order keeps a cache
+        return self.pool.submit(self._one, sample, item)
 
     def _one(self, sample: int, item: int) -> Tensor:
         draws = uniform(self.seed, Stream.AUGMENT, sample, torch.arange(1, 4)).tolist()
@@ -93,6 +92,6 @@ def read_all(folder: ImageSource, numbers: Sequence[int], channels: int, image_s
     Raises:
         UserError: an image cannot be read.
     """
-    rule = crop_rule("center")
+    rule = center_rule()
     found = pool.map(lambda i: read_squares(folder, int(i), channels, image_size, rule)[0], numbers)
     return torch.stack(list(found))

@@ -27,7 +27,8 @@ def plan_tokenizer(config: TokenizerConfig) -> dict[str, Any]:
     parameters, others = (sum(weight.numel() for weight in network.parameters()) for network in (model, judges))
     rows, columns = model.grid_for(config.data.image_size)
     batch, gib = config.train.global_batch, 2.0**30
-    flops = batch * (3 * forward_flops(config) + loss_flops(config))
+    judging = loss_flops(config)
+    flops = batch * (3 * forward_flops(config) + judging)
     trained = parameters + others
     return {
         "parameters": parameters,
@@ -37,7 +38,7 @@ def plan_tokenizer(config: TokenizerConfig) -> dict[str, Any]:
         "images per update": batch,
         "tokens per update": batch * rows * columns,
         "FLOPs per update": flops,
-        "FLOPs per update: in LPIPS and the discriminator": batch * loss_flops(config),
+        "FLOPs per update: in LPIPS and the discriminator": batch * judging,
         "updates": config.train.steps,
         "FLOPs in all": flops * config.train.steps,
         "memory per device: weights, GiB": 4 * trained / gib,
@@ -50,7 +51,8 @@ def plan_tokenizer(config: TokenizerConfig) -> dict[str, Any]:
 
 def build_discriminator(config: TokenizerConfig) -> PatchDiscriminator:
     """Return the config's discriminator with its first weights, for images of the tokenizer's channels."""
-    return PatchDiscriminator(_channels(config), config.loss.discriminator_channels, config.loss.discriminator_layers)
+    return PatchDiscriminator(config.model.options()["image_channels"], config.loss.discriminator_channels,
+                              config.loss.discriminator_layers)
 
 
 def forward_flops(config: TokenizerConfig) -> int:
@@ -97,13 +99,9 @@ def _state(network: nn.Module) -> list[tuple[str, Tensor]]:
     return [*network.named_parameters(), *network.named_buffers()]
 
 
-def _channels(config: TokenizerConfig) -> int:
-    with torch.device("meta"):
-        return VQModel(**config.model.options()).image_channels
-
-
 def _image(config: TokenizerConfig, device: str = "meta") -> Tensor:
-    return torch.empty(1, _channels(config), config.data.image_size, config.data.image_size, device=device)
+    channels = config.model.options()["image_channels"]
+    return torch.empty(1, channels, config.data.image_size, config.data.image_size, device=device)
 
 
 def _flops(network: nn.Module, *inputs: Tensor) -> int:
