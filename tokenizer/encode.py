@@ -150,8 +150,9 @@ def rule_of(options: Namespace) -> CropRule:
     given = {name: getattr(options, flag) for name, flag in flags.items() if getattr(options, flag) is not None}
     check_choice("--crop", options.crop, CROPS)
     make = CROPS[options.crop]
-    for name in given.keys() - signature(make).parameters.keys():
-        raise UserError(f"--{flags[name].replace('_', '-')} does not belong to --crop {options.crop}; leave it out")
+    for name in given:
+        if name not in signature(make).parameters:
+            raise UserError(f"--{flags[name].replace('_', '-')} does not belong to --crop {options.crop}; leave it out")
     return make(**given)
 
 

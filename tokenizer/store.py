@@ -37,6 +37,7 @@ from mutor_img.training.runtime import Runtime
 from tokenizer.images.source import Labelled
 
 PART = 1024  # images per part at most: seconds of work on a GPU
+_CONTENT = "content_hash"
 SMALLEST, PARTS = 8, 64  # few images are cut into more and smaller parts, so that every process has some
 
 
@@ -62,6 +63,8 @@ class StoreWriter:
         self.files = [self.out / name for name in ("codes.npy", "labels.npy", "codes.json")]
         self.manifest = {"format": f"mutor_img {maker} 1", **asdict(recipe), "views": list(recipe.views),
                          "images": len(source), "files_hash": files_hash(source)}
+        if samples := source.samples_of(slice(None)):
+            self.manifest[_CONTENT] = _digest(samples)
 
     def finished(self) -> bool:
         """Tell whether ``out`` already holds these very codes, complete.
@@ -73,7 +76,7 @@ class StoreWriter:
             return False
         made = read_record(self.out / "encode.json") if (self.out / "encode.json").is_file() else {}
         for name, value in self.manifest.items():
-            if made.get(name) != value:
+            if made.get(name, value if name == _CONTENT else None) != value:  # older files do not say the content
                 raise UserError(f"{self.out}: holds other codes ({name} is {made.get(name)}, but now it is {value}); "
                                 "give another --out, or remove that folder")
         codes = Codes(self.out)  # raises where an array is damaged
@@ -189,7 +192,8 @@ class StoreWriter:
 
     def _fingerprint(self, part: int) -> str:
         images = self.range(part)
-        return _digest([asdict(self.recipe), _listing(self.source, slice(images.start, images.stop))])
+        listing = _listing(self.source, slice(images.start, images.stop))
+        return _digest([asdict(self.recipe), listing, *self.source.samples_of(slice(images.start, images.stop))])
 
 
 def write_store(writer: StoreWriter, rows: Callable[[Sequence[int]], Iterator[tuple[np.ndarray, str]]],
@@ -268,7 +272,7 @@ def files_hash(source: Labelled) -> str:
 
 
 def _listing(source: Labelled, images: slice) -> list:
-    return [source.files[images], source.sizes[images], source.labels[images].tolist(), *source.samples_of(images)]
+    return [source.files[images], source.sizes[images], source.labels[images].tolist()]
 
 
 def _part_checksum(codes: np.ndarray, labels: np.ndarray, unreadable: dict[str, str] | None) -> str:
@@ -277,4 +281,3 @@ def _part_checksum(codes: np.ndarray, labels: np.ndarray, unreadable: dict[str, 
 
 def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-

@@ -30,7 +30,7 @@ from mutor_img.checkpoints.tensor_files import TensorGroup
 from mutor_img.common.cli import one_line
 from mutor_img.common.config import field_names, load_config
 from mutor_img.common.errors import UserError
-from mutor_img.common.files import file_hash, read_json, write_json
+from mutor_img.common.files import file_hash, read_json, read_metrics, write_json
 from mutor_img.common.images import read_image
 from mutor_img.common.shipped import PACKAGED
 from mutor_img.data.store import Codes
@@ -43,7 +43,6 @@ from mutor_img.sampling.labels import readable_names
 from mutor_img.sampling.pictures import verified_tokenizer
 from mutor_img.study.comparison.config import ComparisonConfig
 from mutor_img.study.config import StudyConfig
-from mutor_img.training.log import read_metrics
 from tokenizer.code_sets import open_json_lines
 from tokenizer.images.layouts import open_images
 from tokenizer.images.source import read_class_list

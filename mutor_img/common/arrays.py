@@ -66,10 +66,12 @@ def load_npy(path: str | os.PathLike, cure: str, mmap_mode: str | None = None) -
     Raises:
         UserError: it is missing, is something else, or is longer or shorter than its header says.
     """
-    if not os.path.exists(path):
-        raise UserError(f"{path}: no such file; {cure}")
     with reading(path, kind=".npy array", cure=cure):
-        with open(path, "rb") as file:
+        try:
+            stream = open(path, "rb")
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file; {cure}") from None
+        with stream as file:
             shape, _, dtype = read_header(file)
             wanted, held = file.tell() + math.prod(shape) * dtype.itemsize, os.fstat(file.fileno()).st_size
         if dtype.hasobject:

@@ -56,6 +56,7 @@ class OptimConfig:
 
     def validate(self) -> None:
         """Raise :class:`UserError` for a value out of range."""
+        check_choice("optim.schedule", self.schedule, ("constant", "cosine", "wsd"))
         check_range("optim.lr", self.lr, 0.0, 10.0, low_open=True)
         check_range("optim.weight_decay", self.weight_decay, 0.0, 1e3)
         check_range("optim.clip", self.clip, 0.0, 1e9)
@@ -74,7 +75,6 @@ class OptimConfig:
             raise UserError(f"optim.restarts is {list(self.restarts)}; give rising updates from 1 on")
         for beta in self.betas:
             check_range("optim.betas", beta, 0.0, 0.999999)  # AdamW divides by 1 - beta
-        check_choice("optim.schedule", self.schedule, ("constant", "cosine", "wsd"))
 
 
 @dataclass

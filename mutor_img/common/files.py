@@ -211,14 +211,13 @@ def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def from_above(path: str, origin: str | os.PathLike) -> str:
-    """Return where a path leads that a file of ``origin`` names, relative to the folder where its command was run.
+    """Return where a path leads that a file of ``origin`` names, relative to the folder where that file was made.
 
-    Where nothing is there, seen from the present folder, the nearest folder above ``origin`` counts that has it.
+    It is searched below the folders above ``origin``, the nearest first; where none has it, the path stays as it is.
     """
-    if os.path.exists(path):
-        return path
-    found = (above / path for above in Path(origin).absolute().parents)
-    return next((str(there) for there in found if there.exists()), path)
+    found = next((there for above in Path(origin).absolute().parents if (there := above / path).exists()), None)
+    here = found is None or (os.path.exists(path) and os.path.samefile(path, found))
+    return path if here else str(found)
 
 
 def file_hash(path: str | os.PathLike) -> str:

@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from mutor_img.common.errors import UserError, reading
 from mutor_img.common.files import write_atomic
 
-LOSSY = "JPEG", "MPO", "WEBP"  # Pillow's names
-NO_LOSS = ("JPEG compression moves features by 5e-3 and with them every score; give PNGs or an npz written without "
-           "compression loss")
+LOSSY = "JPEG", "MPO", "WEBP", "AVIF", "JPEG2000"  # Pillow's names
+NO_LOSS = ("lossy compression, as of JPEGs, moves features by 5e-3 and with them every score; give PNGs or an npz "
+           "written without compression loss")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 # By their content, whatever the name: photographs named .jpg are often something else. The rest of Pillow's formats are
 # no photographs, and some start other programs.
@@ -77,7 +77,7 @@ def read_image(path: str | os.PathLike | BinaryIO, mode: str = "RGB", *, name: s
         file = path if hasattr(path, "read") else io.BytesIO(_read_file(path, name))
     with reading(name, file), _open(file) as image:
         check_pixels(name, *image.size)
-        if not lossy and image.format in LOSSY:
+        if not lossy and (image.format in LOSSY or image.info.get("compression") == "jpeg"):  # the latter of a TIFF
             raise UserError(f"{name}: {image.format} by its content; {NO_LOSS}")
         image.load()
         image.info.pop("transparency", None)  # Pillow would look for a colour to keep it in, and warn

@@ -22,8 +22,9 @@ _LOOK = 0.1  # seconds
 def set_spinning() -> None:
     """Let no thread spin if other work uses the processors, else long, for this process and its children.
 
-    What the user has set in the environment stays. For commands only, before torch is loaded: importing the packages
-    changes no environment. Nor does a command that prints its help, or that has one thread, which waits for no other.
+    What the user has set in the environment stays. For commands only, before torch is loaded: importing mutor_img or
+    tokenizer changes no environment. Nor does a command that prints its help, or that has one thread, which waits for
+    no other.
     """
     chosen = OURS not in os.environ and any(name in os.environ for name in CHOICES)
     if not chosen and not {"-h", "--help"} & set(sys.argv) and _threads() != "1":

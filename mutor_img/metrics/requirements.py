@@ -69,7 +69,7 @@ def resolve(metrics: Sequence[str] | None, reference: Reference, network: Featur
     Raises:
         UserError: an unknown metric, one that cannot be computed, or a reference made with another network.
     """
-    _check_network(reference, network)
+    _check_network(reference, network, metrics)
     if metrics is None:
         return [name for name in METRICS if lack(name, reference, network) is None]
     check_names(metrics)
@@ -79,17 +79,19 @@ def resolve(metrics: Sequence[str] | None, reference: Reference, network: Featur
     return [name for name in KNOWN if name in metrics]
 
 
-def _check_network(reference: Reference, network: FeatureNetwork) -> None:
+def _check_network(reference: Reference, network: FeatureNetwork, metrics: Sequence[str] | None) -> None:
     made_by = (reference.network, reference.weights_hash)
     if reference.network is not None and made_by != (network.name, network.weights_hash):
         raise UserError(f"the reference {reference.name} was made with {reference.network} "
                         f"({reference.weights_hash[:8]}), the samples are scored with {network.name} "
                         f"({network.weights_hash[:8]}); make the reference again")
-    if (reference.network is None and reference.pool is not None and network.name != INCEPTION
+    uses_moments = metrics is None or moment_outputs([name for name in metrics if name in _NEEDS])
+    if (uses_moments and reference.network is None and reference.pool is not None and network.name != INCEPTION
             and len(reference.pool.mu) == FEATURES_OF_INCEPTION):
-        raise UserError(f"the reference {reference.name} does not name its network, and its {FEATURES_OF_INCEPTION} "
-                        f"features are Inception's; the samples are scored with {network.name}: make a reference of "
-                        "images with evaluate_fid.py --make-reference, or score with --features inception")
+        raise UserError(f"the reference {reference.name} does not name its network, and statistics of "
+                        f"{FEATURES_OF_INCEPTION} features are taken for Inception's; the samples are scored with "
+                        f"{network.name}: make a reference of images with evaluate_fid.py --make-reference, or score "
+                        "with --features inception")
     for output, given in (("pool", reference.pool), ("spatial", reference.spatial)):
         dimension = network.dimensions.get(output)
         if given is not None and dimension is not None and len(given.mu) != dimension:

@@ -35,7 +35,7 @@ class ObjectiveConfig:
     own_output: bool | None = None  # parallel-heads: an output matrix for each head; default false: the model's
     depths: int | None = None  # sequential-heads: number of depths; default 1
     late_weight: float | None = None  # weight from update late_from on; default: sequential-heads 0.1; mirai 1
-    late_from: int | None = None  # sequential-heads, mirai: see late_weight; null: the weight stays the same
+    late_from: int | None = None  # sequential-heads, mirai: see late_weight; null, like that: the weight stays
     tap: int | None = None  # mirai: block whose outputs are compared; default: two thirds of the blocks
     starts_at: int | None = None  # mirai: update at which its losses start; default 0
     noise_until: int | None = None  # rear: update from which inputs have no noise; must be given; 0: no noise at all
@@ -82,5 +82,5 @@ def build_objective(config: ObjectiveConfig, model: ModelConfig, law: RegisterLa
                             "docs/objectives.md")
     if "late_weight" in given and "late_from" not in given:
         raise UserError(f"objective.late_weight is {config.late_weight}, but no update is given from which it holds; "
-                        "give objective.late_from, or leave it out")
+                        "give objective.late_from, or objective.late_weight=null")
     return kind(model, **given)

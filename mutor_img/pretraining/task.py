@@ -18,6 +18,7 @@ from mutor_img.checkpoints.loading import Loaded, load_run
 from mutor_img.chunked_loss import read_out_losses
 from mutor_img.common.dropout import dropout, mask_keys
 from mutor_img.common.errors import UserError
+from mutor_img.common.files import from_above
 from mutor_img.common.streams import Stream, generator_seed, uniform
 from mutor_img.data.order import TrainingCodes, check_same_codes
 from mutor_img.data.store import Codes
@@ -183,7 +184,8 @@ class GeneratorTask(Task):
 
     def _about_codes(self) -> dict[str, Any]:
         info, stores = self.codes.info, self.data.stores
-        return {"class_names": info.class_names, "image_size": info.image_size, "tokenizer": info.tokenizer,
+        tokenizer = from_above(info.tokenizer, self.codes.folder)
+        return {"class_names": info.class_names, "image_size": info.image_size, "tokenizer": tokenizer,
                 "tokenizer_hash": info.tokenizer_hash, "stores": [
                     {"path": str(store.folder), "hash": store.content_hash(), "crop": store.info.crop,
                      "views": store.info.views} for store in stores]}

@@ -19,7 +19,7 @@ from mutor_img.common.files import read_record, write_sealed
 from mutor_img.common.locks import claim, folder_lock
 from mutor_img.pretraining.config import GeneratorConfig
 from mutor_img.pretraining.plan import run_summary
-from mutor_img.study.comparison.command import FLAGS, add_flags, compare, is_comparison
+from mutor_img.study.comparison.command import FLAGS, add_flags, compare, is_comparison, spelt_out
 from mutor_img.study.config import StudyConfig
 from mutor_img.study.pipeline import (
     check_folders,
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
                 "python -m mutor_img.study --config configs/imagenet256/study.yaml --print-commands sbatch",
     )
     add_flags(parser)
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = parser.parse_intermixed_args(spelt_out(argv))
     if is_comparison(arguments.config):
         compare(arguments)
         return

@@ -28,10 +28,12 @@ from mutor_img.evaluation.networks import (
     network_files,
     parse_metrics,
 )
+from mutor_img.metrics.evaluator import check_sets
 from mutor_img.metrics.features import FeatureNetwork
 from mutor_img.metrics.references import open_reference
 from mutor_img.metrics.requirements import METRICS, OPTIONAL, frechet_key
 from mutor_img.sampling.options import add_sampling_flags, check_sampling_flags, open_source
+from mutor_img.sampling.source import GeneratedImages
 from mutor_img.sweep.points import SweepPoint, best_point, grid, sweep
 from mutor_img.sweep.report import advice, draw, schedule_note, table
 from mutor_img.training.runtime import Runtime
@@ -100,7 +102,8 @@ def _score(args: argparse.Namespace, points: list[SweepPoint], metrics: list[str
     args.cfg_scale, args.temperature, args.cfg_schedule, args.cfg_parameter = points[0]
     source, reference = open_source(args, runtime), open_reference(args.reference)
     keep_apart(_outputs(out), {"the tokenizer": source.tokenizer.path})
-    network = load_network(args, runtime)
+    check_sets(GeneratedImages(source, args.num_samples, args.batch_size), reference)
+    network = load_network(args, runtime)  # last: it may have to be downloaded
     key, rows = frechet_key(network), []
     for number, row in enumerate(sweep(source, points, args.num_samples, reference, network, out=out / "sweep.json",
                                        metrics=metrics, batch_size=args.batch_size, progress=True)):

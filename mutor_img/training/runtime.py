@@ -63,7 +63,7 @@ class Runtime:
     def on(cls, name: str) -> Runtime:
         """Join the launch, if there is one, on what ``--device`` names, for a command that makes or reads files.
 
-        Its processes wait for the one that joins, writes or reads what took all of them hours, or has a slow disk.
+        They wait up to a day for each other: one of them may write what all have made, or have a slow disk.
 
         Raises:
             UserError: no such device, or another one than the launch has for this process.
@@ -179,9 +179,9 @@ class Runtime:
         """Return what to say where gloo found another process gone or silent, else the error as it is."""
         if isinstance(error, RuntimeError) and "Timed out waiting" in str(error):
             minutes = self.timeout.total_seconds() / 60
-            return UserError(f"another process has been silent for {minutes:.4g} minutes (in training "
-                             "train.timeout_minutes): it hangs, is stopped, or its machine cannot be reached; look "
-                             "there, then run the same command again")
+            return UserError(f"another process has been silent for {minutes:.4g} minutes (train.timeout_minutes in "
+                             "training): it hangs, is stopped, or its machine cannot be reached; look there, then run "
+                             "the same command again")
         if isinstance(error, RuntimeError) and any(words in str(error) for words in _GONE):
             return UserError("another process has gone: it has said why, or the system has killed it, as it does where "
                              "memory runs out; mend that and run the same command again")

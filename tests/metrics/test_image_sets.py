@@ -146,15 +146,16 @@ def test_whatever_a_reader_of_npz_files_raises_names_the_file(error, tmp_path, n
 
 def test_jpegs_are_refused_with_the_reason(tmp_path, noise):
     write_folder(tmp_path, noise(2), ["0.png", "1.jpg"])
-    with pytest.raises(UserError, match="JPEG compression moves"):
+    with pytest.raises(UserError, match="lossy compression, as of JPEGs"):
         FolderImages(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
-def test_what_a_png_in_name_lost_is_seen_by_its_content(tmp_path, noise, kind):
+@pytest.mark.parametrize("kind, options", [("JPEG", {}), ("WEBP", {}), ("JPEG2000", {}),
+                                           ("TIFF", {"compression": "jpeg"})], ids=str)
+def test_what_a_png_in_name_lost_is_seen_by_its_content(tmp_path, noise, kind, options):
     write_folder(tmp_path, noise(2), ["0.png", "1.png"])
-    Image.fromarray(noise(1)[0]).save(tmp_path / "1.png", format=kind)
-    with pytest.raises(UserError, match=f"1.png: {kind} by its content; JPEG compression moves"):
+    Image.fromarray(noise(1)[0]).save(tmp_path / "1.png", format=kind, **options)
+    with pytest.raises(UserError, match=f"1.png: {kind} by its content; lossy compression"):
         read_all(FolderImages(tmp_path))
 
 

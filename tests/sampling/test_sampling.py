@@ -40,10 +40,14 @@ def test_a_run_is_sampled_from_any_folder_and_where_its_project_was_moved_to(ran
     here = sample(run, tmp_path / "here.npz", count=2)
     monkeypatch.chdir(tmp_path / "elsewhere")
     (tmp_path / "project").rename(tmp_path / "moved")
+    write_tokenizer(Path("runs/tokenizer"), seed=1, vocabulary=16)  # another project's, of the same name
     there = sample(str(tmp_path / "moved" / "runs" / "run"), tmp_path / "there.npz", count=2)
     assert there.read_bytes() == here.read_bytes()
     inspect(["--codes", str(tmp_path / "moved" / "codes"), "--out", "codes.png"])
     shutil.rmtree(tmp_path / "moved" / "runs" / "tokenizer")
+    with pytest.raises(UserError, match="runs/tokenizer: its weights have sha256"):
+        sample(str(tmp_path / "moved" / "runs" / "run"), tmp_path / "again.npz", count=2)
+    shutil.rmtree("runs")
     with pytest.raises(UserError, match="runs/tokenizer: no such file or folder"):
         sample(str(tmp_path / "moved" / "runs" / "run"), tmp_path / "again.npz", count=2)
 

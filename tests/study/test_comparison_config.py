@@ -185,14 +185,14 @@ def test_a_row_or_seed_that_is_not_there_is_named(study_file):
 
 
 def test_an_override_may_follow_the_flag_that_prints(study_file, capsys):
-    command.main(["--config", str(study_file), "--print-commands", "samples=50"])
-    assert capsys.readouterr().out.splitlines()[-1].endswith(" samples=50")
+    command.main(["--config", str(study_file), "samples=9", "--print-commands", "samples=50", "grid_images=2"])
+    assert capsys.readouterr().out.splitlines()[-1].endswith(" samples=9 samples=50 grid_images=2")
 
 
 @pytest.mark.parametrize("words, message", [
     ([], "reference: r.npz: no such reference file or folder"),
     (["reference={digits}", "features=classifier", "features_weights=nowhere"],
-     "features_weights is nowhere, and nothing is there; train a classifier")])
+     "nowhere: ")])
 def test_what_scores_a_run_is_missed_before_it_is_trained(study_file, digit_folders, capsys, words, message):
     words = [word.format(digits=digit_folders["val"]) for word in words]
     assert message in refusal(["--config", str(study_file), *words], capsys)

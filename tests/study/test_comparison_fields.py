@@ -65,11 +65,12 @@ FIELDS = {
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_a_field_changes_what_it_names(field, digit_folders, tmp_path, monkeypatch):
+def test_a_field_changes_what_it_names(field, digit_folders, classifier, tmp_path, monkeypatch):
     value, observe = FIELDS[field]
     (tmp_path / "study.yaml").write_text(STUDY)
     shared = [] if field == "run_dir" else [f"run_dir={tmp_path / 'out'}"]
-    shared += [f"reference={digit_folders['val']}"] if field == "budget_hours" else []
+    if field == "budget_hours":  # the study begins
+        shared += [f"reference={digit_folders['val']}", "features=mnist", f"features_weights={classifier}"]
     shared += ["features=timm:x", "features_weights=v.pth"] if field == "features_weights" else []
     seen = [observe(load_config(ComparisonConfig, tmp_path / "study.yaml", [*shared, *words]), monkeypatch)
             for words in ([], [f"{field}={value}"])]

@@ -60,7 +60,7 @@ def test_a_launcher_within_slurm_tells_each_process_its_rank(start):
 
 @pytest.mark.parametrize("gloo, words", [
     ("[unbound_buffer.cc:78] Timed out waiting 4000ms for recv operation to complete",
-     r"silent for 30 minutes \(in training train\.timeout_minutes\)"),
+     r"silent for 30 minutes \(train\.timeout_minutes in training\)"),
     ("[pair.cc:547] Connection closed by peer [127.0.0.1]:1234", "another process has gone")])
 def test_what_gloo_says_of_another_process_is_one_line_that_a_user_understands(monkeypatch, gloo, words):
     monkeypatch.setattr(runtime, "_store", lambda: SimpleNamespace(add=lambda name, number: 1))

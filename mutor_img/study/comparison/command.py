@@ -7,12 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mutor_img.common.cli import Parser
 from mutor_img.common.config import config_files
 from mutor_img.common.errors import UserError, check_choice, check_range, naming
 from mutor_img.common.files import write_atomic
 from mutor_img.common.locks import claim, folder_lock
+from mutor_img.metrics.networks import load_features
 from mutor_img.metrics.references import check_role, open_reference
+from mutor_img.metrics.requirements import resolve
 from mutor_img.pretraining.plan import run_flops, run_summary
 from mutor_img.study.comparison.commands import LAUNCHERS, printed, stages
 from mutor_img.study.comparison.config import ComparisonConfig
@@ -42,6 +46,15 @@ def add_flags(parser: Parser) -> None:
                              f"{' or '.join(LAUNCHERS)} (without a word: {LAUNCHERS[0]})")
 
 
+def spelt_out(argv: Sequence[str]) -> list[str]:
+    """Return the command line with a launcher behind ``--print-commands`` where an override follows it.
+
+    argparse would take the override for the launcher.
+    """
+    alone = [word == "--print-commands" and "=" in follower for word, follower in zip(argv, [*argv[1:], ""])]
+    return [f"{word}={LAUNCHERS[0]}" if bare else word for word, bare in zip(argv, alone)]
+
+
 def plan(study: ComparisonConfig) -> dict[str, Any]:
     """Return what ``--dry-run`` prints: how much there is to do, and what each row costs."""
     jobs = all_jobs(study)
@@ -59,9 +72,6 @@ def compare(arguments: argparse.Namespace) -> None:
         UserError: a mistake in the study's YAML, or runs that failed, once all others are done.
     """
     check_range("--jobs", arguments.jobs, 1, 10_000)
-    if "=" in (arguments.print_commands or ""):  # an override that follows the flag alone
-        arguments.overrides.append(arguments.print_commands)
-        arguments.print_commands = LAUNCHERS[0]
     if arguments.print_commands is not None:
         check_choice("--print-commands", arguments.print_commands, LAUNCHERS)
     study = read_training(arguments, ComparisonConfig, plan)
@@ -104,10 +114,10 @@ def _run(study: ComparisonConfig, jobs: Sequence[Job], words: Sequence[str], wor
 def _check_judges(study: ComparisonConfig) -> None:
     """Raise :class:`UserError` where what scores a run is not there or not for it: better now than after training."""
     with naming("reference"):
-        check_role(open_reference(study.reference), "generation", force=False)
-    if study.features_weights and not Path(study.features_weights).exists():
-        raise UserError(f"features_weights is {study.features_weights}, and nothing is there; train a classifier with "
-                        "python -m mutor_img.metrics.digits, or give its folder")
+        reference = open_reference(study.reference)
+        check_role(reference, "generation", force=False)
+    network = load_features(study.features, study.features_weights, torch.device("cpu"))
+    resolve(study.metrics or None, reference, network)
 
 
 def _flops(jobs: Sequence[Job]) -> dict[str, float]:
