@@ -68,12 +68,11 @@ def load_npy(path: str | os.PathLike, cure: str, mmap_mode: str | None = None) -
     """
     with reading(path, kind=".npy array", cure=cure):
         try:
-            stream = open(path, "rb")
+            with open(path, "rb") as file:
+                shape, _, dtype = read_header(file)
+                wanted, held = file.tell() + math.prod(shape) * dtype.itemsize, os.fstat(file.fileno()).st_size
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; {cure}") from None
-        with stream as file:
-            shape, _, dtype = read_header(file)
-            wanted, held = file.tell() + math.prod(shape) * dtype.itemsize, os.fstat(file.fileno()).st_size
         if dtype.hasobject:
             raise ValueError("it holds Python objects")
         if wanted != held:

@@ -152,11 +152,16 @@ class GeneratorTask(Task):
         return {"val_next_token": loss}
 
     def doubt(self, step: int, values: Mapping[str, float]) -> str | None:
-        """Return what to tell where the loss after update ``DOUBTED`` is not in ``expected_loss``."""
-        loss = values.get("next_token")
-        if step != DOUBTED or not self.config.expected_loss or self.config.init_from or loss is None:
+        """Return what to tell where the loss after update ``DOUBTED`` is not in ``expected_loss``.
+
+        A run that has hardly learnt by then, because its learning rate still rises, is not doubted.
+        """
+        loss, config = values.get("next_token"), self.config
+        if step != DOUBTED or not config.expected_loss or config.init_from or loss is None:
             return None
-        low, high = self.config.expected_loss
+        if config.optim.warmup_steps > DOUBTED:
+            return None
+        low, high = config.expected_loss
         if low <= loss <= high:
             return None
         hint = ("it learns little: look at optim.lr, gradient_norm and data.codes" if loss > high else

@@ -195,7 +195,7 @@ def test_statistics_of_another_number_of_features_are_refused_before_the_samples
 def test_statistics_without_a_network_that_look_like_inceptions_are_for_inception_alone(tmp_path, noise):
     np.savez(tmp_path / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     other = Projection(2048)
-    with pytest.raises(UserError, match="2048 features are taken for Inception's; .* with projection"):
+    with pytest.raises(UserError, match=r"2048 features are taken for Inception's; .* with projection"):
         evaluate(Unread(noise(9)), open_reference(tmp_path / "adm.npz"), other, metrics=["fid"])
 
 

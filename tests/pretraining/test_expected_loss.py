@@ -31,6 +31,11 @@ def test_a_run_that_starts_from_weights_is_not_doubted(run_training, capfd, tmp_
     assert "warning:" not in capfd.readouterr().out
 
 
+def test_a_run_whose_rate_still_rises_is_not_doubted(run_training, capfd):
+    run_training("expected_loss=[8,9]", "optim.warmup_steps=3")
+    assert "warning:" not in capfd.readouterr().out
+
+
 @pytest.mark.parametrize("band", ["[1]", "[2,1]", "[1,2,3]"])
 def test_a_band_that_is_none_is_refused(run_training, band):
     with pytest.raises(UserError, match=r"expected_loss is .*; give the lowest and the highest next-token loss"):
