@@ -65,6 +65,7 @@ class StoreWriter:
                          "images": len(source), "files_hash": files_hash(source)}
         if samples := source.samples_of(slice(None)):
             self.manifest[_CONTENT] = _digest(samples)
+        self._fingerprints: dict[int, str] = {}  # by part: each is asked for many times, and may read files
 
     def finished(self) -> bool:
         """Tell whether ``out`` already holds these very codes, complete.
@@ -75,8 +76,9 @@ class StoreWriter:
         if not (self.out / "codes.json").is_file():
             return False
         made = read_record(self.out / "encode.json") if (self.out / "encode.json").is_file() else {}
+        made = {_CONTENT: self.manifest.get(_CONTENT), **made}  # which older files do not say
         for name, value in self.manifest.items():
-            if made.get(name, value if name == _CONTENT else None) != value:  # older files do not say the content
+            if made.get(name) != value:
                 raise UserError(f"{self.out}: holds other codes ({name} is {made.get(name)}, but now it is {value}); "
                                 "give another --out, or remove that folder")
         codes = Codes(self.out)  # raises where an array is damaged
@@ -191,9 +193,11 @@ class StoreWriter:
         return self.parts / f"part_{part:06d}.safetensors"
 
     def _fingerprint(self, part: int) -> str:
-        images = self.range(part)
-        listing = _listing(self.source, slice(images.start, images.stop))
-        return _digest([asdict(self.recipe), listing, *self.source.samples_of(slice(images.start, images.stop))])
+        if part not in self._fingerprints:
+            images = slice(self.range(part).start, self.range(part).stop)
+            self._fingerprints[part] = _digest([asdict(self.recipe), _listing(self.source, images),
+                                                *self.source.samples_of(images)])
+        return self._fingerprints[part]
 
 
 def write_store(writer: StoreWriter, rows: Callable[[Sequence[int]], Iterator[tuple[np.ndarray, str]]],

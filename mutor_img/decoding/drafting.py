@@ -246,17 +246,14 @@ class Drafter:
 
         Args:
             model: the transformer.
-            draft: how codes are drafted.
+            draft: how codes are drafted, as :meth:`Draft.fit` has it for the model.
             scales: the guidance scale of each of the N codes.
             seed: the random streams'.
             draw: from logits (R, V) and numbers (R,) to codes (R,), -1 where logits are not finite.
             beginnings: (classes + 1, dim), the first input of a sequence by its class.
             kept: (N,) int64, codes that no draw decides; -1: one does.
-
-        Raises:
-            UserError: a draft that cannot be.
         """
-        self.model, self.draft, self.seed, self.draw = model, draft.fit(model.config), seed, draw
+        self.model, self.draft, self.seed, self.draw = model, draft, seed, draw
         self.beginnings, self.kept = beginnings, kept
         self.scales = torch.tensor(scales, dtype=torch.float32, device=model.output.weight.device)  # (N,)
         self.halves = 2 if max(scales) > 1 else 1

@@ -69,23 +69,23 @@ def resolve(metrics: Sequence[str] | None, reference: Reference, network: Featur
     Raises:
         UserError: an unknown metric, one that cannot be computed, or a reference made with another network.
     """
-    _check_network(reference, network, metrics)
+    if metrics is not None:
+        check_names(metrics)
+    _check_network(reference, network, metrics is None or bool(moment_outputs(metrics)))
     if metrics is None:
         return [name for name in METRICS if lack(name, reference, network) is None]
-    check_names(metrics)
     for name in metrics:
         if missing := lack(name, reference, network):
             raise UserError(f"the metric {name} cannot be computed: {missing}")
     return [name for name in KNOWN if name in metrics]
 
 
-def _check_network(reference: Reference, network: FeatureNetwork, metrics: Sequence[str] | None) -> None:
+def _check_network(reference: Reference, network: FeatureNetwork, uses_moments: bool) -> None:
     made_by = (reference.network, reference.weights_hash)
     if reference.network is not None and made_by != (network.name, network.weights_hash):
         raise UserError(f"the reference {reference.name} was made with {reference.network} "
                         f"({reference.weights_hash[:8]}), the samples are scored with {network.name} "
                         f"({network.weights_hash[:8]}); make the reference again")
-    uses_moments = metrics is None or moment_outputs([name for name in metrics if name in _NEEDS])
     if (uses_moments and reference.network is None and reference.pool is not None and network.name != INCEPTION
             and len(reference.pool.mu) == FEATURES_OF_INCEPTION):
         raise UserError(f"the reference {reference.name} does not name its network, and statistics of "

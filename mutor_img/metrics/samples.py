@@ -33,8 +33,7 @@ def open_samples(path: str | os.PathLike) -> NpzImages | FolderImages:
         listed = images.path / "labels.json"
         if listed.exists():
             labels = _labels(listed, len(images))
-            wanted = images.manifest.get(LABELS_HASH) if isinstance(images.manifest, dict) else None
-            if wanted not in (None, labels_hash(labels)):
+            if _contradicts(images.manifest, labels):
                 raise UserError(f"{listed}: damaged, or changed by hand (it does not fit {LABELS_HASH} in "
                                 f"{manifest_of(path).name}); make the samples again, or remove it to score without "
                                 "labels")
@@ -51,8 +50,7 @@ def open_samples(path: str | os.PathLike) -> NpzImages | FolderImages:
         images.warnings.append(f"{path} holds statistics (mu) beside its samples; they are ignored, and the images "
                                "scored")
     images.manifest = _manifest(path)
-    wanted = images.manifest.get(LABELS_HASH) if isinstance(images.manifest, dict) else None
-    if wanted is not None and (images.labels is None or wanted != labels_hash(images.labels)):
+    if _contradicts(images.manifest, images.labels):
         raise UserError(f"{manifest_of(path)}: is not of {path.name} (its labels do not fit {LABELS_HASH}); remove "
                         "it, or make the samples again")
     return images
@@ -62,6 +60,12 @@ def _manifest(path: Path) -> Any:
     """Return what the manifest of a sample set holds; None: there is none."""
     beside = manifest_of(path)
     return read_json(beside) if beside.exists() else None
+
+
+def _contradicts(manifest: Any, labels: np.ndarray | None) -> bool:
+    """Whether a manifest says that the labels (N,) int64, or None, are others."""
+    wanted = manifest.get(LABELS_HASH) if isinstance(manifest, dict) else None
+    return wanted is not None and (labels is None or wanted != labels_hash(labels))
 
 
 def manifest_of(path: str | os.PathLike) -> Path:

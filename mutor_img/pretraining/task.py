@@ -157,9 +157,8 @@ class GeneratorTask(Task):
         A run that has hardly learnt by then, because its learning rate still rises, is not doubted.
         """
         loss, config = values.get("next_token"), self.config
-        if step != DOUBTED or not config.expected_loss or config.init_from or loss is None:
-            return None
-        if config.optim.warmup_steps > DOUBTED:
+        if (step != DOUBTED or not config.expected_loss or config.init_from or loss is None
+                or config.optim.warmup_steps > DOUBTED):
             return None
         low, high = config.expected_loss
         if low <= loss <= high:
