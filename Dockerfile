@@ -1,6 +1,6 @@
 # Two images with the versions of requirements.lock. Torch's packages bring the CUDA libraries with them:
 #     docker build --target cuda -t mutor_img:cuda .
-#     docker run --gpus all -v "$PWD/codes:/mutor_img/codes" -v "$PWD/runs:/mutor_img/runs" mutor_img:cuda \
+#     docker run --gpus all --ipc=host -v "$PWD/codes:/mutor_img/codes" -v "$PWD/runs:/mutor_img/runs" mutor_img:cuda \
 #         torchrun --nproc-per-node 8 train.py --config configs/imagenet256/mutor2d_b_80.yaml
 #     docker build --target cpu -t mutor_img:cpu .
 #     docker run -v "$PWD/runs:/mutor_img/runs" mutor_img:cpu python -m mutor_img.study --config configs/mnist/study.yaml

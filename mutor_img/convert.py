@@ -19,10 +19,10 @@ import mutor_img.common.own_tokenizer  # noqa: F401 (first: what follows imports
 from mutor_img.blocks import ModelConfig, RotaryTable
 from mutor_img.checkpoints.folder import find_checkpoint, read_meta, write_checkpoint
 from mutor_img.checkpoints.llamagen import read_pt
-from mutor_img.checkpoints.loading import load_run
+from mutor_img.checkpoints.loading import config_from_weights, load_run
 from mutor_img.common.cli import Parser, parse_grid, run
 from mutor_img.common.errors import UserError, check_choice
-from mutor_img.common.files import write_atomic
+from mutor_img.common.files import filling, write_atomic
 from mutor_img.common.locks import claim, file_lock
 from mutor_img.common.outputs import keep_apart
 from mutor_img.sampling.options import WEIGHTS, guess_of
@@ -65,6 +65,17 @@ def rotary_table(meta: dict[str, Any]) -> dict[str, Tensor]:
     return {"freqs_cis": RotaryTable(config.grid, config.dim // config.heads).factors()}
 
 
+def check_layout(source: str, weights: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """Raise :class:`UserError` for a generator that a ``.pt`` in LlamaGen's layout would give back as another model."""
+    config = ModelConfig.from_json(meta["model"])
+    read = config_from_weights(weights, source, config.grid)
+    for name, words in (("qk_norm", "QK-norm (model.qk_norm)"), ("heads", f"{config.heads} heads at dim {config.dim}"),
+                        ("register_offsets", f"registers at offsets {list(config.register_offsets or ())}")):
+        if getattr(config, name) != getattr(read, name):
+            raise UserError(f"{source}: has {words}, which a .pt in LlamaGen's layout cannot say; give an --out that "
+                            "does not end in .pt")
+
+
 def main(argv: Sequence[str]) -> None:
     """Convert one file or folder, and report every weight."""
     parser = Parser(
@@ -91,14 +102,15 @@ def main(argv: Sequence[str]) -> None:
             raise UserError(f"{out} exists already; give another --out or remove it")
         weights, meta = read_any(Path(args.source), WEIGHTS[args.weights], grid)
         if out.suffix == ".pt":
-            if meta["model"].get("qk_norm"):
-                raise UserError(f"{args.source}: has QK-norm (model.qk_norm), which a .pt in LlamaGen's layout cannot "
-                                "hold; give an --out that does not end in .pt")
-            content = {"model": {**weights, **rotary_table(meta)}} if meta["kind"] == "generator" else (
-                file_content(meta["model"], weights))
+            if meta["kind"] == "generator":
+                check_layout(args.source, weights, meta)
+                content = {"model": {**weights, **rotary_table(meta)}}
+            else:
+                content = file_content(meta["model"], weights)
             write_atomic(out, lambda aside: torch.save(content, aside))
         else:
-            write_checkpoint(out, 0, {"model": weights}, {"seconds": 0.0, "samples": 0, **meta}, keep=1)
+            with filling(out) as aside:
+                write_checkpoint(aside, 0, {"model": weights}, {"seconds": 0.0, "samples": 0, **meta}, keep=1)
     for name, tensor in weights.items():
         print(f"{name:<60} {' x '.join(map(str, tensor.shape)):<24} {str(tensor.dtype).removeprefix('torch.')}")
     count = sum(t.numel() for t in weights.values())

@@ -65,9 +65,11 @@ class TokenizerTask(Task):
         if loss.adversarial_weight:
             self.adversary = Adversary(build_discriminator(config), config.optim, loss.adversarial_weight, runtime)
         listed, self._images_hash = self._listed(data.images)
+        share, _ = config.train.shares(runtime.world, f"{runtime.world} processes")
         self.images = TrainingImages(
             listed, self.model.image_channels, data.image_size, seed=config.seed,
-            mirror=data.mirror, crop_min=data.crop_min, workers=data.workers)
+            mirror=data.mirror, crop_min=data.crop_min, workers=data.workers, global_batch=config.train.global_batch,
+            share=share)
         self.val_images: Tensor | None = None
         if data.val_images:
             held_out, _ = self._listed(data.val_images)

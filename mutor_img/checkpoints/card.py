@@ -61,10 +61,10 @@ def run_of(folder: Path) -> Path:
 
 
 def _summary(meta: dict[str, Any]) -> str:
-    with_mutor = f"with mutor_img {version('mutor_img')}"
-    if meta["kind"] == "tokenizer":
-        return f"A VQ tokenizer: images to a grid of codes and back. It was trained {with_mutor}."
-    return f"A class-conditional transformer that generates images as a grid of VQ codes. It was trained {with_mutor}."
+    kind = {"tokenizer": "A VQ tokenizer: images to a grid of codes and back.",
+            "generator": "A class-conditional transformer that generates images as a grid of VQ codes."}[meta["kind"]]
+    made = "It was trained" if "config" in meta else "Its weights were converted from another project's file"
+    return f"{kind} {made} with mutor_img {version('mutor_img')}."
 
 
 def _how_to_load(repo: str, meta: dict[str, Any], packed: bool) -> str:
@@ -92,7 +92,8 @@ def _facts(folder: Path, meta: dict[str, Any], group: str, digest: str) -> dict[
     size = meta.get("image_size") or codes.get("image_size")
     return {
         "parameters": f"{count:,}", "weights": f"{'averaged (EMA)' if group == 'ema' else 'raw'}, sha256 `{digest}`",
-        "updates": f"{meta['step']:,}", "samples seen": f"{meta['samples']:,}" if meta.get("samples") else None,
+        "updates": f"{meta['step']:,}" if config else None,
+        "samples seen": f"{meta['samples']:,}" if meta.get("samples") else None,
         "image size": f"{size} pixels per side" if size else None, "grid of codes": offered,
         "vocabulary": model["vocabulary"],
         "classes": f"{model['classes']:,}" if "classes" in model else None,

@@ -106,8 +106,8 @@ def repository(path: str | Path, repo: str, *, tokenizer: str | Path | None = No
     named = tokenizer or codes.get("tokenizer")
     packed: Published = {}
     if meta["kind"] == "generator" and named:
-        recorded, packed = _tokenizer(named, codes.get("tokenizer_hash"))
-        meta["codes"] = {**codes, "tokenizer": recorded}
+        recorded, found, packed = _tokenizer(named, codes.get("tokenizer_hash"))
+        meta["codes"] = {**codes, "tokenizer": recorded, "tokenizer_hash": found}
     card, picture = write_card(repo, folder, meta, scores, licence, packed=bool(packed))
     return {"checkpoint.json": json_text(sealed(meta)), **files,
             **{f"{PACKED}/{name}": file for name, file in packed.items()}, "README.md": card.encode(), **picture}
@@ -122,11 +122,11 @@ def _checkpoint(folder: Path) -> tuple[dict[str, Any], Published]:
     return {**meta, "files": {name: meta["files"][name] for name in names}}, {name: folder / name for name in names}
 
 
-def _tokenizer(named: str | Path, expected: str | None) -> tuple[str, Published]:
-    """Return what a generator's JSON calls its tokenizer, and the files that are packed with it.
+def _tokenizer(named: str | Path, expected: str | None) -> tuple[str, str, Published]:
+    """Return what a generator's JSON calls its tokenizer, its sha256, and the files that are packed with it.
 
     Raises:
-        UserError: it is not there, or not the one with the sha256 ``expected``.
+        UserError: it is not there, or not the one with the sha256 ``expected``; None, of converted weights: any is.
     """
     if not is_hub_name(named) and not Path(named).exists():
         raise UserError(f"{named}: no such file or folder; give tokenizer=, the path of the run's tokenizer or its "
@@ -137,9 +137,9 @@ def _tokenizer(named: str | Path, expected: str | None) -> tuple[str, Published]
         named = pinned(named) if is_hub_name(named) else str(named)
         meta, files = _checkpoint(find_checkpoint(named))
         recorded, found = named, group_hash(meta["files"], sampled_group(meta["files"]))
-    if found != expected:
+    if expected is not None and found != expected:
         raise UserError(f"{named}: its weights have sha256 {found[:16]}, but the run's codes were made by a tokenizer "
-                        f"with {str(expected)[:16]}; give tokenizer=, that one's path or name on the Hub")
+                        f"with {expected[:16]}; give tokenizer=, that one's path or name on the Hub")
     if is_hub_name(recorded) or not files:
-        return recorded, {}
-    return PACKED, {"checkpoint.json": json_text(sealed(meta)), **files}
+        return recorded, found, {}
+    return PACKED, found, {"checkpoint.json": json_text(sealed(meta)), **files}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import hashlib
 import json
@@ -21,6 +22,7 @@ from mutor_img.common.errors import UserError
 _SYNCFS = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)  # Linux
 PATIENCE = 90.0  # seconds; a network file system may show another machine's file a minute late (NFS: acdirmax)
 SEAL = "seal"  # the key of a hash in a JSON file
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of Lustre without -o flock, of NFS without lockd
 _MEND = "correct or remove that line"
 _stuck: set[Path] = set()  # what could not be removed and has been said
 
@@ -170,9 +172,16 @@ def append_line(path: str | os.PathLike, line: str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
         file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
+        content = file.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):  # a disk without locks may hold another process's line by now: mostly it stays
+            file.truncate(whole)
         file.write(line.encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())

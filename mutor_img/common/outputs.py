@@ -40,8 +40,8 @@ def keep_apart(outputs: Mapping[str, Paths], inputs: Mapping[str, Paths], remove
         if is_hub_name(out):
             raise UserError(f"{flag} {as_typed(out)}: a name on the Hugging Face Hub, from which commands only read; "
                             "give a path")
-        for source, path in _each(inputs):
-            _compare(flag, out, source, path)
+    for source, path in _each(inputs):
+        _check_input(source, path, written)
     for flag, folder in _each(removed):
         for source, path in [*_each(inputs), *_each(outputs)]:
             if source != flag and _within(path, folder):
@@ -80,15 +80,20 @@ def refuse_strange_folder(flag: str, folder: str | Path, signs: Collection[str],
         raise UserError(f"{flag} {folder} holds no {kind} but {strange[0]}{others}; give a folder of its own")
 
 
-def _compare(flag: str, out: Path, source: str, path: Path) -> None:
-    if _same(out, path):
-        raise UserError(f"{flag} {out} is {source}{f' {path}' if path != out else ''} itself, which would be "
-                        "overwritten; give another path")
-    if not path.is_dir() or _is_free(path, out):
+def _check_input(source: str, path: Path, written: Sequence[tuple[str, Path]]) -> None:
+    """Raise :class:`UserError` for an output that is this input or lies in it; its links are followed once for all."""
+    taken: dict[Path, str] = {}  # the outputs' places, and all folders above them
+    for flag, out in written:
+        if _same(out, path):
+            raise UserError(f"{flag} {out} is {source}{f' {path}' if path != out else ''} itself, which would be "
+                            "overwritten; give another path")
+        if path.is_dir() and not _is_free(path, out):
+            taken = {above: f"{flag} {out}" for place in _places(out) for above in (place, *place.parents)} | taken
+    if not taken:
         return
-    for folder in (path, *_links(path)):
-        if _same(out, folder) or _within(out, folder):
-            raise UserError(f"{flag} {out} lies in {source} {path}, which is read; give a path outside of it")
+    for folder in (Path(os.path.realpath(path)), *_links(path)):
+        if folder in taken:
+            raise UserError(f"{taken[folder]} lies in {source} {path}, which is read; give a path outside of it")
 
 
 def _each(paths: Mapping[str, Paths]) -> Iterator[tuple[str, Path]]:

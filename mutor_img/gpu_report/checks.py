@@ -48,7 +48,8 @@ def all_checks(quick: bool = False, batch: int = 32) -> dict[str, Check]:
         batch: sequences in a measured update of B.
     """
     laws = {name: law for name, law in LAWS.items() if not quick or name in ("2d dense", "2d sparse")}
-    return {**attention_checks(laws), **training_checks(), **other_checks(), **measurements(batch)}
+    # Side by side, what takes longest begins first.
+    return {**other_checks(), **training_checks(), **attention_checks(laws), **measurements(batch)}
 
 
 def attention_checks(laws: dict[str, RegisterLaw]) -> dict[str, Check]:
@@ -100,19 +101,20 @@ def other_checks() -> dict[str, Check]:
     """Return the checks of decoding, of the tokenizer, of scores, and of a run from images to scores."""
     checks: dict[str, Check] = {}
     for precision in PRECISIONS:
+        checks[f"tokenizer, training step, {precision}"] = partial(check_tokenizer_step, precision=precision)
+        checks[f"tokenizer, resume, {precision}"] = partial(check_tokenizer_resume, precision=precision)
+    checks["a run, images to scores"] = partial(check_run, law=RegisterLaw("2d", (8, 8), 4, 20))
+    for precision in PRECISIONS:
         for name, scale in (("no guidance", 1.0), ("guidance 2", 2.0)):
             checks[f"decoding, {name}, {precision}"] = partial(check_decoding, cfg_scale=scale, precision=precision)
         for source in SOURCES:
             checks[f"drafts, {source}, {precision}"] = partial(check_drafts, source=source, precision=precision)
-        checks[f"tokenizer, training step, {precision}"] = partial(check_tokenizer_step, precision=precision)
         checks[f"tokenizer, LPIPS, {precision}"] = partial(check_lpips, precision=precision)
-        checks[f"tokenizer, resume, {precision}"] = partial(check_tokenizer_resume, precision=precision)
     checks["tokenizer, encode"] = partial(check_encode)
     checks["tokenizer, decode"] = partial(check_decode)
     for network in ("inception", "mnist"):
         checks[f"features, {network}"] = partial(check_features, network=network)
     checks["scores"] = partial(check_scores)
-    checks["a run, images to scores"] = partial(check_run, law=RegisterLaw("2d", (8, 8), 4, 20))
     return checks
 
 

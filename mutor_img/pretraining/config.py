@@ -148,7 +148,7 @@ class GeneratorConfig:
     seed: int = 0  # seed of the weights, data order, views, registers, class dropout and dropout
     init_from: str | None = None  # weights to start from: a run, a checkpoint, hf://org/name, or a LlamaGen .pt
     freeze: list[str] = field(default_factory=list)  # names of weights that are not trained; * matches anything
-    expected_loss: list[float] = field(default_factory=list)  # [low, high]: warn if next_token at step 200 is outside
+    expected_loss: list[float] = field(default_factory=list)  # [low, high]: warn if next_token is outside at step 200
     data: CodesConfig = field(default_factory=CodesConfig)
     model: ModelSection = field(default_factory=ModelSection)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

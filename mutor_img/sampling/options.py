@@ -63,8 +63,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup
                                                      "probability; 1: from all")
     add("--dtype", default="auto", metavar="TYPE", help="dtype of the generator: fp32, bf16, or auto: bf16 on "
                                                                 "CUDA, else fp32")
-    add("--draft", default="off", metavar="W", help="codes per image that each pass of the network takes, drafts among "
-                                                    "them; off; or auto: drafts only where they are faster. Changes no "
+    add("--draft", default="off", metavar="W", help="off; auto: drafts only where they are faster; or W: inputs per "
+                                                    "image and pass of the network, W - 1 of them drafts. Changes no "
                                                     "image")
     add("--draft-source", default=Draft.source, metavar="NAME", help="where the first drafts come from: "
                                                                      f"{', '.join(SOURCES)}")

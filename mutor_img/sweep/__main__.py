@@ -86,8 +86,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
                                "--reference": args.reference, **network_files(args)})
     runtime = Runtime.on(args.device)
     with runtime.one_voice(), runtime.claim(folder_lock(out)):
-        rows, network = _score(args, points, metrics, out, runtime)
-        return _conclude(parser, args, rows, network, out) if runtime.is_main else {}
+        network = _score(args, points, metrics, out, runtime)
+        return _conclude(parser, args, network, out) if runtime.is_main else {}
 
 
 def _outputs(out: Path) -> dict[str, list[Path]]:
@@ -95,8 +95,8 @@ def _outputs(out: Path) -> dict[str, list[Path]]:
 
 
 def _score(args: argparse.Namespace, points: list[SweepPoint], metrics: list[str] | None, out: Path,
-           runtime: Runtime) -> tuple[list[dict[str, Any]], FeatureNetwork]:
-    """Return the rows of all points, said as they come, and the feature network."""
+           runtime: Runtime) -> FeatureNetwork:
+    """Write the rows of all points, said as they come; returns the feature network."""
     # What is advised at the end is of these weights, also where the run has trained on.
     args.checkpoint = runtime.from_main(lambda: newest_of(args.checkpoint, args.fallback))
     args.cfg_scale, args.temperature, args.cfg_schedule, args.cfg_parameter = points[0]
@@ -104,23 +104,24 @@ def _score(args: argparse.Namespace, points: list[SweepPoint], metrics: list[str
     keep_apart(_outputs(out), {"the tokenizer": source.tokenizer.path})
     check_sets(GeneratedImages(source, args.num_samples, args.batch_size), reference)
     network = load_network(args, runtime)  # last: it may have to be downloaded
-    key, rows = frechet_key(network), []
+    key = frechet_key(network)
     for number, row in enumerate(sweep(source, points, args.num_samples, reference, network, out=out / "sweep.json",
                                        metrics=metrics, batch_size=args.batch_size, progress=True)):
-        rows.append(row)
         if runtime.is_main:
             print(f"point {number + 1} of {len(points)}: cfg-scale {row['cfg_scale']:g}, temperature "
                   f"{row['temperature']:g}{schedule_note(row)}: {key} {row[key]:.4f} ({row['seconds']:.0f} s)",
                   flush=True)
-    return rows, network
+    return network
 
 
-def _conclude(parser: argparse.ArgumentParser, args: argparse.Namespace, rows: list[dict[str, Any]],
-              network: FeatureNetwork, out: Path) -> dict[str, Any]:
-    """Write and print what the rows say; returns what ``sweep.json`` holds."""
+def _conclude(parser: argparse.ArgumentParser, args: argparse.Namespace, network: FeatureNetwork,
+              out: Path) -> dict[str, Any]:
+    """Write and print what all rows say, those of earlier commands too; returns what ``sweep.json`` holds."""
+    found = read_record(out / "sweep.json")
+    rows = sorted(found["points"], key=lambda row: (schedule_note(row), row["temperature"], row["cfg_scale"]))
     key, best = frechet_key(network), best_point(rows, network)
     command = full_command(parser, args, best)
-    result = {**read_record(out / "sweep.json"), "best": best, "command": command}
+    result = {**found, "best": best, "command": command}
     write_sealed(out / "sweep.json", result)
     print("\n".join([table(rows, best), *advice(rows, best, key), "the score of 50000 samples there:", f"  {command}",
                      f"{out / 'sweep.json'}, {draw(rows, best, key, out / 'sweep.png')}"]))

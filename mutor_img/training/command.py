@@ -56,7 +56,7 @@ def training_parser(*, description: str, example: str, override: str = "optim.lr
     """
     parser = Parser(description=description, example=example)
     parser.add_argument("--config", required=True, metavar="FILE",
-                        help="YAML config, or the name of a shipped one, such as mnist/mutor2d")
+                        help="YAML config, or the name of a shipped one: its path below configs/, without .yaml")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and a plan, then stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", default=[],
                         help=f"values that replace those of the config, such as {override}")

@@ -19,6 +19,7 @@ from mutor_img.common import cli
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import read_json, write_json
 from mutor_img.common.hub import hub_folder, pinned
+from mutor_img.convert import main as convert
 from mutor_img.metrics.samples import manifest_of
 from tokenizer import VQModel, load_tokenizer
 
@@ -111,6 +112,18 @@ def test_a_card_without_a_licence_has_a_place_for_it(hub, tmp_path):
     assert same(VQModel.from_pretrained(folder), load_tokenizer(tmp_path / "vq"))
     with pytest.raises(UserError, match="out exists already"):
         save_pretrained(tmp_path / "vq", folder)
+
+
+def test_converted_weights_are_published_with_a_tokenizer_and_claim_no_training(random_model, tmp_path):
+    torch.save({"model": random_model((4, 4), dim=128, register_offsets=None).state_dict()}, tmp_path / "c2i.pt")
+    write_tokenizer(tmp_path / "tokenizer")
+    convert(["--source", str(tmp_path / "c2i.pt"), "--grid", "4x4", "--out", str(tmp_path / "converted")])
+    folder = save_pretrained(tmp_path / "converted", tmp_path / "out", tokenizer=tmp_path / "tokenizer")
+    card = (folder / "README.md").read_text()
+    assert "converted from another project's file" in card
+    assert "It was trained" not in card and "| updates |" not in card
+    tokenizer_hash = read_json(manifest_of(sample(str(folder), tmp_path / "s.npz", count=3)))["tokenizer_hash"]
+    assert read_json(folder / "checkpoint.json")["codes"]["tokenizer_hash"] == tokenizer_hash
 
 
 def test_a_full_disk_leaves_no_half_of_a_copy(run_of, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Removing what is old ends nothing: it is said once, it goes later, and its name is free."""
 
 import ast
+import errno
 import json
 import os
 import re
@@ -149,6 +150,19 @@ def test_a_damaged_line_hides_none_of_those_after_it(tmp_path):
     path.write_text(path.read_text().replace('{"row": 1', '["row": 1'))
     with pytest.raises(UserError, match=r"rows\.jsonl, line 2: not valid JSON"):
         read_lines(path)
+
+
+def test_a_disk_without_locks_loses_no_line(tmp_path, monkeypatch):
+    def no_lock(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", no_lock)
+    path = tmp_path / "rows.jsonl"
+    append_line(path, '{"row": 0}')
+    with open(path, "a") as file:
+        file.write('{"row"')  # a kill
+    append_line(path, '{"row": 1}')
+    assert [row["row"] for row in read_lines(path, "row")] == [0, 1]
 
 
 @pytest.mark.parametrize("value", [3, None, [], "key", {"other": 1}])

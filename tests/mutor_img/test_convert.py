@@ -1,9 +1,13 @@
 """Weights go from LlamaGen's files to checkpoints and back without a change, and training starts from them."""
 
+import errno
+
 import pytest
 import torch
 
+from mutor_img import convert as module
 from mutor_img import load_checkpoint
+from mutor_img.blocks import PRESETS
 from mutor_img.checkpoints.llamagen import read_pt
 from mutor_img.common import cli
 from mutor_img.common.errors import UserError
@@ -115,6 +119,38 @@ def test_qk_norm_is_neither_started_from_weights_without_it_nor_written_in_llama
         main(["--source", str(run), "--out", str(tmp_path / "back.pt")])
     main(["--source", str(run), "--out", str(tmp_path / "copy")])
     assert load_checkpoint(tmp_path / "copy").config.qk_norm and not (tmp_path / "back.pt").exists()
+
+
+@pytest.mark.parametrize("more, words", [
+    ((), r"4 heads at dim 32"),
+    (("registers.kind=set", "registers.offsets=[3,5]", "registers.embedding=per_offset"),
+     r"registers at offsets \[3, 5\]"),
+])
+def test_what_a_pt_could_not_say_is_not_written_as_one(more, words, run_training, tmp_path, monkeypatch):
+    if not more:
+        monkeypatch.setitem(PRESETS, "of-four", (1, 4, 32))
+        more = ("model.preset=of-four",)
+    run = run_training("train.steps=1", *more).run_dir
+    if "of-four" in more[0]:
+        monkeypatch.delitem(PRESETS, "of-four")
+    with pytest.raises(UserError, match=rf"has {words}, which a \.pt .* give an --out that does not end in \.pt"):
+        main(["--source", str(run), "--out", str(tmp_path / "back.pt")])
+    assert not (tmp_path / "back.pt").exists()
+
+
+def test_a_full_disk_leaves_nothing_in_the_way(released, tmp_path, monkeypatch):
+    def full(folder, *others, **named):
+        (folder / "checkpoints").mkdir()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    words = ["--source", str(released[0]), "--out", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_checkpoint", full)
+        with pytest.raises(OSError):
+            main(words)
+    assert not (tmp_path / "run").exists()
+    main(words)
+    assert load_checkpoint(tmp_path / "run").config.layers
 
 
 def test_weights_of_another_model_are_no_start(run_training, tmp_path):

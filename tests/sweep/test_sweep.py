@@ -52,6 +52,18 @@ def test_a_killed_sweep_goes_on_and_its_rows_are_the_scores_of_evaluate_fid(flag
     assert "lowest FD-16" in printed and "bias falls as 1/N" in printed and result["command"] in printed
 
 
+def test_values_that_are_added_are_judged_together_with_the_finished_ones(flags, capsys):
+    more = ["--metrics", "fid", "--cfg-scales"]
+    first = main([*flags, *more, "1,8"])
+    capsys.readouterr()
+    result = main([*flags, *more, "4,2"])
+    assert [row["cfg_scale"] for row in result["points"]] == [1, 8, 4, 2]
+    assert result["points"][:2] == first["points"]
+    assert result["best"] == min(result["points"], key=lambda row: row["fd"])
+    printed = capsys.readouterr().out
+    assert [line.split()[0] for line in printed.splitlines() if line[:2] in ("1 ", "2 ", "4 ", "8 ")] == list("1248")
+
+
 def test_schedules_are_points_too(flags, capsys):
     more = ["--cfg-scales", "1,4", "--metrics", "fid"]
     result = main([*flags, *more, "--cfg-schedules", "constant,linear,power-cosine:2"])

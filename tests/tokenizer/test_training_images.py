@@ -11,7 +11,7 @@ from tokenizer.training.images import TrainingImages
 
 
 def build(folder, **options):
-    settings = {"seed": 3, "mirror": False, "crop_min": 1.0, "workers": 2} | options
+    settings = {"seed": 3, "mirror": False, "crop_min": 1.0, "workers": 2, "global_batch": 4, "share": 4} | options
     return TrainingImages(list_images(folder), 1, 8, **settings)
 
 
@@ -21,9 +21,24 @@ def test_a_sample_does_not_depend_on_its_batch(image_folder, options):
     samples = torch.arange(24)
     whole = build(folder, **options).batch(samples)
     reader = build(folder, **options)
-    parts = [reader.batch(part) for part in samples.split(4)]  # reads ahead from the second on
+    parts = [reader.batch(part) for part in samples.split(4)]  # reads ahead
     assert torch.equal(torch.cat(parts), whole)
     assert torch.equal(build(folder, **options).batch(torch.tensor([17, 2])), whole[[17, 2]])
+
+
+@pytest.mark.parametrize("world, micro_batch", [(1, 12), (1, 4), (2, 6), (2, 2), (3, 4), (4, 1)])
+def test_what_is_read_ahead_is_what_a_process_asks_for_next(world, micro_batch, image_folder, monkeypatch):
+    """Three updates of 12 samples, as rank 1 (or the only one) of so many processes sees them."""
+    monkeypatch.setattr(training_images, "_CACHE_BYTES", 0)
+    share, rank, read = 12 // world, min(1, world - 1), []
+    reader = build(image_folder(), global_batch=12, share=share)
+    one = reader._one
+    monkeypatch.setattr(reader, "_one", lambda sample, item: read.append(sample) or one(sample, item))
+    own = [update * 12 + rank * share + i for update in range(3) for i in range(share)]
+    for begin in range(0, len(own), micro_batch):
+        reader.batch(torch.tensor(own[begin:begin + micro_batch]))
+    reader.pool.shutdown()
+    assert sorted(read)[:len(own)] == own and len(read) == len(own) + micro_batch
 
 
 def test_an_epoch_holds_every_image_once(image_folder):

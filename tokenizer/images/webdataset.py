@@ -103,19 +103,19 @@ def _keys_twice(found: TarImages) -> list[str]:
     Raises:
         UserError: an image that an earlier tar file has too, byte for byte, under the same key.
     """
-    first: dict[str, int] = {}
-    more: dict[str, list[int]] = {}
+    keys: set[str] = set()
+    alike: dict[tuple[str, int], list[int]] = {}  # by key and bytes
     twice = []
     for index, file in enumerate(found.files):
         key = file.partition(":")[2].rpartition(".")[0]
-        if first.setdefault(key, index) == index:
-            continue
-        for earlier in (first[key], *more.get(key, ())):
-            if found.sizes[earlier] == found.sizes[index] and found.content(earlier) == found.content(index):
-                raise UserError(f"{found.root}: {file} is the same as {found.files[earlier]}, byte for byte; remove "
+        earlier = alike.setdefault((key, found.sizes[index]), [])
+        for other in earlier:
+            if found.content(other) == found.content(index):
+                raise UserError(f"{found.root}: {file} is the same as {found.files[other]}, byte for byte; remove "
                                 "one of the two, or the image counts twice")
-        more.setdefault(key, []).append(index)
-        twice.append(file)
+        earlier.append(index)
+        twice += [file] * (key in keys)
+        keys.add(key)
     return twice
 
 

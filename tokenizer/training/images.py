@@ -33,16 +33,18 @@ class TrainingImages:
         mirror: flip each sample with probability 1/2.
         crop_min: smallest share of the shorter side that a random crop keeps; 1: the centre crop, always.
         workers: reading threads, where the images do not fit in memory or are cropped at random.
+        global_batch: samples per update.
+        share: those of one process, by which ``global_batch`` divides.
     """
 
     def __init__(self, folder: ImageSource, channels: int, image_size: int, *, seed: int, mirror: bool,
-                 crop_min: float, workers: int):
+                 crop_min: float, workers: int, global_batch: int, share: int):
         self.folder, self.channels, self.image_size, self.seed = folder, channels, image_size, seed
         self.mirror, self.crop_min = mirror, crop_min
+        self.share, self.others = share, global_batch - share
         self.order = StatelessOrder(len(folder), seed)
         self.pool = ThreadPoolExecutor(workers)
         self.ahead: dict[int, Future[Tensor]] = {}
-        self.last_first: int | None = None
         self.cache: Tensor | None = None
         if crop_min == 1 and len(folder) * channels * image_size**2 <= _CACHE_BYTES:
             self.cache = read_all(folder, range(len(folder)), channels, image_size, self.pool)
@@ -63,13 +65,12 @@ class TrainingImages:
         return to_float(to_device(images, device))
 
     def _read(self, samples: list[int]) -> list[Tensor]:
-        """Return the pixels of ``samples``, and begin to read those that the next call should ask for."""
+        """Return the pixels of ``samples``, and begin to read those that this process is asked for next."""
         ready = [self.ahead.pop(sample, None) or self._submit(sample) for sample in samples]
-        stride = samples[0] - self.last_first if self.last_first is not None else 0
-        self.last_first = samples[0]
-        if stride > 0:
-            wanted = {sample + stride for sample in samples}
-            self.ahead = {sample: self.ahead.get(sample) or self._submit(sample) for sample in wanted}
+        update_ends = samples[-1] % self.share == self.share - 1
+        stride = len(samples) + (self.others if update_ends else 0)
+        self.ahead = {sample + stride: self.ahead.get(sample + stride) or self._submit(sample + stride)
+                      for sample in samples}
         return [future.result() for future in ready]
 
     def _submit(self, sample: int) -> Future[Tensor]:
