@@ -35,22 +35,23 @@ class _Callback:
     """Stands for the class of Lightning under whose name a training file keeps what nobody reads here."""
 
 
-def read_pt(path: str | Path, ema: bool = False) -> dict[str, Tensor]:
-    """Return the weights of a ``.pt`` / ``.pth`` file in LlamaGen's layout, by their names there.
-
-    Args:
-        path: the file.
-        ema: take the averaged weights under ``ema`` instead of the raw ones.
+def read_pt(path: str | Path) -> dict[str, Tensor]:
+    """Return the raw weights of a ``.pt`` / ``.pth`` file in LlamaGen's layout, by their names there.
 
     Raises:
         UserError: the file is missing, damaged, wants to run code, holds no tensors, or holds those of a wrapped or of
             a text-to-image model.
     """
-    return read_released(path, ema)[0]
+    return read_released(path)[0]
 
 
 def read_released(path: str | Path, ema: bool = False) -> tuple[dict[str, Tensor], tuple[int, int] | None]:
-    """Return what :func:`read_pt` does, and the grid of codes that the file's rotary table is for, if it holds one."""
+    """Return what :func:`read_pt` does, and the grid of codes that the file's rotary table is for, if it holds one.
+
+    Args:
+        path: the file.
+        ema: take the averaged weights under ``ema`` instead of the raw ones.
+    """
     content = _load(path)
     chosen = _choose(content, path, ema)
     weights = {k: v for k, v in chosen.items() if k != _TABLE}

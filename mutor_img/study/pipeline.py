@@ -156,17 +156,13 @@ def generators(config: StudyConfig) -> list[Generator]:
     """Return the generators to train: MuToR, and to compare the baseline for as many updates."""
     chosen = [_generator(config.generator)]
     if config.compare:
-        chosen.append(_generator(config.baseline, steps=_updates(config.generator)))
+        chosen.append(_generator(config.baseline, steps=load_config(GeneratorConfig, config.generator).train.steps))
     return chosen
 
 
 def _generator(path: str, steps: int | None = None) -> Generator:
     run_dir = Path(load_config(GeneratorConfig, path).run_dir)
     return Generator(run_dir.name, path, run_dir, () if steps is None else (f"train.steps={steps}",))
-
-
-def _updates(path: str) -> int:
-    return load_config(GeneratorConfig, path).train.steps
 
 
 def equal_seconds(baseline: Generator, other: Generator) -> Generator:

@@ -56,7 +56,7 @@ def test_the_words_of_a_run_give_its_config(study_file):
 @pytest.mark.parametrize("stage", ["training", "scoring"])
 def test_the_commands_of_a_run_start_in_a_new_python_anywhere(study_file, tmp_path, stage):
     words = ["--config", str(study_file)]
-    started = dict(stages(all_jobs(load_config(ComparisonConfig, study_file))[0], words, trained=False))[stage]
+    started = dict(stages(all_jobs(load_config(ComparisonConfig, study_file))[0], words))[stage]
     (tmp_path / "mutor_img").mkdir()  # another package of this name, which is not the one that is meant
     (tmp_path / "mutor_img" / "__init__.py").write_text("raise ImportError('another')")
     done = subprocess.run([*started, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=200,

@@ -103,6 +103,15 @@ def test_targets_of_as_many_held_out_images_count(study):
     assert targets(study, [job]) == {(job.row, job.seed, 10): [[0, 1, 100]]}
 
 
+def test_a_damaged_checkpoint_is_its_own_runs_trouble(study):
+    job = all_jobs(study)[0]
+    write_checkpoint(job.run_dir, 10, {"model": {"w": torch.zeros(2)}}, {"kind": "generator"}, 1)
+    add(study, ROWS, line(study, job, 10, 1.0, weights_at(job, 10)))
+    (checkpoint_at(job.run_dir, 10) / "checkpoint.json").write_text("{")
+    assert not job.trained and weights_at(job, 10) is None
+    assert list(scored(study, [job])) == [(job.row, job.seed, 10, 1.0)]
+
+
 def test_rows_of_the_same_settings_have_weights_of_their_own(study):
     study.rows = [RowConfig("a"), RowConfig("twin")]
     jobs = [job for job in all_jobs(study) if job.seed == 0]

@@ -107,7 +107,7 @@ def _run(study: ComparisonConfig, jobs: Sequence[Job], words: Sequence[str], wor
         print(f"{len(jobs) - len(left)} of {len(jobs)} runs are done already", flush=True)
     budget = Budget(folder / "spent.json", study.budget_hours)
     flops = _flops(left)
-    return run_jobs(left, lambda job: stages(job, words, job.trained), workers, folder / "logs", budget,
+    return run_jobs(left, lambda job: stages(job, words), workers, folder / "logs", budget,
                     lambda job: _write_table(study, jobs), lambda job: flops[job.row])
 
 

@@ -17,15 +17,14 @@ _SLURM = ("export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=170; "
           'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1); ')
 
 
-def stages(job: Job, study: Sequence[str], trained: bool) -> list[tuple[str, list[str]]]:
+def stages(job: Job, study: Sequence[str]) -> list[tuple[str, list[str]]]:
     """Return what a run takes on this machine: the name of each stage and its command.
 
     Args:
         job: the run.
         study: ``--config`` and the overrides of the study.
-        trained: leave out the training.
     """
-    train = [] if trained else [("training", [*door_command("train"), *job.words])]
+    train = [] if job.trained else [("training", [*door_command("train"), *job.words])]
     return [*train, ("scoring", [*module_command(SCORE), *score_words(job, study)])]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -49,9 +50,11 @@ class Job:
 
     @property
     def trained(self) -> bool:
-        """Whether all its updates are done."""
+        """Whether all its updates are done, as far as can be read: training says what is wrong with a checkpoint."""
         newest = newest_checkpoint(self.run_dir)
-        return newest is not None and read_meta(newest)["step"] >= self.config.train.steps
+        with suppress(UserError):
+            return newest is not None and read_meta(newest)["step"] >= self.config.train.steps
+        return False
 
 
 def all_jobs(study: ComparisonConfig) -> list[Job]:

@@ -1,7 +1,7 @@
 """What is scored already: one line of JSON for each run, checkpoint and guidance scale.
 
 Lines are only ever added. One counts for a study as it stands now if it was scored by the same settings, of the same
-run, and of the weights that the run's checkpoint holds, unless that is gone; of several the last.
+run, and of the weights that the run's checkpoint holds, unless that is gone or damaged; of several the last.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,13 @@ def _current(study: ComparisonConfig, name: str, jobs: Iterable[Job]) -> Iterato
 
 
 def weights_at(job: Job, step: int) -> str | None:
-    """Return the hash of the weights that sampling takes from a checkpoint; None: it is not there."""
+    """Return the hash of the weights that sampling takes from a checkpoint; None: it is not there, or damaged."""
     folder = checkpoint_at(job.run_dir, step)
-    if not (folder / "checkpoint.json").is_file():
-        return None
-    files = read_meta(folder)["files"]
-    return group_hash(files, sampled_group(files))
+    with suppress(UserError):
+        if (folder / "checkpoint.json").is_file():
+            files = read_meta(folder)["files"]
+            return group_hash(files, sampled_group(files))
+    return None
 
 
 def check_same_judge(study: ComparisonConfig, judge: dict[str, Any]) -> None:
