@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from mutor_img.app import markup
-from mutor_img.checkpoints.folder import newest_checkpoint, read_meta
+from mutor_img.checkpoints.folder import newest_checkpoint, peek_meta
 from mutor_img.common.errors import UserError, reading
 from mutor_img.common.files import read_json, read_lines, read_metrics
 from mutor_img.common.folders import is_hidden
@@ -175,7 +175,7 @@ def _summary(folder: Path) -> tuple[str, str, str]:
 
 def _progress(folder: Path, owner: str | None) -> tuple[str, str, str]:
     newest, config, metrics = newest_checkpoint(folder), folder / "config.yaml", folder / "metrics.jsonl"
-    meta = read_meta(newest) if newest else {}
+    meta = peek_meta(newest) if newest else {}
     step, steps = meta.get("step", 0), None
     if config.exists():
         _check_file(config)

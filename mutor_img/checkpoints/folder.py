@@ -195,7 +195,7 @@ def newest_intact(run_dir: str | Path) -> Path | None:
 
 def _is_intact(folder: Path) -> bool:
     try:
-        files = _read_meta(folder)["files"]
+        files = peek_meta(folder)["files"]
         return not any(differs(folder / name, file) for name, file in files.items())
     except (UserError, OSError):
         return False
@@ -238,10 +238,11 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """Return a checkpoint's JSON.
 
     Raises:
-        UserError: it is of another format or version, or damaged.
+        UserError: it is of another format or version, or damaged; then it names an intact one, for which the weights
+            of the run's other checkpoints are read.
     """
     with _naming_intact(folder):
-        return _read_meta(folder)
+        return peek_meta(folder)
 
 
 def codes_of(folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
@@ -255,7 +256,8 @@ def codes_of(folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
     return {**codes, "tokenizer": from_above(codes["tokenizer"], folder)} if codes.get("tokenizer") else codes
 
 
-def _read_meta(folder: Path) -> dict[str, Any]:
+def peek_meta(folder: Path) -> dict[str, Any]:
+    """Return what :func:`read_meta` does, for a glance: an error names no other checkpoint, and reads none."""
     path = folder / "checkpoint.json"
     meta = read_json(path)
     check_format(meta.get("format") if isinstance(meta, dict) else None, FORMAT, path)
@@ -277,7 +279,7 @@ def open_group(folder: Path, group: str, rank: int = 0, world: int = 1) -> Tenso
         UserError: a file is missing, shorter than written, or its hash differs.
     """
     with _naming_intact(folder):
-        return TensorGroup(folder, _read_meta(folder)["files"], group, rank, world)
+        return TensorGroup(folder, peek_meta(folder)["files"], group, rank, world)
 
 
 def read_tensors(folder: Path, group: str) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import chain, zip_longest
 from pathlib import Path
 
-from mutor_img.checkpoints.folder import newest_checkpoint, read_meta
+from mutor_img.checkpoints.folder import newest_checkpoint, peek_meta
 from mutor_img.common.config import load_config
 from mutor_img.common.errors import UserError, naming, suggest
 from mutor_img.pretraining.config import GeneratorConfig
@@ -53,7 +53,7 @@ class Job:
         """Whether all its updates are done, as far as can be read: training says what is wrong with a checkpoint."""
         newest = newest_checkpoint(self.run_dir)
         with suppress(UserError):
-            return newest is not None and read_meta(newest)["step"] >= self.config.train.steps
+            return newest is not None and peek_meta(newest)["step"] >= self.config.train.steps
         return False
 
 

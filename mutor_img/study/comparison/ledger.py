@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mutor_img.checkpoints.folder import checkpoint_at, read_meta
+from mutor_img.checkpoints.folder import checkpoint_at, peek_meta
 from mutor_img.checkpoints.tensor_files import group_hash, sampled_group
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import append_line, read_lines, sealed
@@ -69,7 +69,7 @@ def weights_at(job: Job, step: int) -> str | None:
     folder = checkpoint_at(job.run_dir, step)
     with suppress(UserError):
         if (folder / "checkpoint.json").is_file():
-            files = read_meta(folder)["files"]
+            files = peek_meta(folder)["files"]
             return group_hash(files, sampled_group(files))
     return None
 
