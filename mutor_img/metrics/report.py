@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from mutor_img.metrics.requirements import SCORES
+
 
 def shortened(count: int) -> str:
     """50000 -> "50k", 1500 -> "1500"."""
@@ -19,9 +21,8 @@ def table(result: dict[str, Any]) -> str:
         columns["held-out real"] = result["real_against_real"]
     # A column of another N must not stand under the name of this one.
     size = f"-{shortened(result['num_samples'])}" if len(columns) == 1 else ""
-    names = {"fid": f"FID{size}", "fd": f"FD{size}", "sfid": f"sFID{size}", "is": "Inception Score",
-             "precision": "precision", "recall": "recall", "kid": f"KID{size}", "kd": f"KD{size}",
-             "recognised": "recognised", "distinct": "distinct", "nearest_training_distance": "nearest training image",
+    names = {**SCORES, **{key: SCORES[key] + size for key in ("fid", "fd", "sfid", "kid", "kd")},
+             "is": "Inception Score", "nearest_training_distance": "nearest training image",
              "nearer_than_held_out": "nearer than any held-out", "nearer_by_chance": "nearer by chance",
              "num_samples": "images (N)"}
     rows = [["", *columns]]

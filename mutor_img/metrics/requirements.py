@@ -13,7 +13,8 @@ from mutor_img.metrics.references import Reference
 METRICS = ("fid", "sfid", "is", "pr")  # what is scored unless the user chooses
 OPTIONAL = ("kid",)
 KNOWN = (*METRICS, *OPTIONAL)
-SCORES = ("fid", "fd", "sfid", "is", "precision", "recall", "kid", "kd", "recognised", "distinct")  # keys of a result
+SCORES = {"fid": "FID", "fd": "FD", "sfid": "sFID", "is": "IS", "precision": "precision", "recall": "recall",
+          "kid": "KID", "kd": "KD", "recognised": "recognised", "distinct": "distinct"}  # names by the keys of a result
 INCEPTION = "inception-v3-compat"
 FEATURES_OF_INCEPTION = 2048
 _NEEDS = {"fid": "pool", "sfid": "spatial", "is": "logits", "pr": "pool", "kid": "pool"}  # network outputs

@@ -11,10 +11,8 @@ from matplotlib.figure import Figure
 from mutor_img.common.files import write_atomic
 from mutor_img.decoding.guidance import schedule_text
 from mutor_img.metrics.report import aligned, shortened
+from mutor_img.metrics.requirements import SCORES
 from mutor_img.training.log import save_figure
-
-_COLUMNS = {"fid": "FID", "fd": "FD", "sfid": "sFID", "is": "IS", "precision": "precision", "recall": "recall",
-            "kid": "KID", "kd": "KD", "recognised": "recognised", "distinct": "distinct"}
 
 
 def schedule_note(row: dict[str, Any]) -> str:
@@ -25,9 +23,9 @@ def schedule_note(row: dict[str, Any]) -> str:
 
 def table(rows: Sequence[dict[str, Any]], best: dict[str, Any]) -> str:
     """Return one line per point; a star marks the best."""
-    keys = [key for key in _COLUMNS if key in rows[0]]
+    keys = [key for key in SCORES if key in rows[0]]
     size = shortened(rows[0]["num_samples"])
-    lines = [["cfg-scale", "temperature", *(f"{_COLUMNS[key]}-{size}" if key in ("fid", "fd", "sfid") else _COLUMNS[key]
+    lines = [["cfg-scale", "temperature", *(f"{SCORES[key]}-{size}" if key in ("fid", "fd", "sfid") else SCORES[key]
                                             for key in keys), "seconds", ""]]
     for row in rows:
         lines.append([f"{row['cfg_scale']:g}{schedule_note(row)}", f"{row['temperature']:g}",
@@ -37,7 +35,7 @@ def table(rows: Sequence[dict[str, Any]], best: dict[str, Any]) -> str:
 
 def advice(rows: Sequence[dict[str, Any]], best: dict[str, Any], key: str) -> list[str]:
     """Return sentences on the best point and on how far to trust it."""
-    size, name = best["num_samples"], _COLUMNS[key]
+    size, name = best["num_samples"], SCORES[key]
     lines = [f"lowest {name}-{shortened(size)}: cfg-scale {best['cfg_scale']:g}, temperature {best['temperature']:g}"
              + schedule_note(best),
              f"{name} of {size} samples is higher than that of 50000, because its bias falls as 1/N: compare these "
@@ -64,12 +62,12 @@ def draw(rows: Sequence[dict[str, Any]], best: dict[str, Any], key: str, path: s
             chosen = sorted((row for row in rows if (schedule_note(row), row[curves]) == (note, value)),
                             key=lambda row: row[across])
             for name, style in zip(names, ("o-", "s--")):
-                label = f"{_COLUMNS[name]}, " * (len(names) > 1) + f"{curves.replace('_', '-')} {value:g}{note}"
+                label = f"{SCORES[name]}, " * (len(names) > 1) + f"{curves.replace('_', '-')} {value:g}{note}"
                 place.plot([row[across] for row in chosen], [row[name] for row in chosen], style, label=label,
                            color=f"C{number}", markersize=4, linewidth=1)
-        place.set(xlabel=across.replace("_", "-"), ylabel=" and ".join(_COLUMNS[name] for name in names))
+        place.set(xlabel=across.replace("_", "-"), ylabel=" and ".join(SCORES[name] for name in names))
         place.grid(alpha=0.3)
         place.legend(fontsize=7)
     axes[0][0].plot(best[across], best[key], "*", color="black", markersize=12, zorder=3)
-    figure.suptitle(f"{best['num_samples']} samples per point; the star is the lowest {_COLUMNS[key]}", fontsize=10)
+    figure.suptitle(f"{best['num_samples']} samples per point; the star is the lowest {SCORES[key]}", fontsize=10)
     return write_atomic(path, lambda aside: save_figure(figure, aside))

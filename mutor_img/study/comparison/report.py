@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from mutor_img.metrics.report import shortened
+from mutor_img.metrics.requirements import SCORES
 from mutor_img.study.comparison.config import ComparisonConfig
 from mutor_img.study.comparison.ledger import Place
 from mutor_img.study.comparison.statistics import (
@@ -21,9 +22,9 @@ from mutor_img.study.comparison.statistics import (
     t_interval,
 )
 
-SCORES = {"sfid": ("sFID", 2), "is": ("IS", 1), "precision": ("precision", 3), "recall": ("recall", 3),
-          "kid": ("KID", 4), "kd": ("KD", 4), "recognised": ("recognised", 3), "distinct": ("distinct", 3),
-          "val_next_token": ("held-out loss", 4), "val_next_token_raw": ("held-out loss, raw weights", 4)}
+DIGITS = {"sfid": 2, "is": 1, "precision": 3, "recall": 3, "kid": 4, "kd": 4, "recognised": 3, "distinct": 3,
+          "val_next_token": 4, "val_next_token_raw": 4}
+NAMES = {**SCORES, "val_next_token": "held-out loss", "val_next_token_raw": "held-out loss, raw weights"}
 EQUAL_FLOPS = 0.01  # costs that differ by no more are equal: updates are whole numbers
 
 
@@ -135,12 +136,12 @@ def markdown(study: ComparisonConfig, scored: Mapping[Place, dict[str, Any]], mi
 
 
 def _table(study: ComparisonConfig, found: Sequence[Cell], key: str, devices: str) -> list[str]:
-    extra = [name for name in SCORES if any(cell.values(name) for cell in found)]
+    extra = [name for name in DIGITS if any(cell.values(name) for cell in found)]
     # Three digits of the smallest distance, and two places at least.
     digits = max(2, 2 - math.floor(math.log10(max(1e-9, min(cell.mean(key) for cell in found)))))
     head = ["row", "updates", "FLOPs", "seconds", "sampled parameters", "trained parameters", "seeds",
             f"{key.upper()}-{shortened(study.samples)}", f"against {study.baseline_name}",
-            *(SCORES[name][0] for name in extra)]
+            *(NAMES[name] for name in extra)]
     equal = {(cell.row, cell.updates): of_equal_flops(study, found, cell) for cell in found}
     told = any(equal.values())
     if told:
@@ -162,7 +163,7 @@ def _table(study: ComparisonConfig, found: Sequence[Cell], key: str, devices: st
                      *[relative(by_noise.differences.get(cell.row)) if by_noise and cell is not same else ""]
                      * told_by_all,
                      *[_shown(difference(cell, costly, key), digits) if costly else ""] * told,
-                     *(_with_error(cell, name, SCORES[name][1]) for name in extra)])
+                     *(_with_error(cell, name, DIGITS[name]) for name in extra)])
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
