@@ -66,14 +66,20 @@ def rotary_table(meta: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def check_layout(source: str, weights: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """Raise :class:`UserError` for a generator that a ``.pt`` in LlamaGen's layout would give back as another model."""
+    """Raise :class:`UserError` for a generator that a ``.pt`` in LlamaGen's layout would give back as another model.
+
+    Heads can be named when it is read; where they must be, a note says so.
+    """
     config = ModelConfig.from_json(meta["model"])
     read = config_from_weights(weights, source, config.grid)
-    for name, words in (("qk_norm", "QK-norm (model.qk_norm)"), ("heads", f"{config.heads} heads at dim {config.dim}"),
+    for name, words in (("qk_norm", "QK-norm (model.qk_norm)"),
                         ("register_offsets", f"registers at offsets {list(config.register_offsets or ())}")):
         if getattr(config, name) != getattr(read, name):
             raise UserError(f"{source}: has {words}, which a .pt in LlamaGen's layout cannot say; give an --out that "
                             "does not end in .pt")
+    if config.heads != read.heads:
+        print(f"note: a .pt in LlamaGen's layout does not say its heads: load this one by load_checkpoint(..., "
+              f"heads={config.heads})", file=sys.stderr)
 
 
 def main(argv: Sequence[str]) -> None:

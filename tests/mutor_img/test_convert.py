@@ -7,7 +7,7 @@ import torch
 
 from mutor_img import convert as module
 from mutor_img import load_checkpoint
-from mutor_img.blocks import PRESETS
+from mutor_img.checkpoints.folder import write_checkpoint
 from mutor_img.checkpoints.llamagen import read_pt
 from mutor_img.common import cli
 from mutor_img.common.errors import UserError
@@ -121,21 +121,22 @@ def test_qk_norm_is_neither_started_from_weights_without_it_nor_written_in_llama
     assert load_checkpoint(tmp_path / "copy").config.qk_norm and not (tmp_path / "back.pt").exists()
 
 
-@pytest.mark.parametrize("more, words", [
-    ((), r"4 heads at dim 32"),
-    (("registers.kind=set", "registers.offsets=[3,5]", "registers.embedding=per_offset"),
-     r"registers at offsets \[3, 5\]"),
-])
-def test_what_a_pt_could_not_say_is_not_written_as_one(more, words, run_training, tmp_path, monkeypatch):
-    if not more:
-        monkeypatch.setitem(PRESETS, "of-four", (1, 4, 32))
-        more = ("model.preset=of-four",)
-    run = run_training("train.steps=1", *more).run_dir
-    if "of-four" in more[0]:
-        monkeypatch.delitem(PRESETS, "of-four")
-    with pytest.raises(UserError, match=rf"has {words}, which a \.pt .* give an --out that does not end in \.pt"):
+def test_offsets_that_a_pt_could_not_say_are_not_written_as_one(run_training, tmp_path):
+    run = run_training("train.steps=1", "registers.kind=set", "registers.offsets=[3,5]",
+                       "registers.embedding=per_offset").run_dir
+    with pytest.raises(UserError, match=r"registers at offsets \[3, 5\], which .* an --out that does not end in \.pt"):
         main(["--source", str(run), "--out", str(tmp_path / "back.pt")])
     assert not (tmp_path / "back.pt").exists()
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_heads_that_a_pt_does_not_say_are_noted(heads, random_model, tmp_path, capsys):
+    model = random_model((4, 4), dim=128, heads=heads)
+    write_checkpoint(tmp_path / "run", 1, {"model": model.state_dict()},
+                     {"kind": "generator", "model": model.config.to_json()}, 1)
+    main(["--source", str(tmp_path / "run"), "--out", str(tmp_path / "back.pt")])
+    assert (f"heads={heads}" in capsys.readouterr().err) == (heads != 2)
+    assert load_checkpoint(tmp_path / "back.pt", heads=heads).config == model.config
 
 
 def test_a_full_disk_leaves_nothing_in_the_way(released, tmp_path, monkeypatch):
