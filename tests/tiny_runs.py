@@ -1,4 +1,4 @@
-"""Run folders of tiny models: a tokenizer of 8-pixel images, and what a generator's run says of its codes."""
+"""Run folders of tiny models: a tokenizer of 8-pixel images, what a generator's run says of its codes, and its log."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 
 from mutor_img.checkpoints.folder import write_checkpoint
+from mutor_img.common.files import read_metrics
 from mutor_img.sampling import main
+from mutor_img.training.trainer import Trainer
 from mutor_img.transformer import Transformer
 from tokenizer import load_tokenizer
 from tokenizer.network.vq import VQModel
@@ -49,3 +51,13 @@ def edit_flags(folder: Path, rows: slice = slice(3, 6)) -> list[str]:
 def sample(run: str, out: Path, *flags: str, count: int = 150) -> Path:
     """Write ``count`` samples of a run by ``sample.py``'s code, in this process; returns what was written."""
     return main(["--checkpoint", run, "--out", str(out), "--num-samples", str(count), *flags])
+
+
+def rows_with(trainer: Trainer, name: str) -> list[float]:
+    """Return the values that a run has logged under a name, in order."""
+    return [row[name] for row in read_metrics(trainer.run_dir) if name in row]
+
+
+def shapes(trainer: Trainer) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a model's weights by their names."""
+    return {name: tuple(weight.shape) for name, weight in trainer.model.state_dict().items()}

@@ -4,7 +4,6 @@ import dataclasses
 import re
 import shlex
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,8 +63,8 @@ def test_the_command_names_what_the_command_line_chose(served, two_runs, tmp_pat
         assert words[words.index(flag) + 1] == value
 
 
-def test_the_command_means_the_weights_that_were_loaded_though_the_run_trains_on(served, two_runs):
-    run = Path(two_runs[0])
+def test_the_command_means_the_weights_that_were_loaded_though_the_run_trains_on(served, two_runs, tmp_path):
+    run = shutil.copytree(two_runs[0], tmp_path / "run")
     [side] = served("--checkpoint", str(run), "--fallback").sides
     newest = newest_checkpoint(run)
     shutil.copytree(newest, newest.with_name("step_00000009"))

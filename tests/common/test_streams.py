@@ -54,7 +54,7 @@ def test_the_streams_are_pinned():
 
 def test_the_numbers_of_the_streams_are_pinned():
     names = ["OFFSET", "ANCHOR", "CLASS_DROP", "VIEW", "ORDER", "DROPOUT", "LABEL", "TOKEN", "IS_ORDER", "AUGMENT",
-             "INIT"]
+             "INIT", "NOISE"]
     assert {name: int(Stream[name]) for name in names} == {name: i for i, name in enumerate(names, start=1)}
     assert len({int(stream) for stream in Stream}) == len(Stream)
 

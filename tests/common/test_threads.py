@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mutor_img.common import threads
@@ -78,6 +79,13 @@ def test_the_users_number_of_threads_counts_before_the_processors(seen_by_torch)
 def test_a_child_looks_anew(seen_by_torch):
     inherited = LONG | {threads.OURS: "1"}
     assert seen_by_torch("sample.py", load="100 100", **inherited) == ["None", *NEVER.values()]
+
+
+@pytest.mark.parametrize("load, busy", [(0, False), (20, False), (30, True), (100, True)])
+def test_more_than_half_a_processor_of_others_is_load(load, busy, monkeypatch):
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval, percpu: [load, load, 100])
+    monkeypatch.setattr(threads, "_processors", lambda: {0, 1})
+    assert threads.in_use() is busy
 
 
 def test_the_load_is_that_of_others():

@@ -20,6 +20,12 @@ def test_an_epoch_visits_every_item_once():
     assert sorted(items[:37]) == sorted(items[37:]) == list(range(37))
 
 
+def test_an_epoch_is_shuffled():
+    items = StatelessOrder(1000, seed=3).items(np.arange(1000))
+    assert np.isin(np.diff(items) % 1000, (1, 999)).mean() < 0.02  # neighbours remain neighbours by chance: 0.2 %
+    assert abs(np.corrcoef(np.arange(1000), items)[0, 1]) < 0.15
+
+
 def test_epochs_and_seeds_have_different_orders():
     order = StatelessOrder(100, seed=0)
     first, second = order.items(np.arange(100)), order.items(np.arange(100, 200))

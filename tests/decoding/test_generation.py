@@ -284,6 +284,7 @@ def test_weights_are_packed_once_and_go_with_their_model(random_model, monkeypat
         for count in (2, 5):
             generate(model, LABELS[:count], **settings)
     assert len(made) == 1
+    gc.collect()  # what earlier tests left
     kept = len(cpu._PACKED)
     del model
     gc.collect()
@@ -362,6 +363,7 @@ def test_memory_does_not_grow_with_steps(random_model, monkeypatch):
 
     def count(self, x, position):
         if position in (50, 100, 250):
+            gc.collect()  # what earlier tests left
             tensors = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.layout == torch.strided]
             held.append(sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()))
         return step(self, x, position)

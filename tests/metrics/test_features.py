@@ -7,7 +7,6 @@ from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d
 
 from mutor_img.common.errors import UserError
 from mutor_img.common.files import file_hash
-from mutor_img.common.full_precision import full_precision
 from mutor_img.metrics import inception as inception_module
 from mutor_img.metrics.features import to_nchw
 from mutor_img.metrics.inception import INCEPTION_FILE, InceptionGraph, load_inception, resize_like_tensorflow
@@ -71,14 +70,6 @@ def test_autocast_and_reduced_precision_around_change_nothing(inception, outputs
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = torch.backends.mkldnn.conv.fp32_precision = before
     torch.testing.assert_close(found, outputs["pool"], rtol=0, atol=1e-6)
-
-
-def test_flags_come_back_after_an_error():
-    before = torch.backends.cudnn.conv.fp32_precision
-    with pytest.raises(KeyError), full_precision():
-        assert torch.backends.cudnn.conv.fp32_precision == "ieee"
-        raise KeyError
-    assert torch.backends.cudnn.conv.fp32_precision == before
 
 
 def test_a_network_that_is_dropped_is_freed_at_once(no_collector):

@@ -1,4 +1,3 @@
-import time
 
 import numpy as np
 import pytest
@@ -104,10 +103,3 @@ def test_moments_refuse_another_width_and_a_single_image():
     moments.update(torch.zeros(1, 3))
     with pytest.raises(UserError, match="at least 2"):
         moments.finish()
-
-
-def test_700_features_take_a_moment():
-    a, b = statistics(rows(1000, 700, 1)), statistics(rows(1000, 700, 2))
-    begin = time.perf_counter()
-    frechet_distance(a, b)
-    assert time.perf_counter() - begin < 5  # a matrix square root of this size takes far longer on a busy machine

@@ -48,16 +48,6 @@ def test_a_register_sees_no_code_past_its_anchor(random_model):
     assert (after - before)[:, 10:].abs().amax(-1).min() > 1e-4
 
 
-def test_a_register_whose_offset_is_one_differs_from_its_anchor_only_by_its_embedding(random_model):
-    """Anchor t at offset 1 has the anchor's id and context, and is still its own input."""
-    model = random_model(dtype=torch.float64)
-    labels, codes, _ = batch_of(model)
-    anchors = torch.arange(20).expand(2, 20)
-    with torch.no_grad():
-        logits, register_logits = model(labels, codes, anchors, torch.ones_like(anchors))
-    assert (logits - register_logits).abs().amax(-1).min() > BROKEN
-
-
 @pytest.mark.parametrize("weight, reached", [(0.0, False), (0.5, True), (1.0, True)])
 def test_the_gradient_reaches_the_register_embedding_as_the_weight_says(random_model, weight, reached):
     model = random_model()

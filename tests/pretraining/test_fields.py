@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import write_tokenizer
+from tiny_runs import rows_with, shapes, write_tokenizer
 
 from mutor_img.checkpoints.folder import find_checkpoint, read_meta
 from mutor_img.common.config import field_names, load_config
@@ -20,20 +20,12 @@ from mutor_img.training.runtime import Runtime
 from mutor_img.training.trainer import Trainer
 
 
-def rows_with(trainer, name):
-    return [row[name] for row in read_metrics(trainer.run_dir) if name in row]
-
-
 def steps_kept(trainer):
     return sorted(p.name for p in (trainer.run_dir / "checkpoints").glob("step_*"))
 
 
 def weights(trainer):
     return [p.detach().sum().item() for p in trainer.model.parameters()]
-
-
-def shapes(trainer):
-    return {k: tuple(v.shape) for k, v in trainer.model.state_dict().items()}
 
 
 def drawn(trainer):

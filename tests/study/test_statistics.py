@@ -8,7 +8,11 @@ from scipy.stats import ttest_1samp, ttest_rel
 
 from mutor_img.study.comparison.statistics import Interval, not_separated, paired, pooled, standard_error, t_interval
 
-DRAW = np.random.default_rng(0)
+
+@pytest.fixture
+def draw():
+    """A generator of the test's own: its numbers depend on no other test."""
+    return np.random.default_rng(0)
 
 
 @pytest.mark.parametrize("count, student", [(2, 12.706), (3, 4.303), (4, 3.182), (5, 2.776)])  # of printed tables
@@ -20,9 +24,9 @@ def test_an_interval_is_students_of_the_printed_tables(count, student):
     assert found.high - found.mean == pytest.approx(found.mean - found.low)
 
 
-def test_an_interval_of_paired_differences_is_that_of_the_paired_t_test():
+def test_an_interval_of_paired_differences_is_that_of_the_paired_t_test(draw):
     for count in (2, 3, 5, 9):
-        ours, theirs = DRAW.normal(3, 1, count), DRAW.normal(3, 1, count)
+        ours, theirs = draw.normal(3, 1, count), draw.normal(3, 1, count)
         found = t_interval(paired(dict(enumerate(ours)), dict(enumerate(theirs))))
         test = ttest_rel(ours, theirs)
         wanted = test.confidence_interval(0.95)
@@ -30,8 +34,8 @@ def test_an_interval_of_paired_differences_is_that_of_the_paired_t_test():
         assert found.separated == (test.pvalue < 0.05)
 
 
-def test_one_interval_in_twenty_misses_the_truth():
-    draws = DRAW.normal(7, 2, (4000, 4))
+def test_one_interval_in_twenty_misses_the_truth(draw):
+    draws = draw.normal(7, 2, (4000, 4))
     missed = np.mean([not low <= 7 <= high for _, low, high in map(t_interval, draws.tolist())])
     assert 0.04 < missed < 0.06
 
@@ -56,8 +60,8 @@ def test_equal_differences_have_an_interval_of_one_point():
     assert not Interval(0.0, 0.0, 0.0).separated  # a row that is the baseline's copy
 
 
-def test_the_standard_error_falls_as_one_over_the_root_of_the_count():
-    values = DRAW.normal(0, 1, 5)
+def test_the_standard_error_falls_as_one_over_the_root_of_the_count(draw):
+    values = draw.normal(0, 1, 5)
     assert standard_error(values.tolist()) == pytest.approx(values.std(ddof=1) / 5**0.5)
 
 
@@ -69,32 +73,32 @@ def separated(ours, theirs) -> bool | None:
     return bool(ttest_1samp([ours[s] - theirs[s] for s in seeds], 0).pvalue < 0.05)
 
 
-def test_rows_are_not_separated_where_scipy_s_paired_test_finds_nothing():
+def test_rows_are_not_separated_where_scipy_s_paired_test_finds_nothing(draw):
     for trial in range(20):
-        rows = {f"r{i}": {seed: float(DRAW.normal(i % 3, 0.6)) for seed in range(1 if i == 5 and trial % 2 else 4)}
+        rows = {f"r{i}": {seed: float(draw.normal(i % 3, 0.6)) for seed in range(1 if i == 5 and trial % 2 else 4)}
                 for i in range(6)}
         for name in rows:
             near = [other for other in rows if other != name and separated(rows[other], rows[name]) is False]
             assert not_separated(rows, name) == near
 
 
-def drawn(rows: int, seeds: int, missing: int = 0) -> dict[str, dict[int, float]]:
+def drawn(draw: np.random.Generator, rows: int, seeds: int, missing: int = 0) -> dict[str, dict[int, float]]:
     """Draw a table of rows that are 0, 1, 2, ..., seeds far apart and noise of 0.5, without the last values of some."""
-    seed_effects = DRAW.normal(0, 5, seeds)
-    return {f"r{row}": {seed: float(row + seed_effects[seed] + DRAW.normal(0, 0.5))
+    seed_effects = draw.normal(0, 5, seeds)
+    return {f"r{row}": {seed: float(row + seed_effects[seed] + draw.normal(0, 0.5))
                         for seed in range(seeds - (missing if row % 2 else 0))} for row in range(rows)}
 
 
-def test_pooled_noise_of_two_rows_is_the_paired_t_test():
+def test_pooled_noise_of_two_rows_is_the_paired_t_test(draw):
     for seeds in (2, 3, 6):
-        rows = drawn(2, seeds)
+        rows = drawn(draw, 2, seeds)
         found = pooled(rows, "r0")
         assert found.freedom == seeds - 1
         assert found.differences["r1"] == pytest.approx(t_interval(paired(rows["r1"], rows["r0"])))
 
 
-def test_pooled_noise_of_a_full_table_is_that_of_the_textbook_s_sums_of_squares():
-    rows = drawn(6, 4)
+def test_pooled_noise_of_a_full_table_is_that_of_the_textbook_s_sums_of_squares(draw):
+    rows = drawn(draw, 6, 4)
     table = np.array([list(values.values()) for values in rows.values()])
     total = ((table - table.mean()) ** 2).sum()
     between = 4 * ((table.mean(1) - table.mean()) ** 2).sum() + 6 * ((table.mean(0) - table.mean()) ** 2).sum()
@@ -120,9 +124,9 @@ def squares(rows: dict[str, dict[int, float]], name: str | None = None, apart: f
     return minimize(cost, np.zeros(len(names) + 5), tol=1e-10).fun
 
 
-def test_a_pooled_interval_ends_where_the_squares_have_grown_as_the_t_test_allows():
+def test_a_pooled_interval_ends_where_the_squares_have_grown_as_the_t_test_allows(draw):
     """With values missing, too: least squares under a given difference, by a general minimiser."""
-    rows = drawn(4, 5, missing=2)
+    rows = drawn(draw, 4, 5, missing=2)
     found, least = pooled(rows, "r0"), squares(rows)
     assert found.freedom == 16 - (4 + 5 - 1) and found.noise == pytest.approx((least / found.freedom) ** 0.5)
     limit = least * (1 + student.ppf(0.975, found.freedom) ** 2 / found.freedom)
@@ -133,8 +137,8 @@ def test_a_pooled_interval_ends_where_the_squares_have_grown_as_the_t_test_allow
         assert (low, high) == pytest.approx(ends, abs=1e-4)
 
 
-def test_one_pooled_interval_in_twenty_misses_the_truth():
-    tables = [pooled(drawn(5, 3, missing=1), "r0") for _ in range(3000)]
+def test_one_pooled_interval_in_twenty_misses_the_truth(draw):
+    tables = [pooled(drawn(draw, 5, 3, missing=1), "r0") for _ in range(3000)]
     missed = [not found.differences[f"r{row}"].low <= row <= found.differences[f"r{row}"].high
               for found in tables for row in (1, 4)]
     assert 0.04 < np.mean(missed) < 0.06

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -98,7 +99,7 @@ def test_a_weight_that_is_not_finite_is_never_saved_and_the_step_is_named(run_tr
     assert find_checkpoint(tmp_path / "runs" / "run").name == "step_00000002"
 
 
-def test_a_loss_that_is_not_finite_moves_no_weight_and_names_the_step(run_training, monkeypatch, tmp_path):
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(run_training, monkeypatch, tmp_path):
     good = GeneratorTask.loss
 
     def broken(task, model, step, samples, average):
@@ -113,7 +114,7 @@ def test_a_loss_that_is_not_finite_moves_no_weight_and_names_the_step(run_traini
 
 
 def test_ema_follows_the_warmed_up_average(run_training, tmp_path):
-    decay, average = 0.5, None
+    decay, average = 0.15, None  # reached at the second update
     for steps in range(4):
         trainer = run_training(f"run_dir={tmp_path}/r{steps}", f"train.steps={max(1, steps)}", f"train.ema={decay}",
                                f"optim.lr={1e-2 if steps else 1e-12}")
@@ -127,12 +128,12 @@ def test_ema_follows_the_warmed_up_average(run_training, tmp_path):
 
 
 def test_mirrored_views_and_null_classes_are_drawn(run_training):
-    task = run_training("model.class_dropout=0.5").task
+    task = run_training("model.class_dropout=0.2").task
     _, labels, codes = task.batch(0, torch.arange(400))
     images = task.data.order.items(torch.arange(400).numpy())
     plain = torch.from_numpy(task.codes.codes[images, 0].astype("int64"))
     mirrored = (codes != plain).any(1).float().mean()
-    assert 0.4 < mirrored < 0.6 and 0.4 < (labels == 3).float().mean() < 0.6
+    assert 0.4 < mirrored < 0.6 and 0.1 < (labels == 3).float().mean() < 0.3
 
 
 def decay(schedule, **length):
@@ -142,7 +143,7 @@ def decay(schedule, **length):
 
 @pytest.mark.parametrize("schedule, at", [
     ("constant", {0: 0.25, 3: 1.0, 50: 1.0, 99: 1.0}),
-    ("cosine", {0: 0.25, 3: 1.0, 99: 0.1}),
+    ("cosine", {0: 0.25, 3: 1.0, 51: 0.5573, 99: 0.1}),
     ("wsd", {0: 0.25, 3: 1.0, 79: 1.0, 90: 0.55}),
 ])
 def test_learning_rate_schedules_at_chosen_steps(schedule, at):
@@ -174,6 +175,8 @@ def test_weight_decay_spares_norms(run_training):
     decayed, spared = (group["params"] for group in trainer.optimizer.param_groups)
     assert all(p.dim() >= 2 for p in decayed) and all(p.dim() == 1 for p in spared) and spared
     assert any(p is trainer.model.register_embedding.weight for p in decayed)
+    decay = trainer.config.optim.weight_decay
+    assert decay > 0 and [group["weight_decay"] for group in trainer.optimizer.param_groups] == [decay, 0.0]
 
 
 def test_a_task_says_what_it_lacks_when_it_is_made():
@@ -220,10 +223,11 @@ def test_codes_of_two_tokenizers_do_not_mix(run_training, make_codes, tmp_path):
 
 
 def test_a_batch_that_does_not_divide_is_one_line_and_status_2(run_file):
-    done = python("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29572", "train.py",
+    done = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py",
                   "--config", run_file, "train.global_batch=3")
     line = [x for x in done.stderr.splitlines() if x.startswith("error:")]
     assert len(line) == 1 and "not divisible by 2 processes" in line[0] and "use 2 or 4" in line[0]
+    assert re.search(r"exitcode\s*: 2\b", done.stderr)
 
 
 def test_a_users_mistake_is_one_line_and_status_2(run_file):
