@@ -4,16 +4,13 @@ import json
 import os
 import shutil
 import signal
-import socket
 import traceback
 import zipfile
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
-from launching import start_sampling
+from launching import launch_command, start_sampling
 from PIL import Image
 from tiny_runs import NAMES, edit_flags, sample
 
@@ -79,42 +76,26 @@ def forked(work):
         os._exit(code)
 
 
-def rank(index, world, port, flags):
-    """Be one of ``world`` processes that torchrun would start."""
-    os.environ.update({"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(world),
-                       "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)})
-    PartialState._reset_state()
-    main(flags)
-
-
-def sample_in_processes(world, out, *flags):
-    """Sample as torchrun would start it."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    flags = ["--out", str(out), *flags]
-    ranks = [forked(partial(rank, index, world, port, flags)) for index in range(world)]
-    assert [os.waitpid(pid, 0)[1] for pid in ranks] == [0] * world
-    return out.read_bytes()
-
-
 @pytest.mark.parametrize(("world", "drafts"), [
     (2, ()), (3, ()), (2, ("--draft", "4", "--draft-source", "registers")), (3, ("--draft", "auto"))], ids=str)
-def test_the_bytes_do_not_depend_on_batch_size_number_of_processes_or_drafts(run_of, tmp_path, world, drafts):
+def test_the_bytes_do_not_depend_on_batch_size_number_of_processes_or_drafts(
+        run_of, tmp_path, processes, world, drafts):
     run = run_of()
     expected = sample(run, tmp_path / "one.npz", count=136).read_bytes()  # 3 parts, the last of 8 images
     for size in (1, 30 * world, 1000):
         out = tmp_path / f"{size}.npz"
         assert sample(run, out, "--batch-size", str(size), *drafts, count=136).read_bytes() == expected
-    assert sample_in_processes(world, tmp_path / "several.npz", "--checkpoint", run, "--num-samples", "136",
-                               "--batch-size", "30", *drafts) == expected
+    launch_command(processes, world, main, ["--checkpoint", run, "--num-samples", 136, "--batch-size", 30, *drafts,
+                                            "--out", tmp_path / "several.npz"])
+    assert (tmp_path / "several.npz").read_bytes() == expected
 
 
-def test_the_bytes_of_edited_images_do_not_depend_on_the_number_of_processes_or_drafts(run_of, tmp_path):
+def test_the_bytes_of_edited_images_do_not_depend_on_the_number_of_processes_or_drafts(run_of, tmp_path, processes):
     run, edits = run_of(), [*edit_flags(tmp_path), "--mix-with", "dog"]
     expected = sample(run, tmp_path / "one.npz", *edits, count=70).read_bytes()
-    assert sample_in_processes(2, tmp_path / "two.npz", "--checkpoint", run, "--num-samples", "70", "--draft", "4",
-                               *edits) == expected
+    launch_command(processes, 2, main, ["--checkpoint", run, "--num-samples", 70, "--draft", 4, *edits,
+                                        "--out", tmp_path / "two.npz"])
+    assert (tmp_path / "two.npz").read_bytes() == expected
 
 
 def test_torchrun_launches_the_command(run_of, tmp_path):
