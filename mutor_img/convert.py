@@ -68,7 +68,7 @@ def rotary_table(meta: dict[str, Any]) -> dict[str, Tensor]:
 def check_layout(source: str, weights: dict[str, Tensor], meta: dict[str, Any]) -> None:
     """Raise :class:`UserError` for a generator that a ``.pt`` in LlamaGen's layout would give back as another model.
 
-    Heads can be named when it is read; where they must be, a note says so.
+    Heads and grid can be named when it is read; where they must be, a note says so.
     """
     config = ModelConfig.from_json(meta["model"])
     read = config_from_weights(weights, source, config.grid)
@@ -80,6 +80,9 @@ def check_layout(source: str, weights: dict[str, Tensor], meta: dict[str, Any]) 
     if config.heads != read.heads:
         print(f"note: a .pt in LlamaGen's layout does not say its heads: load this one by load_checkpoint(..., "
               f"heads={config.heads})", file=sys.stderr)
+    if config.grid[0] != config.grid[1]:
+        print(f"note: a .pt in LlamaGen's layout does not say such a grid: sample this one with --grid-size "
+              f"{config.grid[0]}x{config.grid[1]}", file=sys.stderr)
 
 
 def main(argv: Sequence[str]) -> None:

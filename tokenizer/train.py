@@ -172,7 +172,7 @@ class TokenizerTask(Task):
         if self.val_images is not None:
             images = to_float(self.val_images[:: -(-len(self.val_images) // _PICTURES)]).to(self.runtime.device)
         else:
-            images = self.images.batch(torch.arange(_PICTURES), self.runtime.device)
+            images = self.images.batch(torch.arange(_PICTURES), self.runtime.device, ahead=False)
         reconstruction, _ = model(images)
         write_png(folder / f"reconstructions_{step:08d}.png", before_after(to_nhwc(images), to_nhwc(reconstruction)))
 

@@ -63,7 +63,7 @@ def run_of(folder: Path) -> Path:
 def _summary(meta: dict[str, Any]) -> str:
     kind = {"tokenizer": "A VQ tokenizer: images to a grid of codes and back.",
             "generator": "A class-conditional transformer that generates images as a grid of VQ codes."}[meta["kind"]]
-    made = "It was trained" if "config" in meta else "Its weights were converted from another project's file"
+    made = "It was trained" if "config" in meta else "Its weights were converted"
     return f"{kind} {made} with mutor_img {version('mutor_img')}."
 
 

@@ -120,7 +120,7 @@ def test_converted_weights_are_published_with_a_tokenizer_and_claim_no_training(
     convert(["--source", str(tmp_path / "c2i.pt"), "--grid", "4x4", "--out", str(tmp_path / "converted")])
     folder = save_pretrained(tmp_path / "converted", tmp_path / "out", tokenizer=tmp_path / "tokenizer")
     card = (folder / "README.md").read_text()
-    assert "converted from another project's file" in card
+    assert "Its weights were converted with mutor_img" in card
     assert "It was trained" not in card and "| updates |" not in card
     tokenizer_hash = read_json(manifest_of(sample(str(folder), tmp_path / "s.npz", count=3)))["tokenizer_hash"]
     assert read_json(folder / "checkpoint.json")["codes"]["tokenizer_hash"] == tokenizer_hash

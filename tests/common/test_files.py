@@ -152,7 +152,7 @@ def test_a_damaged_line_hides_none_of_those_after_it(tmp_path):
         read_lines(path)
 
 
-def test_a_disk_without_locks_loses_no_line(tmp_path, monkeypatch):
+def test_without_locks_lines_are_added_and_what_a_kill_cut_short_goes(tmp_path, monkeypatch):
     def no_lock(*arguments):
         raise OSError(errno.ENOLCK, "No locks available")
 

@@ -129,14 +129,15 @@ def test_offsets_that_a_pt_could_not_say_are_not_written_as_one(run_training, tm
     assert not (tmp_path / "back.pt").exists()
 
 
-@pytest.mark.parametrize("heads", [1, 2, 4])
-def test_heads_that_a_pt_does_not_say_are_noted(heads, random_model, tmp_path, capsys):
-    model = random_model((4, 4), dim=128, heads=heads)
+@pytest.mark.parametrize("heads, grid", [(1, (4, 4)), (2, (4, 4)), (4, (4, 4)), (2, (4, 5))])
+def test_heads_and_a_grid_that_a_pt_does_not_say_are_noted(heads, grid, random_model, tmp_path, capsys):
+    model = random_model(grid, dim=128, heads=heads)
     write_checkpoint(tmp_path / "run", 1, {"model": model.state_dict()},
                      {"kind": "generator", "model": model.config.to_json()}, 1)
     main(["--source", str(tmp_path / "run"), "--out", str(tmp_path / "back.pt")])
-    assert (f"heads={heads}" in capsys.readouterr().err) == (heads != 2)
-    assert load_checkpoint(tmp_path / "back.pt", heads=heads).config == model.config
+    noted = capsys.readouterr().err
+    assert (f"heads={heads}" in noted) == (heads != 2) and ("--grid-size 4x5" in noted) == (grid != (4, 4))
+    assert load_checkpoint(tmp_path / "back.pt", heads=heads, grid=grid).config == model.config
 
 
 def test_a_full_disk_leaves_nothing_in_the_way(released, tmp_path, monkeypatch):

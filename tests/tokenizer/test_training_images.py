@@ -37,8 +37,11 @@ def test_what_is_read_ahead_is_what_a_process_asks_for_next(world, micro_batch, 
     own = [update * 12 + rank * share + i for update in range(3) for i in range(share)]
     for begin in range(0, len(own), micro_batch):
         reader.batch(torch.tensor(own[begin:begin + micro_batch]))
+    reader.batch(torch.tensor([100, 101]), ahead=False)  # a picture
+    reader.batch(torch.tensor([36 + rank * share + i for i in range(micro_batch)]))
     reader.pool.shutdown()
-    assert sorted(read)[:len(own)] == own and len(read) == len(own) + micro_batch
+    expected = own + [36 + rank * share + i for i in range(micro_batch)]
+    assert sorted(read)[:len(expected)] == expected and len(read) == len(expected) + 2 + micro_batch
 
 
 def test_an_epoch_holds_every_image_once(image_folder):

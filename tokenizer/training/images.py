@@ -49,8 +49,13 @@ class TrainingImages:
         if crop_min == 1 and len(folder) * channels * image_size**2 <= _CACHE_BYTES:
             self.cache = read_all(folder, range(len(folder)), channels, image_size, self.pool)
 
-    def batch(self, samples: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    def batch(self, samples: Tensor, device: torch.device | str = "cpu", ahead: bool = True) -> Tensor:
         """Return the pixels of global sample numbers: (b,) int64 on the CPU -> (b, C, H, W) fp32 in [-1, 1].
+
+        Args:
+            samples: the numbers.
+            device: where the pixels go.
+            ahead: begin to read what this process trains on next.
 
         Raises:
             UserError: an image cannot be read.
@@ -58,19 +63,19 @@ class TrainingImages:
         if self.cache is not None:
             images = self.cache[torch.from_numpy(self.order.items(samples.numpy()))]
         else:
-            images = torch.stack(self._read(samples.tolist()))  # (b, C, H, W) uint8
+            images = torch.stack(self._read(samples.tolist(), ahead))  # (b, C, H, W) uint8
         if self.mirror:
             flipped = uniform(self.seed, Stream.AUGMENT, samples, 0) < 0.5  # (b,)
             images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
         return to_float(to_device(images, device))
 
-    def _read(self, samples: list[int]) -> list[Tensor]:
-        """Return the pixels of ``samples``, and begin to read those that this process is asked for next."""
+    def _read(self, samples: list[int], ahead: bool) -> list[Tensor]:
         ready = [self.ahead.pop(sample, None) or self._submit(sample) for sample in samples]
-        update_ends = samples[-1] % self.share == self.share - 1
-        stride = len(samples) + (self.others if update_ends else 0)
-        self.ahead = {sample + stride: self.ahead.get(sample + stride) or self._submit(sample + stride)
-                      for sample in samples}
+        if ahead:
+            update_ends = samples[-1] % self.share == self.share - 1
+            stride = len(samples) + (self.others if update_ends else 0)
+            self.ahead = {sample + stride: self.ahead.get(sample + stride) or self._submit(sample + stride)
+                          for sample in samples}
         return [future.result() for future in ready]
 
     def _submit(self, sample: int) -> Future[Tensor]:
