@@ -41,7 +41,8 @@ def advice(rows: Sequence[dict[str, Any]], best: dict[str, Any], key: str) -> li
              f"{name} of {size} samples is higher than that of 50000, because its bias falls as 1/N: compare these "
              "rows only with each other"]
     for setting in ("cfg_scale", "temperature"):
-        values = sorted({row[setting] for row in rows if schedule_note(row) == schedule_note(best)})
+        values = sorted({row[setting] for row in rows
+                         if schedule_note(row) == schedule_note(best) or row["cfg_scale"] == 1})  # 1 is in all of them
         if len(values) > 1 and best[setting] in (values[0], values[-1]) and not (
                 setting == "cfg_scale" and best[setting] == 1):
             flag = setting.replace("_", "-")

@@ -111,3 +111,5 @@ def test_a_best_value_at_the_end_of_the_range_is_pointed_out():
     rows = [{**SweepPoint(scale, 1.0)._asdict(), "fid": 9 - scale, "num_samples": 10} for scale in (1.0, 2.0, 3.0)]
     assert any("beyond 3" in line for line in advice(rows, rows[2], "fid"))
     assert not any("beyond" in line for line in advice(rows, rows[1], "fid"))
+    linear = [{**row, "cfg_schedule": "linear"} for row in rows[1:]]
+    assert not any("beyond" in line for line in advice([rows[0], *linear], linear[0], "fid"))  # 1 is in every schedule
