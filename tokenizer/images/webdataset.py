@@ -114,7 +114,8 @@ def _keys_twice(found: TarImages) -> list[str]:
                 raise UserError(f"{found.root}: {file} is the same as {found.files[other]}, byte for byte; remove "
                                 "one of the two, or the image counts twice")
         earlier.append(index)
-        twice += [file] * (key in keys)
+        if key in keys:
+            twice.append(file)
         keys.add(key)
     return twice
 
